@@ -1,0 +1,88 @@
+"""From a trained model to a promise and a file: what `Engine.export` does."""
+
+import copy
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ovit_engine.export import Certificate, Promise, PromisedLayer, export_model
+from ovit_engine.masks import Masks
+from ovit_engine.quant import QuantConv2d, QuantLinear
+from ovit_engine.targets import clean_name
+
+if TYPE_CHECKING:
+    from ovit_engine.engine import Engine
+
+
+def deploy(
+    engine: "Engine",
+    path: Path,
+    example_inputs: Tensor | tuple[Tensor, ...],
+    *,
+    model: nn.Module | None,
+    data: Iterable[Any] | None,
+    preprocessing: Mapping[str, Any] | None,
+) -> Certificate:
+    """Write `path` and its certificate from copies of the model; the model itself stays as it is, in training form.
+
+    Raises:
+        RuntimeError: training under the recipe is not over.
+        ExportError: the file is not what the recipe promised.
+    """
+    if not engine.finished:
+        raise RuntimeError(
+            f"the recipe is at step {engine.run.step} of {engine.run.total_steps}: call engine.detach() before export"
+        )
+    reference = copy.deepcopy(_bare(engine.model if model is None else model))
+    if model is not None:
+        engine.apply_to(reference)
+    reference.eval()
+    baked = copy.deepcopy(reference)
+    for modifier in engine.modifiers:
+        modifier.bake(baked)
+    return export_model(
+        baked,
+        path,
+        example_inputs,
+        promise=promise_of(reference, engine.run.masks),
+        recipe_text=engine.recipe.dump(),
+        recipe_name=engine.recipe.name,
+        recipe_hash=engine.recipe.hash,
+        preprocessing=dict(preprocessing or {}),
+        data=data,
+        reference_model=reference,
+    )
+
+
+def promise_of(model: nn.Module, masks: Masks) -> Promise:
+    """What a file of `model` must hold: the zeros and patterns of `masks`, int8 in every quantized layer."""
+    quantized = {
+        clean_name(f"{name}.weight")
+        for name, module in model.named_modules()
+        if isinstance(module, (QuantLinear, QuantConv2d))
+    }
+    layers = []
+    for name in dict.fromkeys([*masks.names(), *sorted(quantized)]):
+        mask = masks.get(name)
+        layers.append(
+            PromisedLayer(
+                name=name,
+                zeros=0 if mask is None else int((~mask).sum()),
+                pattern="unstructured" if mask is None else masks.pattern(name),
+                quantized=name in quantized,
+            )
+        )
+    return Promise(layers=layers)
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, DistributedDataParallel or an averaging wrapper (torch's, or timm's ModelEma)."""
+    if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        return _bare(inner)
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.optim.swa_utils.AveragedModel)
+    if isinstance(model, wrappers) or type(model).__name__.startswith("ModelEma"):
+        return _bare(model.module)
+    return model

@@ -1,0 +1,383 @@
+"""Fires a recipe's events from hooks that PyTorch optimizers already have."""
+
+import logging
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from ovit_engine.calibration import Calibration
+from ovit_engine.event import Event
+from ovit_engine.modifier import Claim, Modifier, Run
+from ovit_engine.recipe import Recipe
+from ovit_engine.schedule import Clock
+
+if TYPE_CHECKING:
+    from ovit_engine.export.certificate import Certificate
+
+log = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+
+
+class Engine:
+    """Applies a recipe to a model while any loop trains it.
+
+    Args:
+        model: the model that is trained. Wrappers (DDP, torch.compile) come after `prepare`.
+        recipe: a Recipe, a path, or the name of one of ours. Its modifiers are copied, so a recipe can be used again.
+        steps_per_epoch: applied optimizer steps an epoch: len(loader) divided by gradient accumulation.
+        epochs: how long training is.
+
+    Raises:
+        RecipeError: anything in the recipe that can't be followed on this model or in this time.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe | str | Path, *, steps_per_epoch: int, epochs: int) -> None:
+        if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
+            raise ValueError(f"epochs must be a positive whole number, not {epochs!r}")
+        self.recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+        self.modifiers: tuple[Modifier, ...] = tuple(_copies(self.recipe.modifiers))
+        self.run = Run(model, Clock(steps_per_epoch, steps_per_epoch * epochs))
+        self._handles: list[RemovableHandle] = []
+        self._stage: Event | None = None
+        self._finished = False
+        self._skipped = False
+        self._new: list[nn.Parameter] = []  # parameters that PREPARE made
+        self._ema: nn.Module | None = None
+        for modifier in self.modifiers:
+            for _ in modifier.timeline(self.run.clock):  # times past the end are errors before anything is done
+                pass
+
+    @property
+    def finished(self) -> bool:
+        """Whether training under the recipe is over: detached, or loaded from a state that was."""
+        return self._finished
+
+    @property
+    def model(self) -> nn.Module:
+        """The model as it was given."""
+        return self.run.model
+
+    def prepare(self) -> "Engine":
+        """Fire PREPARE: all surgery on the model. Before the optimizer, DDP, FSDP2, torch.compile and EMA are made.
+
+        Raises:
+            RuntimeError: it was called before, or comes too late for this model.
+        """
+        if self._stage is not None:
+            raise RuntimeError("engine.prepare() was called before: once is enough")
+        _check_surgery(self.model, self.modifiers)
+        before = {id(parameter) for parameter in self.model.parameters()}
+        self._fire(Event.PREPARE)
+        self._stage = Event.PREPARE
+        self._new = [p for p in self.model.parameters() if id(p) not in before]
+        _check_claims([(m, claim) for m in self.modifiers for claim in m.claims(self.run)])
+        return self
+
+    def attach(
+        self,
+        optimizer: Optimizer,
+        *others: Optimizer,
+        calibration: Calibration | None = None,
+        criterion: nn.Module | None = None,
+        ema: nn.Module | None = None,
+    ) -> "Engine":
+        """Start. `optimizer` is the clock; masks hold after the step of each.
+
+        Args:
+            optimizer: whose applied steps count time.
+            others: more optimizers of the same model.
+            calibration: the source of gradients for second-order pruners.
+            criterion: a loss module whose result gets the extra loss terms, in place of `engine.loss` in the loop.
+            ema: an averaged copy of the model (timm's ModelEmaV3, torch's AveragedModel): it keeps the same masks.
+
+        Raises:
+            RuntimeError: attached already, or the optimizer lacks parameters that PREPARE made.
+            TypeError: not an Optimizer (a scheduler or a wrapper: give the optimizer inside).
+        """
+        for each in (optimizer, *others):
+            if not isinstance(each, Optimizer) or not hasattr(each, "_optimizer_step_pre_hooks"):
+                raise TypeError(
+                    f"attach needs a torch optimizer, not {type(each).__name__}: of a wrapper, give the inner one"
+                )
+        if self._stage not in (None, Event.PREPARE):
+            raise RuntimeError("the engine is attached already, or was detached: make a new Engine for a new training")
+        if self._stage is None:
+            self.prepare()
+        held = {id(p) for each in (optimizer, *others) for group in each.param_groups for p in group["params"]}
+        if any(id(parameter) not in held for parameter in self._new):
+            raise RuntimeError(
+                "the recipe adds parameters that the optimizer lacks: call engine.prepare() before making it"
+            )
+        self.run.optimizers = [optimizer, *others]
+        self.run.calibration = calibration
+        self._ema = getattr(ema, "module", ema)
+        self.run.masks.project()
+        self._fire(Event.ATTACH)
+        self._follow()
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            *(other.register_step_post_hook(self._after_other) for other in others),
+        ]
+        if criterion is not None:
+            self._handles.append(criterion.register_forward_hook(_AddTerms(self)))
+        self._stage = Event.ATTACH
+        return self
+
+    def detach(self) -> None:
+        """Finish: hooks go, masks are projected a last time, schedules that have not reached their end finish or raise.
+
+        Fake quantizers stay in the model until it is exported, so that evaluation sees what will be deployed.
+
+        Raises:
+            RuntimeError: far fewer steps were applied than the recipe was resolved for (a wrong `steps_per_epoch`).
+        """
+        if self._stage is not Event.ATTACH:
+            raise RuntimeError("engine.detach() without engine.attach()")
+        self._remove_hooks()
+        self.run.masks.project()
+        self._fire(Event.DETACH)
+        self.run.masks.project()
+        self._follow()
+        self._finished = True
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._stage is Event.ATTACH:
+            if error is None:
+                self.detach()
+            else:  # training failed by itself: leave the user's optimizer clean and let the error through
+                self._remove_hooks()
+
+    def loss(self, loss: Tensor) -> Tensor:
+        """The loss to differentiate: `loss` plus the terms of modifiers that have any."""
+        for modifier in self.modifiers:
+            term = modifier.loss_term(self.run)
+            loss = loss if term is None else loss + term
+        return loss
+
+    def metric(self, name: str, value: float) -> None:
+        """Tell the engine a measured value (validation accuracy, say): it is kept beside the step in `run.history`."""
+        self.run.log(name, value)
+
+    def apply_to(self, model: nn.Module) -> None:
+        """Bring another copy of the model, such as an EMA copy, to the same masks and phases."""
+        self.run.masks.apply_to(model)
+        for modifier in self.modifiers:
+            modifier.apply_to(model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is the engine's: clock, masks as packed bits, modifier state, recipe and its hash."""
+        return {
+            "version": STATE_VERSION,
+            "recipe": self.recipe.dump(),
+            "recipe_hash": self.recipe.hash,
+            "finished": self._finished,
+            "step": self.run.step,
+            "steps_per_epoch": self.run.steps_per_epoch,
+            "total_steps": self.run.total_steps,
+            "masks": self.run.masks.state_dict(),
+            "modifiers": [modifier.state_dict() for modifier in self.modifiers],
+            "history": [list(entry) for entry in self.run.history],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken. Call it before `attach`, so that nothing due at step 0 happens again.
+
+        Raises:
+            RuntimeError: the engine is attached already.
+            ValueError: half a state, or one of another recipe, length of training or model; it says what differs.
+        """
+        if self._stage not in (None, Event.PREPARE):
+            raise RuntimeError("load the engine's state before engine.attach(optimizer)")
+        missing = {
+            "version",
+            "recipe_hash",
+            "finished",
+            "step",
+            "steps_per_epoch",
+            "total_steps",
+            "masks",
+            "modifiers",
+            "history",
+        }
+        missing -= set(state)
+        if missing:
+            raise ValueError(f"the engine state is incomplete: it lacks {', '.join(sorted(missing))}")
+        expected = {
+            "version": STATE_VERSION,
+            "recipe_hash": self.recipe.hash,
+            "steps_per_epoch": self.run.steps_per_epoch,
+            "total_steps": self.run.total_steps,
+        }
+        for key, value in expected.items():
+            if state[key] != value:
+                raise ValueError(
+                    f"the engine state is of another training: its {key} is {state[key]!r}, here {value!r}"
+                )
+        if self._stage is None:
+            self.prepare()
+        self.run.step = state["step"]
+        self.run.history = [(step, name, value) for step, name, value in state["history"]]
+        self.run.masks.load_state_dict(state["masks"], self.model)
+        for modifier, own in zip(self.modifiers, state["modifiers"], strict=True):
+            modifier.load_state_dict(own)
+        if state["finished"]:
+            self._stage, self._finished = Event.DETACH, True
+
+    def export(
+        self,
+        path: str | Path,
+        example_inputs: Tensor | tuple[Tensor, ...],
+        *,
+        model: nn.Module | None = None,
+        data: Iterable[Any] | None = None,
+        preprocessing: Mapping[str, Any] | None = None,
+    ) -> "Certificate":
+        """Write the deployable ONNX file and its certificate; raises unless the file is what the recipe promises.
+
+        Args:
+            path: of the ONNX file; `<stem>.certificate.json` and `<stem>.reference.npz` are written beside it.
+            example_inputs: one batch that the model takes.
+            model: another copy to export (EMA) instead of the trained model.
+            data: (inputs, targets) batches for parity and accuracy; without it parity is on random inputs.
+            preprocessing: size, mean, std and the like, for the file's metadata.
+
+        Raises:
+            ExportError: what the file fails of its promise.
+        """
+        from ovit_engine.deploy import deploy
+
+        return deploy(self, Path(path), example_inputs, model=model, data=data, preprocessing=preprocessing)
+
+    def _fire(self, event: Event) -> None:
+        for modifier in self.modifiers:
+            log.debug("step %d: %s of %s", self.run.step, event.value, modifier.name)
+            with torch.no_grad():
+                getattr(modifier, event.value)(self.run)
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # A fused optimizer steps under GradScaler even when it will skip, with gradients still scaled.
+        found_inf = getattr(optimizer, "found_inf", None)
+        self._skipped = found_inf is not None and bool(found_inf)
+        scale = getattr(optimizer, "grad_scale", None)
+        self.run.grad_scale = 1.0 if scale is None else scale
+        if self._skipped:
+            return None
+        for modifier in self.modifiers:
+            modifier.pre_step(self.run)
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._fire(Event.STEP_BEGIN)
+            return None
+        return (optimizer, _Closure(self, closure)), {}
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._skipped:
+            return
+        self.run.step += 1
+        self.run.masks.project()
+        self._fire(Event.STEP_END)
+        self._follow()
+        if self.run.step == self.run.total_steps + 1:
+            warnings.warn(
+                f"training goes on past the {self.run.total_steps} steps that steps_per_epoch and epochs gave: the "
+                "recipe's schedule was too short for this loop",
+                stacklevel=2,
+            )
+
+    def _after_other(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.run.masks.project()
+
+    def _follow(self) -> None:
+        """Mask the EMA copy where masks changed: it averages dense history otherwise."""
+        if self._ema is not None and (self.run.masks.changed or self._stage is Event.DETACH):
+            self.apply_to(self._ema)
+        self.run.masks.changed = False
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._stage = Event.DETACH
+
+
+class _Closure:
+    """A user's closure with the masks held: LBFGS evaluates several times inside one step."""
+
+    def __init__(self, engine: Engine, closure: Any) -> None:
+        self._engine, self._closure, self._first = engine, closure, True
+
+    def __call__(self) -> Any:
+        run = self._engine.run
+        run.masks.project()
+        with torch.enable_grad():
+            loss = self._closure()
+        if self._first:  # before gradients are masked: pruners want them dense
+            self._engine._fire(Event.STEP_BEGIN)
+            self._first = False
+        run.masks.project_gradients()
+        return loss
+
+
+class _AddTerms:
+    """A forward hook on the criterion; an object and not a closure, so that the model pickles."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return self._engine.loss(output)
+
+
+def _check_surgery(model: nn.Module, modifiers: Iterable[Modifier]) -> None:
+    """Raise where the recipe replaces modules and the model is wrapped already: the wrapper would not see it."""
+    names = [modifier.name for modifier in modifiers if modifier.surgery]
+    late = _wrapper(model)
+    if names and late:
+        raise RuntimeError(
+            f"{names[0]} replaces layers, and the model is {late} already: call engine.prepare() before that line"
+        )
+
+
+def _wrapper(model: nn.Module) -> str | None:
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            return "wrapped in DistributedDataParallel"
+        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+            return "compiled"
+        if any(isinstance(parameter, DTensor) for parameter in module.parameters(recurse=False)):
+            return "sharded"
+    return None
+
+
+def _copies(modifiers: Iterable[Modifier]) -> Iterable[Modifier]:
+    for modifier in modifiers:
+        copy = modifier.model_copy(deep=True)
+        copy._origins = modifier._origins
+        yield copy
+
+
+def _check_claims(claims: list[tuple[Modifier, Claim]]) -> None:
+    """Raise where two modifiers write one thing at overlapping times."""
+    for index, (second, later) in enumerate(claims):
+        for first, earlier in claims[:index]:
+            overlap = earlier.what == later.what and earlier.start <= later.end and later.start <= earlier.end
+            if first is not second and overlap:
+                raise second.error(
+                    f"writes {later.what} from step {later.start} to {later.end}, where {first.name} "
+                    f"({first._origins.get('', 'same recipe')}) writes it from {earlier.start} to {earlier.end}"
+                )

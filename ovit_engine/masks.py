@@ -1,0 +1,118 @@
+"""The one place where weights become zero."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ovit_engine.targets import Slot, parameter_slots
+
+
+class Masks:
+    """A mask for each pruned slot, held by projection: weights are zeroed after every step.
+
+    Masked gradients alone do not hold zeros: momentum and weight decay bring them back (specs/events.md), and dense
+    gradients are what second-order scores and regrowth need.
+    """
+
+    def __init__(self) -> None:
+        self.changed = False  # since the engine last looked: copies of the model follow then
+        self._slots: dict[str, Slot] = {}
+        self._pruned: dict[str, Tensor] = {}  # True = zero; each placed as its weight is (a shard under FSDP2)
+        self._whole: dict[str, Tensor] = {}  # True = kept; whole on every rank
+        self._patterns: dict[str, str] = {}
+
+    def set(self, slot: Slot, mask: Tensor, pattern: str = "unstructured") -> None:
+        """Prune `slot` where the boolean `mask`, shaped as the whole weight, is False.
+
+        `pattern` is how a recipe spells what the zeros follow: export checks the file against it.
+
+        Raises:
+            ValueError: the mask has another shape or is not boolean.
+        """
+        if mask.dtype != torch.bool or mask.shape != slot.tensor.shape:
+            raise ValueError(
+                f"mask of {slot.name!r} must be boolean of shape {tuple(slot.tensor.shape)}, "
+                f"not {mask.dtype} of {tuple(mask.shape)}"
+            )
+        self._slots[slot.name] = slot
+        self._whole[slot.name] = mask.detach().clone()
+        self._patterns[slot.name] = pattern
+        self._pruned[slot.name] = slot.scatter(~mask)
+        self.changed = True
+        self.project([slot.name])
+
+    def get(self, name: str) -> Tensor | None:
+        """The whole mask of a weight (True = kept), or None where it is dense."""
+        return self._whole.get(name)
+
+    def pattern(self, name: str) -> str:
+        """How a recipe spells the pattern of a masked weight."""
+        return self._patterns[name]
+
+    def names(self) -> list[str]:
+        """The weights that have a mask."""
+        return list(self._slots)
+
+    @torch.no_grad()
+    def project(self, names: Iterable[str] | None = None) -> None:
+        """Zero the pruned weights again. `masked_fill_` and not a product: it leaves no -0.0 and stops NaN and inf."""
+        for name in self._pruned if names is None else names:
+            weight, pruned = self._slots[name].tensor, self._pruned[name]
+            if pruned.device != weight.device:
+                raise RuntimeError(
+                    f"{name!r} moved from {pruned.device} to {weight.device} after attach: move the model first"
+                )
+            weight.masked_fill_(pruned, 0.0)
+
+    @torch.no_grad()
+    def project_gradients(self) -> None:
+        """Zero the gradients of pruned weights: needed inside closures, whose line search would use them."""
+        for name, pruned in self._pruned.items():
+            grad = self._slots[name].tensor.grad
+            if grad is not None:
+                grad.masked_fill_(pruned, 0.0)
+
+    @torch.no_grad()
+    def apply_to(self, model: nn.Module) -> None:
+        """Zero the same weights in another copy of the model, such as an EMA copy."""
+        slots = {slot.name: slot for slot in parameter_slots(model)}
+        for name, mask in self._whole.items():
+            slots[name].tensor.masked_fill_(slots[name].scatter(~mask), 0.0)
+
+    def sparsity(self, name: str | None = None) -> float:
+        """Share of pruned weights, of one weight or over all masked ones (0.0 where nothing is masked)."""
+        masks = list(self._whole.values()) if name is None else [self._whole[name]]
+        total = sum(mask.numel() for mask in masks)
+        return sum(int((~mask).sum()) for mask in masks) / total if total else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks as packed bits: one uint8 tensor, the shape and the pattern for each weight."""
+        return {name: {**_pack(mask), "pattern": self._patterns[name]} for name, mask in self._whole.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
+        """Set the masks of `state` on the weights of `model`.
+
+        Raises:
+            ValueError: a masked weight that the model lacks, or that has another shape.
+        """
+        slots = {slot.name: slot for slot in parameter_slots(model)}
+        missing = [name for name in state if name not in slots]
+        if missing:
+            raise ValueError(f"the checkpoint masks {missing[0]!r}, which {type(model).__name__} does not have")
+        self._slots, self._pruned, self._whole, self._patterns = {}, {}, {}, {}
+        for name, packed in state.items():
+            self.set(slots[name], _unpack(packed).to(slots[name].tensor.device), packed["pattern"])
+
+
+def _pack(mask: Tensor) -> dict[str, Any]:
+    bits = np.packbits(mask.cpu().numpy().reshape(-1))
+    return {"shape": list(mask.shape), "bits": torch.from_numpy(bits)}
+
+
+def _unpack(packed: Mapping[str, Any]) -> Tensor:
+    shape = torch.Size(packed["shape"])
+    bits = np.unpackbits(packed["bits"].numpy(), count=shape.numel())
+    return torch.from_numpy(bits.astype(bool)).reshape(shape)

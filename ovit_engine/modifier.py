@@ -1,0 +1,157 @@
+"""All that the author of a modifier reads: what a run holds, and the one class to subclass."""
+
+import logging
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PrivateAttr
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ovit_engine.calibration import Calibration
+from ovit_engine.masks import Masks
+from ovit_engine.schedule import Clock, check_time
+from ovit_engine.targets import Slot
+
+log = logging.getLogger(__name__)
+
+Time = Annotated[str, BeforeValidator(check_time)]
+
+
+@dataclass
+class Run:
+    """What modifiers see of training. `step` counts applied optimizer steps."""
+
+    model: nn.Module
+    clock: Clock
+    step: int = 0
+    optimizers: list[Optimizer] = field(default_factory=list)
+    masks: Masks = field(default_factory=Masks)
+    grad_scale: Tensor | float = 1.0
+    calibration: Calibration | None = None
+    history: list[tuple[int, str, float]] = field(default_factory=list)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps an epoch, as the user gave them."""
+        return self.clock.steps_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        return self.clock.total_steps
+
+    @property
+    def nearly_done(self) -> bool:
+        """Whether at most 2 % of the steps are missing, as when a gradient scaler skipped some."""
+        return self.total_steps - self.step <= max(1, self.total_steps // 50)
+
+    def gradient(self, slot: Slot) -> Tensor | None:
+        """The gradient of a slot at STEP_BEGIN, unscaled; None where there is none."""
+        grad = slot.tensor.grad
+        return None if grad is None else grad / self.grad_scale
+
+    def log(self, name: str, value: float) -> None:
+        """Record a measured value at the present step."""
+        self.history.append((self.step, name, float(value)))
+        log.info("step %d: %s = %.6g", self.step, name, value)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where in a recipe file something stands; lines and columns count from 1."""
+
+    file: str
+    line: int
+    column: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}"
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be followed: what, where (file:line:column), the value, the nearest right name."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Something that a modifier writes from one step to another; two claims on it at a time are a conflict."""
+
+    what: str
+    start: int
+    end: int
+
+
+class Modifier(BaseModel):
+    """One change to training: options are fields, runtime state is private. What you don't override does nothing.
+
+    A method named after an event runs when the engine fires it. The others:
+
+    - `pre_step` runs in the optimizer's pre-hook, before a closure: the learning rate is written there.
+    - `claims` says what is written when, so that two writers of one thing are an error before training.
+    - `bake` turns the training form of a model copy into what is deployed.
+    - `apply_to` brings another copy of the model (EMA) to the same state.
+    - `timeline` lists what will happen, for `ovit show`.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    name: ClassVar[str]
+    surgery: ClassVar[bool] = False  # whether `prepare` replaces modules
+    _origins: dict[str, Origin] = PrivateAttr(default_factory=dict)  # of each option, "" = the modifier itself
+
+    def prepare(self, run: Run) -> None: ...
+    def attach(self, run: Run) -> None: ...
+    def pre_step(self, run: Run) -> None: ...
+    def step_begin(self, run: Run) -> None: ...
+    def step_end(self, run: Run) -> None: ...
+    def detach(self, run: Run) -> None: ...
+    def bake(self, model: nn.Module) -> None: ...
+    def apply_to(self, model: nn.Module) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    def loss_term(self, run: Run) -> Tensor | None:
+        """An extra term of the training loss, or None."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Runtime state as tensors, numbers and strings, so that `torch.load(weights_only=True)` reads it."""
+        return {}
+
+    def claims(self, run: Run) -> Iterable[Claim]:
+        """What this modifier writes, once PREPARE is over."""
+        return ()
+
+    def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
+        """Rows of (step, quantity, value) for a training of this length."""
+        return ()
+
+    def error(self, message: str, option: str = "") -> RecipeError:
+        """A RecipeError that says where in the recipe `option` of this modifier stands."""
+        origin = self._origins.get(option) or self._origins.get("")
+        where = f"{origin}: " if origin else ""
+        return RecipeError(f"{where}{self.name}{'.' + option if option else ''}: {message}")
+
+    def finish_late(self, run: Run, what: str) -> None:
+        """Call at DETACH before finishing `what`, which the schedule did not reach.
+
+        Warns where a few steps are missing; raises RuntimeError where so many are that `steps_per_epoch` was wrong.
+        """
+        seen = f"the optimizer applied {run.step} of {run.total_steps} steps"
+        if not run.nearly_done:
+            raise RuntimeError(
+                f"{self.name}: training ended before {what}: {seen}. steps_per_epoch counts optimizer steps: divide "
+                "len(loader) by gradient accumulation, and attach the optimizer that the loop steps"
+            )
+        warnings.warn(f"{self.name}: {seen} (skipped steps?); {what} is done now", stacklevel=4)
+
+    def check_end(self, clock: Clock, step: int, option: str) -> None:
+        """Raise a RecipeError where `step`, read from `option`, lies past the end of training."""
+        if step > clock.total_steps:
+            raise self.error(
+                f"{getattr(self, option)!r} is step {step}, past the end of training at step {clock.total_steps} "
+                f"({clock.epochs(clock.total_steps):g} epochs of {clock.steps_per_epoch} steps)",
+                option,
+            )

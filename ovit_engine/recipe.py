@@ -1,0 +1,224 @@
+"""Recipes: YAML to modifiers and back, with errors that say where."""
+
+import difflib
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+
+from ovit_engine.modifier import Modifier, Origin, RecipeError
+from ovit_engine.reader import Located, read_yaml
+from ovit_engine.registry import modifiers
+
+T = TypeVar("T", bound=BaseModel)
+KEYS = ("name", "description", "vars", "training", "modifiers")
+
+
+class Training(BaseModel):
+    """How the bundled trainer (`ovit train`) trains; a user's own loop never reads it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = Field(None, description="timm model name")
+    model_args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of timm.create_model")
+    epochs: PositiveInt = Field(10, description="passes over the training images")
+    batch_size: PositiveInt = Field(64, description="images an optimizer step")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="the optimizer")
+    lr: PositiveFloat = Field(5e-4, description="learning rate; an LR modifier overrides it")
+    weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay (adamw) or L2 (sgd)")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the training loss; never of calibration")
+    augmentation: Literal["none", "shift", "standard"] = Field(
+        "none", description="none; shift: random shifts of a pixel (digits); standard: timm's crop and flip"
+    )
+    clip_grad: PositiveFloat | None = Field(None, description="largest gradient norm")
+    seed: int = Field(0, ge=0, description="of weights, order and augmentation")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An ordered list of modifiers, and what the bundled trainer needs beside them."""
+
+    name: str
+    modifiers: tuple[Modifier, ...]
+    vars: Mapping[str, Any] = field(default_factory=dict)
+    training: Training = field(default_factory=Training)
+    description: str = ""
+
+    @classmethod
+    def load(cls, source: str | Path, **variables: Any) -> "Recipe":
+        """Read a recipe file, or one that ships with us by its name (`ovit recipes` lists them).
+
+        `variables` replace those of the recipe's `vars`.
+
+        Raises:
+            RecipeError: no such file or name, or anything in it that can't be followed.
+        """
+        path = Path(source)
+        if path.is_file():
+            try:
+                text = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise RecipeError(f"{path}: not a text file: {error}") from None
+            return cls.parse(text, file=str(path), **variables)
+        shipped = shipped_recipes()
+        if str(source) in shipped:
+            return cls.parse(shipped[str(source)], file=f"{source}.yaml", **variables)
+        near = difflib.get_close_matches(str(source), list(shipped), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; ours are {', '.join(shipped)}" if shipped else ""
+        raise RecipeError(f"no recipe file {str(source)!r}, and none of ours has that name{hint}")
+
+    @classmethod
+    def parse(cls, text: str, *, file: str = "<recipe>", **variables: Any) -> "Recipe":
+        """Read a recipe from YAML text.
+
+        Raises:
+            RecipeError: the first thing that can't be followed, as "file:line:column: what".
+        """
+        root = read_yaml(text, file, variables)
+        if not isinstance(root.value, dict):
+            raise RecipeError(f"{root.origin}: a recipe is a mapping with {', '.join(KEYS)}, not {_kind(root.value)}")
+        _known(root, KEYS, "recipe")
+        training = _validated(Training, root.get("training"), "training")
+        entries = root.get("modifiers")
+        if entries is None:
+            raise RecipeError(f"{root.origin}: the recipe has no 'modifiers' (write 'modifiers: []' for none)")
+        if not isinstance(entries.value, list):
+            raise RecipeError(f"{entries.origin}: modifiers must be a list, not {_kind(entries.value)}")
+        built = tuple(_build(entry) for entry in entries.value)
+        return cls(
+            name=_text(root, "name", Path(file).stem if file != "<recipe>" else "recipe"),
+            modifiers=built,
+            vars=plain(root.get("vars")) or {},
+            training=training or Training(),
+            description=_text(root, "description", ""),
+        )
+
+    def dump(self) -> str:
+        """The recipe as YAML, variables resolved; parsing it gives an equal recipe."""
+        document: dict[str, Any] = {"name": self.name}
+        if self.description:
+            document["description"] = self.description
+        if self.vars:
+            document["vars"] = dict(self.vars)
+        training = self.training.model_dump(exclude_unset=True)
+        if training:
+            document["training"] = training
+        document["modifiers"] = [
+            {m.name: m.model_dump(mode="json", by_alias=True, exclude_unset=True)} for m in self.modifiers
+        ]
+        return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of what the recipe means (all defaults written out), not of how it is spelled."""
+        meaning = [(m.name, m.model_dump(mode="json", by_alias=True)) for m in self.modifiers]
+        text = yaml.safe_dump([self.name, self.training.model_dump(), [list(entry) for entry in meaning]])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def shipped_recipes() -> dict[str, str]:
+    """The text of our own recipes by name ("folder/name" below the top)."""
+    found: dict[str, str] = {}
+
+    def walk(folder: Any, prefix: str) -> None:
+        for item in sorted(folder.iterdir(), key=lambda item: item.name):
+            if item.is_dir():
+                walk(item, f"{prefix}{item.name}/")
+            elif item.name.endswith(".yaml"):
+                found[f"{prefix}{item.name.removesuffix('.yaml')}"] = item.read_text(encoding="utf-8")
+
+    walk(files("ovit_engine.recipes"), "")
+    return found
+
+
+def plain(node: Located | None) -> Any:
+    """The bare Python value of a located one."""
+    if node is None:
+        return None
+    if isinstance(node.value, dict):
+        return {key: plain(value) for key, value in node.value.items()}
+    if isinstance(node.value, list):
+        return [plain(value) for value in node.value]
+    return node.value
+
+
+def _build(entry: Located) -> Modifier:
+    if not isinstance(entry.value, dict) or len(entry.value) != 1:
+        raise RecipeError(f"{entry.origin}: each modifier is written '- name: {{options}}', not {_kind(entry.value)}")
+    ((name, options),) = entry.value.items()
+    known = modifiers()
+    if name not in known:
+        raise RecipeError(f"{entry.key_origin(name)}: no modifier {name!r}{_nearest(str(name), list(known))}")
+    modifier = _validated(known[name], options, str(name)) or known[name]()
+    modifier._origins = {"": entry.key_origin(name), **_option_origins(options)}
+    return modifier
+
+
+def _option_origins(options: Located) -> dict[str, Origin]:
+    return {key: value.origin for key, value in options.value.items()} if isinstance(options.value, dict) else {}
+
+
+def _validated(kind: type[T], node: Located | None, what: str) -> T | None:
+    if node is None:
+        return None
+    if node.value is None:
+        node = Located({}, node.origin, {})
+    if not isinstance(node.value, dict):
+        raise RecipeError(f"{node.origin}: the options of {what} are a mapping, not {_kind(node.value)}")
+    _known(node, [f.alias or n for n, f in kind.model_fields.items()], what)
+    try:
+        return kind.model_validate(plain(node))
+    except ValidationError as error:
+        raise _explained(error, node, what) from None
+
+
+def _explained(error: ValidationError, node: Located, what: str) -> RecipeError:
+    """The first problem that pydantic found, at its place in the file."""
+    first = error.errors()[0]
+    path, here = [what], node
+    for part in first["loc"]:
+        inner = here.find(part)
+        if inner is None:
+            if first["type"] in ("missing", "extra_forbidden"):
+                path.append(str(part))
+            continue
+        path.append(str(part))
+        here = here.key_located(part) if first["type"] == "extra_forbidden" else inner
+    message = first["msg"].removeprefix("Value error, ")
+    value = "" if first["type"] in ("value_error", "missing") else f": {plain(here)!r}"
+    return RecipeError(f"{here.origin}: {'.'.join(path)}: {message[:1].lower()}{message[1:]}{value}")
+
+
+def _known(node: Located, allowed: Any, what: str) -> None:
+    for key in node.value:
+        if key not in allowed:
+            raise RecipeError(
+                f"{node.key_origin(key)}: {what} has no option {key!r}{_nearest(str(key), list(allowed))}"
+            )
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
+
+
+def _text(root: Located, key: str, default: str) -> str:
+    node = root.get(key)
+    if node is None:
+        return default
+    if not isinstance(node.value, str):
+        raise RecipeError(f"{node.origin}: {key} must be text, not {_kind(node.value)}")
+    return node.value
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    names = {dict: "a mapping", list: "a list", str: "text", bool: "a truth value"}
+    return names.get(type(value)) or f"the number {value}"

@@ -1,0 +1,126 @@
+"""Which tensors a modifier works on."""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module)\.")
+_REGEX = "re:"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter by owner and attribute. The tensor is looked up at every use, since FSDP2 replaces it."""
+
+    name: str
+    module: nn.Module
+    attribute: str
+
+    @property
+    def tensor(self) -> Tensor:
+        """The parameter as it is now: the whole tensor, or this rank's shard as a DTensor."""
+        tensor = getattr(self.module, self.attribute)
+        assert isinstance(tensor, Tensor)
+        return tensor
+
+    def gather(self) -> Tensor:
+        """The whole weight, detached, on every rank."""
+        tensor = self.tensor.detach()
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def scatter(self, whole: Tensor) -> Tensor:
+        """The part of a whole tensor that this rank holds, placed as the weight is."""
+        tensor = self.tensor
+        if isinstance(tensor, DTensor):
+            return distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements)
+        return whole.to(tensor.device)
+
+    @torch.no_grad()
+    def write(self, whole: Tensor) -> None:
+        """Copy a whole weight into the parameter, in place."""
+        self.tensor.copy_(self.scatter(whole))
+
+
+def clean_name(name: str) -> str:
+    """`name` without the prefixes of DDP, torch.compile and FSDP wrappers."""
+    return _WRAPPERS.sub("", f"{name}.")[:-1]
+
+
+def parameter_slots(model: nn.Module) -> list[Slot]:
+    """Every parameter of `model` once, in the model's order; a tied weight stands under its first name."""
+    seen: set[int] = set()
+    slots = []
+    for path, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                slots.append(Slot(clean_name(f"{path}.{attribute}".lstrip(".")), module, attribute))
+    return slots
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a target matches a whole name: "re:" marks a regular expression, anything else is the name itself."""
+    if pattern.startswith(_REGEX):
+        return re.fullmatch(pattern[len(_REGEX) :], name) is not None
+    return pattern == name
+
+
+def check_target(value: str) -> str:
+    """Return `value` if it is a well-formed target; raises ValueError for a broken regular expression."""
+    if value.startswith(_REGEX):
+        try:
+            re.compile(value[len(_REGEX) :])
+        except re.error as error:
+            raise ValueError(f"target {value!r} is no regular expression: {error}") from None
+    return value
+
+
+def select(names: Sequence[str], targets: Iterable[str], *, what: str, owner: str) -> list[str]:
+    """The names that `targets` choose, in the order of `names`.
+
+    A target that matches nothing is an error with the nearest names, since a silent miss leaves a layer dense.
+
+    Raises:
+        ValueError: a target that matches none of `names`.
+    """
+    chosen: set[str] = set()
+    for target in targets:
+        found = {name for name in names if matches(target, name)}
+        if not found:
+            raise ValueError(f"target {target!r} matches no {what} of {owner}{_nearest(target, names)}")
+        chosen |= found
+    return [name for name in names if name in chosen]
+
+
+def _nearest(target: str, names: Sequence[str]) -> str:
+    if not names:
+        return "; it has none"
+    text = target.removeprefix(_REGEX).replace("\\", "").replace(".*", "")
+    near = difflib.get_close_matches(text, names, n=3, cutoff=0.3) or list(names[:3])
+    return f"; nearest are {', '.join(near)}"
+
+
+def find_slots(model: nn.Module, targets: Iterable[str]) -> list[Slot]:
+    """The parameters that `targets` choose.
+
+    Raises:
+        ValueError: a target that matches no parameter (nearest names shown), or one that takes 1-D tensors by a
+            regular expression: norm gains and biases are pruned only when named in full.
+    """
+    targets = list(targets)
+    slots = parameter_slots(model)
+    by_name = {slot.name: slot for slot in slots}
+    names = select(list(by_name), targets, what="parameter", owner=type(model).__name__)
+    flat = [n for n in names if by_name[n].tensor.ndim < 2 and n not in targets]
+    if flat:
+        greedy = next(t for t in targets if matches(t, flat[0]))
+        raise ValueError(
+            f"target {greedy!r} also takes {len(flat)} one-dimensional tensor{'s' * (len(flat) > 1)} such as "
+            f"{flat[0]!r} (norm gains, biases): narrow it, or name them in full if you mean them"
+        )
+    return [by_name[name] for name in names]
