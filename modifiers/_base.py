@@ -1,0 +1,219 @@
+"""What every pruner shares: when it acts, on what, how much."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PrivateAttr,
+    model_validator,
+)
+from torch import Tensor
+
+from ovit_engine.modifier import Claim, Modifier, Run, Time
+from ovit_engine.pattern import NM, Block, Unstructured, parse_pattern
+from ovit_engine.schedule import Clock, CurveName, Schedule
+from ovit_engine.targets import Slot, check_target, find_slots
+
+
+def _check_sparsity(value: Any) -> float:
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise ValueError(f"{value!r} is no sparsity: write a share of zeros such as 0.75") from None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{value!r} is no sparsity: write a share of zeros such as 0.75")
+    if not 0 <= value < 1:
+        hint = f": did you mean {value / 100:g}?" if 2 <= value < 100 else ""
+        raise ValueError(f"sparsity {value:g} is not in [0, 1){hint}")
+    return float(value)
+
+
+Sparsity = Annotated[float, BeforeValidator(_check_sparsity)]
+Target = Annotated[str, BeforeValidator(lambda value: check_target(value) if isinstance(value, str) else value)]
+PatternField = Annotated[
+    Unstructured | NM | Block, BeforeValidator(parse_pattern), PlainSerializer(lambda pattern: pattern.describe())
+]
+
+
+class SparsityRange(BaseModel):
+    """Sparsity that grows from the first pruning step to the last."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    initial: Sparsity = Field(alias="from", description="sparsity after the first pruning step")
+    final: Sparsity = Field(alias="to", description="sparsity after the last one")
+    curve: CurveName = Field("linear", description="how it grows between them")
+
+    @model_validator(mode="after")
+    def _ascending(self) -> "SparsityRange":
+        if self.final < self.initial:
+            raise ValueError(f"sparsity falls from {self.initial:g} to {self.final:g}: pruned weights do not come back")
+        return self
+
+
+def _check_amount(value: Any) -> Any:
+    """Choose between the three forms by shape, so that an error speaks of the form that was written."""
+    if isinstance(value, dict) and value and not {"from", "to", "curve", "initial", "final"} & set(map(str, value)):
+        return SparsitySteps(steps=value)
+    return SparsityRange.model_validate(value) if isinstance(value, dict) else _check_sparsity(value)
+
+
+class SparsitySteps(BaseModel):
+    """A sparsity for each pruning step, by its time."""
+
+    steps: dict[Time, Sparsity]
+
+
+def _spell_amount(value: Any) -> Any:
+    if isinstance(value, SparsitySteps):
+        return dict(value.steps)
+    return value.model_dump(by_alias=True, exclude_unset=True) if isinstance(value, SparsityRange) else value
+
+
+Amount = Annotated[
+    float | SparsityRange | SparsitySteps, BeforeValidator(_check_amount), PlainSerializer(_spell_amount)
+]
+
+
+class PruningModifier(Modifier):
+    """Prunes targets step by step. A subclass states how masks and weights are found: `solve`."""
+
+    start: Time = Field("0ep", description="time of the first pruning step")
+    end: Time | None = Field(None, description="time of the last one, with a sparsity range")
+    every: Time | None = Field(None, description="time between pruning steps, with a sparsity range")
+    sparsity: Amount | None = Field(
+        None, description="share of zeros: a number, {from, to, curve}, or {time: number, ...}; N:M implies its own"
+    )
+    targets: list[Target] = Field(min_length=1, description='weights by name, or "re:" and a regular expression')
+    scope: Literal["global", "layer"] = Field(
+        "global", description="share the sparsity out over all targets, or in each"
+    )
+    pattern: PatternField = Field(
+        default_factory=Unstructured, description='unstructured, "keep:group" or {block: [r, c]}'
+    )
+
+    _slots: list[Slot] = PrivateAttr(default_factory=list)
+    _events: dict[int, float | None] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "PruningModifier":
+        ranged = isinstance(self.sparsity, SparsityRange)
+        for amount in self._amounts():
+            self.pattern.resolve(amount)
+        if ranged and (self.end is None or self.every is None):
+            raise ValueError(
+                "a sparsity range needs 'end' and 'every': when the last pruning step is, and the time between"
+            )
+        if not ranged and (self.end is not None or self.every is not None):
+            raise ValueError(
+                "'end' and 'every' go with a sparsity range {from, to}: one sparsity is one pruning step, at 'start'"
+            )
+        if isinstance(self.sparsity, SparsitySteps) and "start" in self.model_fields_set:
+            raise ValueError("'start' does not go with a sparsity for each time: the times say when")
+        return self
+
+    def _amounts(self) -> list[float | None]:
+        if isinstance(self.sparsity, SparsityRange):
+            return [self.sparsity.initial, self.sparsity.final]
+        return list(self.sparsity.steps.values()) if isinstance(self.sparsity, SparsitySteps) else [self.sparsity]
+
+    @abstractmethod
+    def solve(self, run: Run, slots: Sequence[Slot], sparsity: float | None) -> tuple[list[Tensor], list[Tensor]]:
+        """Masks (True = kept) and new weights of `slots` for a sparsity; what is pruned already stays so."""
+
+    def events(self, clock: Clock) -> dict[int, float | None]:
+        """Pruning steps and the sparsity after each (None = what the pattern implies), in the order of time."""
+        if isinstance(self.sparsity, SparsitySteps):
+            return self._listed(clock, self.sparsity.steps)
+        start = clock.steps(self.start)
+        self.check_end(clock, start, "start")
+        if not isinstance(self.sparsity, SparsityRange):
+            return {start: self.sparsity}
+        assert self.end is not None
+        assert self.every is not None
+        end, every = clock.steps(self.end), clock.steps(self.every)
+        self.check_end(clock, end, "end")
+        if end < start:
+            raise self.error(f"{self.end!r} comes before the start at {self.start!r}", "end")
+        if every < 1:
+            raise self.error(f"{self.every!r} is less than a step of {clock.steps_per_epoch} steps an epoch", "every")
+        schedule = Schedule(self.sparsity.initial, self.sparsity.final, self.sparsity.curve)
+        times = [*range(start, end, every), end]
+        return {step: schedule.value((step - start) / (end - start) if end > start else 1.0) for step in times}
+
+    def _listed(self, clock: Clock, steps: dict[str, float]) -> dict[int, float | None]:
+        timed = [(clock.steps(time), time, value) for time, value in steps.items()]
+        for (step, time, value), (next_step, next_time, next_value) in pairwise(timed):
+            if next_step <= step:
+                raise self.error(f"{next_time!r} does not come after {time!r}", "sparsity")
+            if next_value < value:
+                raise self.error(
+                    f"sparsity falls from {value:g} at {time} to {next_value:g} at {next_time}", "sparsity"
+                )
+        last_step, last_time, _ = timed[-1]
+        if last_step > clock.total_steps:
+            raise self.error(f"{last_time!r} is past the end of training at step {clock.total_steps}", "sparsity")
+        return {step: value for step, _, value in timed}
+
+    def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
+        for step, sparsity in self.events(clock).items():
+            yield step, "sparsity", f"{self.pattern.resolve(sparsity):.2%} {self.pattern} ({self.name})"
+
+    def prepare(self, run: Run) -> None:
+        self._events = self.events(run.clock)
+        try:
+            self._slots = find_slots(run.model, self.targets)
+        except ValueError as error:
+            raise self.error(str(error), "targets") from None
+        for slot in self._slots:
+            try:
+                self.pattern.check(slot.tensor.shape)
+            except ValueError as error:
+                raise self.error(f"{slot.name}: {error}", "pattern") from None
+
+    def claims(self, run: Run) -> Iterable[Claim]:
+        for slot in self._slots:
+            yield Claim(f"the mask of {slot.name}", min(self._events), max(self._events))
+
+    def attach(self, run: Run) -> None:
+        if run.step == 0:
+            self._act(run)
+
+    def step_end(self, run: Run) -> None:
+        self._act(run)
+
+    def detach(self, run: Run) -> None:
+        late = [step for step in self._events if step > run.step]
+        if late:
+            self.finish_late(run, f"pruning at step {late[-1]}")
+            self._prune(run, self._events[late[-1]])
+
+    def _act(self, run: Run) -> None:
+        if run.step in self._events:
+            self._prune(run, self._events[run.step])
+
+    def _prune(self, run: Run, sparsity: float | None) -> None:
+        masks, weights = self.solve(run, self._slots, sparsity)
+        for slot, mask, weight in zip(self._slots, masks, weights, strict=True):
+            slot.write(weight)
+            run.masks.set(slot, mask, str(self.pattern))
+        zeros = sum(int((~mask).sum()) for mask in masks)
+        run.log(f"{self.name}/sparsity", zeros / sum(mask.numel() for mask in masks))
+
+    def present_masks(self, run: Run) -> list[Tensor]:
+        """The masks in force, all True where a slot is dense."""
+        return [_mask(run, slot) for slot in self._slots]
+
+
+def _mask(run: Run, slot: Slot) -> Tensor:
+    mask = run.masks.get(slot.name)
+    return torch.ones(slot.tensor.shape, dtype=torch.bool, device=slot.tensor.device) if mask is None else mask

@@ -1,0 +1,111 @@
+"""The cyclic learning rate of oViT: back to its maximum on the first step after each pruning step."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import Field, PositiveFloat, PrivateAttr, model_validator
+from torch import Tensor
+
+from ovit_engine.modifier import Claim, Modifier, Run, Time
+from ovit_engine.registry import register
+from ovit_engine.schedule import Clock, CurveName, Cyclic, Schedule
+
+
+@register("cyclic_lr")
+class CyclicLR(Modifier):
+    """Writes the learning rate: from `max` towards `min` in each period (eq. 8), never zero.
+
+    Parameter groups keep the ratios that they had when the optimizer was attached: `max` and `min` are the learning
+    rates of the first optimizer's first group.
+    """
+
+    start: Time = Field("0ep", description="time of the first step whose learning rate is ours")
+    end: Time = Field("100%", description="time of the first step whose learning rate is no longer ours")
+    period: Time | None = Field(
+        None, description="length of a cycle, as a rule the pruning interval; without it one cycle"
+    )
+    max: PositiveFloat = Field(description="learning rate on the first step of each cycle")
+    min: PositiveFloat = Field(description="learning rate that each cycle falls towards")
+    curve: CurveName = Field("linear", description="linear as published, cubic or cosine; constant holds max")
+
+    _cyclic: Cyclic | None = PrivateAttr(default=None)
+    _span: tuple[int, int] = PrivateAttr(default=(0, 0))
+    _ratios: list[list[float]] = PrivateAttr(default_factory=list)
+    _written: list[list[float]] = PrivateAttr(default_factory=list)
+    _warned: bool = PrivateAttr(default=False)
+
+    @model_validator(mode="after")
+    def _falls(self) -> "CyclicLR":
+        if self.min > self.max:
+            raise ValueError(f"min {self.min:g} is above max {self.max:g}")
+        return self
+
+    def _resolve(self, clock: Clock) -> tuple[Cyclic, int, int]:
+        start, end = clock.steps(self.start), clock.steps(self.end)
+        self.check_end(clock, end, "end")
+        if end <= start:
+            raise self.error(f"{self.end!r} does not come after the start at {self.start!r}", "end")
+        period = end - start if self.period is None else clock.steps(self.period)
+        if period < 1:
+            raise self.error(f"{self.period!r} is less than a step of {clock.steps_per_epoch} steps an epoch", "period")
+        final, curve = (self.max, "linear") if self.curve == "constant" else (self.min, self.curve)
+        return Cyclic(Schedule(self.max, final, curve), period), start, end
+
+    def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
+        cyclic, start, end = self._resolve(clock)
+        for step in range(start, end, cyclic.period):
+            last = min(step + cyclic.period, end) - 1
+            yield step, "learning rate", f"{cyclic.value(0):.3g} -> {cyclic.value(last - start):.3g} ({self.curve})"
+
+    def prepare(self, run: Run) -> None:
+        self._cyclic, *span = self._resolve(run.clock)
+        self._span = (span[0], span[1])
+
+    def claims(self, run: Run) -> Iterable[Claim]:
+        yield Claim("the learning rate", self._span[0], self._span[1] - 1)
+
+    def attach(self, run: Run) -> None:
+        if not self._ratios:
+            rates = [[_number(group["lr"]) for group in optimizer.param_groups] for optimizer in run.optimizers]
+            reference = rates[0][0]
+            if reference <= 0:
+                raise self.error("the optimizer's first group has learning rate 0: groups keep their ratios to it")
+            self._ratios = [[rate / reference for rate in groups] for groups in rates]
+
+    def pre_step(self, run: Run) -> None:
+        if not self._span[0] <= run.step < self._span[1]:
+            return
+        assert self._cyclic is not None
+        self._check_rival(run)
+        rate = self._cyclic.value(run.step - self._span[0])
+        self._written = []
+        for optimizer, ratios in zip(run.optimizers, self._ratios, strict=True):
+            for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
+                if isinstance(group["lr"], Tensor):  # a compiled step reads this tensor
+                    group["lr"].fill_(rate * ratio)
+                else:
+                    group["lr"] = rate * ratio
+            self._written.append([_number(group["lr"]) for group in optimizer.param_groups])
+
+    def _check_rival(self, run: Run) -> None:
+        if self._warned or not self._written:
+            return
+        found = [[_number(group["lr"]) for group in optimizer.param_groups] for optimizer in run.optimizers]
+        if found != self._written:
+            warnings.warn(
+                f"{self.name}: something else changed the learning rate from {self._written[0][0]:g} to "
+                f"{found[0][0]:g} (a scheduler?); the recipe's value is used at every step",
+                stacklevel=5,
+            )
+            self._warned = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ratios": self._ratios}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._ratios = [list(groups) for groups in state["ratios"]]
+
+
+def _number(rate: float | Tensor) -> float:
+    return float(rate)

@@ -1,0 +1,180 @@
+"""Int8 quantization-aware training of Linear and Conv2d layers."""
+
+from collections.abc import Iterable
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from torch import nn
+
+from ovit_engine import quant
+from ovit_engine.modifier import Claim, Modifier, Run, Time
+from ovit_engine.modifiers._base import Target
+from ovit_engine.registry import register
+from ovit_engine.schedule import Clock
+from ovit_engine.targets import select
+
+
+class Weights(BaseModel):
+    """Symmetric int8, one scale an output channel: zeros stay exactly zero."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    bits: Literal[8] = Field(8, description="8 is what CPU and GPU kernels take")
+    per: Literal["channel"] = Field("channel", description="a scale for each output channel")
+
+
+class Activations(BaseModel):
+    """Asymmetric uint8, one scale and zero point a tensor."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    bits: Literal[8] = Field(8, description="8 is what CPU and GPU kernels take")
+
+
+@register("quantize")
+class Quantize(Modifier):
+    """Trains with fake-quantized weights and inputs; export turns them into int8.
+
+    Unless `targets` say otherwise these are all Linear and Conv2d layers but the patch embedding and the classifier
+    head. Attention, softmax, LayerNorm, GELU and residual adds stay float: rounding them costs vision transformers ten
+    points and gains no time (specs/peers.md §4).
+    """
+
+    surgery = True
+
+    start: Time = Field("0ep", description="time from which the model trains with fake-quantized layers")
+    freeze_observers: Time | None = Field(
+        None, description="time at which ranges freeze; half-way between start and the end of training if left out"
+    )
+    freeze_batch_norm: Time | None = Field(
+        None, description="time at which batch-norm statistics freeze; never if left out"
+    )
+    targets: list[Target] | None = Field(
+        None, min_length=1, description='layers by name, or "re:" and a regular expression'
+    )
+    exclude: list[Target] = Field(default_factory=list, description="layers that stay float")
+    weights: Weights = Field(default_factory=Weights, description="how weights are quantized")
+    activations: Activations = Field(default_factory=Activations, description="how inputs are quantized")
+
+    _layers: tuple[str, ...] = PrivateAttr(default=())
+    _model: nn.Module | None = PrivateAttr(default=None)
+    _times: tuple[int, int, int | None] = PrivateAttr(default=(0, 0, None))
+
+    def _resolve(self, clock: Clock) -> tuple[int, int, int | None]:
+        """Steps of start, observer freeze and batch-norm freeze."""
+        start = clock.steps(self.start)
+        self.check_end(clock, start, "start")
+        if start == clock.total_steps:
+            raise self.error(
+                f"{self.start!r} is the end of training: no step is left to train with quantization", "start"
+            )
+        freeze = (start + clock.total_steps + 1) // 2
+        if self.freeze_observers is not None:
+            freeze = clock.steps(self.freeze_observers)
+            self.check_end(clock, freeze, "freeze_observers")
+        if freeze <= start:
+            raise self.error(
+                f"{self.freeze_observers!r} does not come after the start at {self.start!r}: observers see nothing",
+                "freeze_observers",
+            )
+        norm = None if self.freeze_batch_norm is None else clock.steps(self.freeze_batch_norm)
+        if norm is not None:
+            self.check_end(clock, norm, "freeze_batch_norm")
+        return start, freeze, norm
+
+    def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
+        start, freeze, norm = self._resolve(clock)
+        yield start, "quantization", "int8 fake-quantization starts"
+        yield freeze, "quantization", "observers freeze"
+        if norm is not None:
+            yield norm, "quantization", "batch-norm statistics freeze"
+
+    def prepare(self, run: Run) -> None:
+        self._times = self._resolve(run.clock)
+        self._model = run.model
+        names = self._choose(run.model)
+        try:
+            prepared = quant.prepare_quantization(run.model, names)
+        except ValueError as error:
+            raise self.error(str(error)) from None
+        refused = [name for name in prepared.skipped if self.targets is not None]
+        if refused:
+            raise self.error(f"{refused[0]!r} can't be quantized: {prepared.skipped[refused[0]]}", "targets")
+        if not prepared.layers:
+            raise self.error(f"{type(run.model).__name__} has no Linear or Conv2d layer to quantize")
+        self._layers = prepared.layers
+
+    def claims(self, run: Run) -> Iterable[Claim]:
+        for name in self._layers:
+            yield Claim(f"the quantization of {name}", self._times[0], run.total_steps)
+
+    def attach(self, run: Run) -> None:
+        if run.step == 0:
+            self._act(run)
+        norm = self._times[2]
+        if norm is not None and run.step > norm:  # resumed: the hold on the statistics is in no state dict
+            quant.freeze_batch_norm(run.model)
+
+    def step_end(self, run: Run) -> None:
+        self._act(run)
+
+    def detach(self, run: Run) -> None:
+        start, freeze, _ = self._times
+        if run.step <= start:
+            self.finish_late(run, "quantization-aware training")
+            raise self.error("training ended before a step with quantization was made", "start")
+        if run.step < freeze:
+            self.finish_late(run, "freezing the observers")
+            quant.set_observing(run.model, False)
+
+    def apply_to(self, model: nn.Module) -> None:
+        assert self._model is not None
+        copies = dict(quant.quantizers(model))
+        for name, quantizer in quant.quantizers(self._model):
+            copies[name].load_state_dict(quantizer.state_dict())
+
+    def bake(self, model: nn.Module) -> None:
+        quant.bake(model)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the quantized layers, once PREPARE is over."""
+        return self._layers
+
+    def _act(self, run: Run) -> None:
+        start, freeze, norm = self._times
+        if run.step == start:
+            quant.set_observing(run.model, True)
+            quant.set_enabled(run.model, True)
+        if run.step == freeze:
+            quant.set_observing(run.model, False)
+        if run.step == norm:
+            quant.freeze_batch_norm(run.model)
+        if run.step in (start, freeze):
+            run.masks.changed = True  # copies of the model follow
+
+    def _choose(self, model: nn.Module) -> list[str]:
+        known = {name: m for name, m in model.named_modules() if name and isinstance(m, (nn.Linear, nn.Conv2d))}
+        # a layer answers to the name of its weight too, so that pruners and quantizers can share targets
+        owners = {spelling: name for name in known for spelling in (name, f"{name}.weight")}
+        if self.targets is None:
+            chosen = [name for name in known if not _stays_float(model, name, known[name])]
+        else:
+            chosen = self._select(model, owners, self.targets, "targets")
+        spared = self._select(model, owners, self.exclude, "exclude")
+        return [name for name in chosen if name not in spared]
+
+    def _select(self, model: nn.Module, owners: dict[str, str], targets: list[str], option: str) -> list[str]:
+        try:
+            found = select(list(owners), targets, what="Linear or Conv2d layer", owner=type(model).__name__)
+        except ValueError as error:
+            raise self.error(str(error), option) from None
+        return list(dict.fromkeys(owners[name] for name in found))
+
+
+def _stays_float(model: nn.Module, name: str, module: nn.Module) -> bool:
+    """Whether a layer is the patch embedding, or the head as timm's `get_classifier` tells."""
+    get_classifier = getattr(model, "get_classifier", None)
+    heads = get_classifier() if callable(get_classifier) else None
+    heads = heads if isinstance(heads, (tuple, list)) else [heads]
+    return "patch_embed" in name.split(".") or any(head is module for head in heads)
