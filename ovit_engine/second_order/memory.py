@@ -1,0 +1,71 @@
+"""What a pruning event will need, said before it starts and not by the kernel hours later."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from ovit_engine.pattern import Pattern, Unstructured
+from ovit_engine.second_order.fisher import RANK
+from ovit_engine.second_order.partition import blocks_a_chunk, segments
+
+_GIB = 2**30
+
+
+def estimate_memory(
+    shapes: Sequence[Sequence[int]],
+    *,
+    block: int,
+    pattern: Pattern = Unstructured(),  # noqa: B008 (frozen and stateless)
+    dtype: torch.dtype = torch.float32,
+) -> int:
+    """Bytes that oViT needs at its peak beside weights and gradients of these shapes.
+
+    Most of it is the inverse Fisher, numel * block numbers; the rest is bookkeeping (order, costs, lower bounds, a
+    buffer of gradients) and the temporaries of one chunk of blocks.
+    """
+    cuts = segments([torch.Size(shape) for shape in shapes], pattern, block)
+    numel = sum(cut.count * cut.size for cut in cuts)
+    item = dtype.itemsize
+    inverse = sum(cut.count * cut.size**2 for cut in cuts) * item
+    chunk = max((blocks_a_chunk(cuts, cut, on_cpu=True) * cut.size**2 for cut in cuts), default=0) * item
+    return inverse + numel * (2 + 3 * item + RANK * item) + 3 * chunk
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can still be had on the device, or None where the system does not tell."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    limits = [limit for limit in (_meminfo(), _cgroup()) if limit is not None]
+    return min(limits, default=None)
+
+
+def preflight(needed: Mapping[torch.device, int]) -> None:
+    """Raise MemoryError if a device cannot give the bytes needed."""
+    for device, size in needed.items():
+        available = available_memory(device)
+        if available is not None and size > available:
+            raise MemoryError(
+                f"second-order pruning needs {size / _GIB:.2f} GiB on {device}, {available / _GIB:.2f} GiB available: "
+                f"use a smaller block or fewer targets"
+            )
+
+
+def _meminfo() -> int | None:
+    """MemAvailable of the machine (Linux)."""
+    path = Path("/proc/meminfo")
+    if not path.exists():
+        return None
+    fields = dict(line.split(":", 1) for line in path.read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def _cgroup() -> int | None:
+    """What is left of a container's limit (Linux, cgroup v2); file cache can be dropped and does not count."""
+    root = Path("/sys/fs/cgroup")
+    limit, current, stat = root / "memory.max", root / "memory.current", root / "memory.stat"
+    if not (limit.exists() and current.exists() and stat.exists()) or limit.read_text().strip() == "max":
+        return None
+    fields = dict(line.split() for line in stat.read_text().splitlines())
+    return int(limit.read_text()) - int(current.read_text()) + int(fields.get("inactive_file", 0))

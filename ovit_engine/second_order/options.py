@@ -1,0 +1,54 @@
+"""The options of one pruning event, checked once."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from ovit_engine.pattern import Pattern, Unstructured
+
+Scope = Literal["global", "layer"]
+Rule = Literal["cumulative", "marginal"]
+Update = Literal["joint", "none"]
+
+# Positions inside a Fisher block are kept as int16.
+LARGEST_BLOCK = 32767
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What `prune_tensors` was asked to do. Raises ValueError for a value that makes no sense."""
+
+    # Which weights may go together.
+    pattern: Pattern = Unstructured()  # noqa: RUF009 (frozen and stateless)
+    # Share of all weights that is zero afterwards; None only where the pattern implies it.
+    sparsity: float | None = None
+    # Count over all tensors together, or in each tensor.
+    scope: Scope = "global"
+    # Largest Fisher block.
+    block: int = 48
+    # lambda of F = lambda I + mean g g^T.
+    damp: float = 1e-6
+    # What ranks a removal across blocks: the block's error so far, or the largest increment so far.
+    rule: Rule = "cumulative"
+    # Move the survivors by the exact group formula, or leave them alone.
+    update: Update = "joint"
+    # Precision of the inverse Fisher and of the elimination.
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        self.pattern.resolve(self.sparsity)
+        _one_of("scope", self.scope, get_args(Scope))
+        _one_of("rule", self.rule, get_args(Rule))
+        _one_of("update", self.update, get_args(Update))
+        if not 1 <= self.block <= LARGEST_BLOCK:
+            raise ValueError(f"block must be between 1 and {LARGEST_BLOCK}, is {self.block}")
+        if not 0 < self.damp < float("inf"):
+            raise ValueError(f"damp must be positive and finite, is {self.damp}")
+        if self.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype must be torch.float32 or torch.float64, is {self.dtype}")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, is {value!r}")

@@ -1,0 +1,117 @@
+"""The tensors of one pruning event, checked: what is there, what was pruned before, how many more have to go."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from ovit_engine.pattern import NM
+from ovit_engine.second_order.options import Options
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Weights with exact zeros where their masks (True = kept) say so."""
+
+    names: Sequence[str]
+    weights: Sequence[Tensor]
+    masks: Sequence[Tensor]
+    options: Options
+
+    def alive_units(self, index: int) -> Tensor:
+        """Which units of a tensor still have a weight, [units] in layout order."""
+        pattern = self.options.pattern
+        return pattern.to_layout(self.masks[index]).reshape(-1, pattern.unit).any(1)
+
+    def quotas(self) -> list[tuple[list[int], int]]:
+        """Scopes as (indices of tensors, how many more of their units go); never negative. Not for N:M."""
+        every = list(range(len(self.weights)))
+        scopes = [every] if self.options.scope == "global" else [[index] for index in every]
+        sparsity = self.options.pattern.resolve(self.options.sparsity)
+        quotas = []
+        for scope in scopes:
+            alive = [self.alive_units(index) for index in scope]
+            units = sum(len(each) for each in alive)
+            gone = units - sum(int(each.sum()) for each in alive)
+            quotas.append((scope, max(0, round(sparsity * units) - gone)))
+        return quotas
+
+    def group_quotas(self, index: int) -> Tensor:
+        """For N:M: how many more weights each group of a tensor loses, [groups] in layout order."""
+        pattern = self.options.pattern
+        assert isinstance(pattern, NM)
+        kept = pattern.to_layout(self.masks[index]).reshape(-1, pattern.group).sum(1)
+        return (kept - pattern.keep).clamp(min=0)
+
+    def is_solved(self) -> bool:
+        """Whether the masks already reach the target, so that nothing may change."""
+        if isinstance(self.options.pattern, NM):
+            return not any(bool(self.group_quotas(index).any()) for index in range(len(self.weights)))
+        return all(count == 0 for _, count in self.quotas())
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What comes out: one entry a tensor each."""
+
+    # Boolean, True = kept.
+    masks: list[Tensor]
+    # Updated survivors, exact zeros elsewhere.
+    weights: list[Tensor]
+    # Predicted increase of the loss, with survivors moved to the best place. Magnitude knows no loss: half the
+    # squared length of what went.
+    errors: list[float]
+
+
+class Solver(Protocol):
+    """A method: it observes gradients chunk by chunk, solves once, and frees what it held."""
+
+    # Whether observe() is called at all.
+    needs_gradients: ClassVar[bool]
+
+    def __init__(self, problem: Problem, count: int) -> None: ...
+
+    def observe(self, chunk: Sequence[Tensor]) -> None:
+        """Take the next gradients [k, *shape], one tensor a weight; they are not kept."""
+
+    def solve(self) -> Pruned:
+        """Masks and weights."""
+
+
+def make_problem(
+    weights: Sequence[Tensor], masks: Sequence[Tensor] | None, names: Sequence[str] | None, options: Options
+) -> Problem:
+    """Check weights and masks against each other and the pattern. Raises ValueError naming the tensor."""
+    if not weights:
+        raise ValueError("no weights to prune")
+    names = [f"weights[{index}]" for index in range(len(weights))] if names is None else list(names)
+    if len(names) != len(weights):
+        raise ValueError(f"{len(weights)} weights but {len(names)} names")
+    if masks is not None and len(masks) != len(weights):
+        raise ValueError(f"{len(weights)} weights but {len(masks)} masks")
+    plain = [weight.detach() for weight in weights]
+    kept = [torch.ones_like(weight, dtype=torch.bool) for weight in plain] if masks is None else list(masks)
+    for name, weight, mask in zip(names, plain, kept, strict=True):
+        _check(name, weight, mask, options)
+    kept = [mask.to(weight.device) for mask, weight in zip(kept, plain, strict=True)]
+    zeroed = [torch.where(mask, weight, 0) for mask, weight in zip(kept, plain, strict=True)]
+    return Problem(names, zeroed, kept, options)
+
+
+def _check(name: str, weight: Tensor, mask: Tensor, options: Options) -> None:
+    if not weight.is_floating_point():
+        raise ValueError(f"{name}: weights must be floating point, are {weight.dtype}")
+    if weight.numel() == 0:
+        raise ValueError(f"{name}: no elements, shape {tuple(weight.shape)}")
+    if mask.dtype != torch.bool or mask.shape != weight.shape:
+        raise ValueError(
+            f"{name}: a mask must be boolean of shape {tuple(weight.shape)}, is {mask.dtype} of {tuple(mask.shape)}"
+        )
+    if not bool(weight.isfinite().all()):
+        raise ValueError(f"{name}: non-finite weight")
+    try:
+        options.pattern.check(weight.shape)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
