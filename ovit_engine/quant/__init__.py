@@ -1,0 +1,29 @@
+"""Int8 quantization-aware training: fake quantizers, quantized layers, their deployed form. Imports torch only."""
+
+from ovit_engine.quant.bake import BakedConv2d as BakedConv2d
+from ovit_engine.quant.bake import BakedLinear as BakedLinear
+from ovit_engine.quant.bake import QuantizeDequantize as QuantizeDequantize
+from ovit_engine.quant.bake import bake as bake
+from ovit_engine.quant.batch_norm import freeze_batch_norm as freeze_batch_norm
+from ovit_engine.quant.batch_norm import unfreeze_batch_norm as unfreeze_batch_norm
+from ovit_engine.quant.fake_quantizer import FakeQuantize as FakeQuantize
+from ovit_engine.quant.fake_quantizer import activation_quantizer as activation_quantizer
+from ovit_engine.quant.fake_quantizer import weight_quantizer as weight_quantizer
+from ovit_engine.quant.functional import INT8_SYMMETRIC as INT8_SYMMETRIC
+from ovit_engine.quant.functional import UINT8_AFFINE as UINT8_AFFINE
+from ovit_engine.quant.functional import IntegerGrid as IntegerGrid
+from ovit_engine.quant.functional import choose_qparams as choose_qparams
+from ovit_engine.quant.functional import dequantize as dequantize
+from ovit_engine.quant.functional import fake_quantize as fake_quantize
+from ovit_engine.quant.functional import quantize as quantize
+from ovit_engine.quant.layers import QuantConv2d as QuantConv2d
+from ovit_engine.quant.layers import QuantLinear as QuantLinear
+from ovit_engine.quant.observers import CurrentMinMax as CurrentMinMax
+from ovit_engine.quant.observers import MovingAverageMinMax as MovingAverageMinMax
+from ovit_engine.quant.observers import Observer as Observer
+from ovit_engine.quant.prepare import Prepared as Prepared
+from ovit_engine.quant.prepare import dense_state_dict as dense_state_dict
+from ovit_engine.quant.prepare import prepare_quantization as prepare_quantization
+from ovit_engine.quant.prepare import quantizers as quantizers
+from ovit_engine.quant.prepare import set_enabled as set_enabled
+from ovit_engine.quant.prepare import set_observing as set_observing

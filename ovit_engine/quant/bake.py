@@ -1,0 +1,178 @@
+"""From training form to deployed form: int8 weights, explicit quantize/dequantize, batch-norm folded."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ovit_engine.quant.batch_norm import fold_factors, has_activation
+from ovit_engine.quant.fake_quantizer import FakeQuantize
+from ovit_engine.quant.functional import quantize
+from ovit_engine.quant.layers import QuantConv2d, QuantLinear, quantize_output
+from ovit_engine.quant.ops import dequantize_linear, quantize_linear
+from ovit_engine.quant.prepare import quantizers
+
+
+class QuantizeDequantize(nn.Module):
+    """A frozen activation quantizer: the Q/DQ pair of the file."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, quantizer: FakeQuantize) -> None:
+        super().__init__()
+        self.register_buffer("scale", quantizer.scale.detach().float().clone())
+        self.register_buffer("zero_point", quantizer.zero_point.detach().to(quantizer.grid.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels = quantize_linear(x, self.scale, self.zero_point)
+        values: Tensor = dequantize_linear(levels, self.scale, self.zero_point, 0)
+        return values
+
+
+class _BakedLayer(nn.Module):
+    """Int8 levels and scales of a weight, as buffers; the bias stays float."""
+
+    weight: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: QuantLinear | QuantConv2d) -> None:
+        super().__init__()
+        self.input = QuantizeDequantize(layer.input_quantizer)
+        quantizer, weight = layer.weight_quantizer, layer.weight.detach()
+        quantizer.observe(weight)  # a live range belongs to the weight of this moment; a frozen one stays
+        zero_point = quantizer.zero_point
+        self.register_buffer("weight", quantize(weight, quantizer.scale, zero_point, quantizer.grid, quantizer.axis))
+        self.register_buffer("weight_scale", quantizer.scale.detach().float().clone())
+        self.register_buffer("weight_zero_point", torch.zeros_like(zero_point, dtype=quantizer.grid.dtype))
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float().clone())
+
+
+class BakedLinear(_BakedLayer):
+    """The weight is stored as ONNX MatMul reads it, [in, out]: no transpose in the graph, one kernel a layer."""
+
+    def __init__(self, layer: QuantLinear) -> None:
+        super().__init__(layer)
+        self.weight = self.weight.t().contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = dequantize_linear(self.weight, self.weight_scale, self.weight_zero_point, 1)
+        # ONNX Runtime makes MatMul + bias of rank 2 a Gemm, which it runs in float when the bias is float
+        flat = x.dim() < 3
+        x = self.input(x)
+        y: Tensor = (x.unsqueeze(0) if flat else x) @ weight
+        y = y if self.bias is None else y + self.bias
+        return y.squeeze(0) if flat else y
+
+
+class BakedConv2d(_BakedLayer):
+    """Int8 convolution between explicit Q/DQ pairs."""
+
+    def __init__(self, layer: QuantConv2d) -> None:
+        super().__init__(layer)
+        self.output: nn.Module = nn.Identity()
+        if layer.output_quantizer is not None:
+            self.output = QuantizeDequantize(layer.output_quantizer)
+        self.stride, self.dilation, self.groups = layer.stride, layer.dilation, layer.groups
+        self.padding = layer.padding if layer.padding_mode == "zeros" else (0, 0)
+        self.padding_mode, self.border = layer.padding_mode, list(layer._reversed_padding_repeated_twice)
+
+    def fold(self, norm: nn.Module) -> None:
+        """Take over a batch-norm: exact, because every output channel has a scale of its own.
+
+        A negative factor flips the levels' sign ([-127, 127] is symmetric), a factor of zero makes a channel of zeros.
+        """
+        factor, bias = fold_factors(norm, self.bias)
+        sign = torch.sign(factor).to(self.weight.dtype)
+        self.weight = self.weight * sign.view(-1, 1, 1, 1)
+        scale = (self.weight_scale.double() * factor.abs()).float()
+        self.weight_scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        self.bias = bias.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.input(x)
+        if self.padding_mode != "zeros":
+            x = F.pad(x, self.border, mode=self.padding_mode)
+        weight = dequantize_linear(self.weight, self.weight_scale, self.weight_zero_point, 0)
+        y = F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        rounded: Tensor = self.output(y)
+        return rounded
+
+
+def bake(model: nn.Module) -> nn.Module:
+    """Turn a prepared model into its deployed form, in place: call it on a copy. Returns the model.
+
+    The result computes in eval mode what the fake-quantized model computes, runs in eager mode, and exports to int8
+    initializers. Layers whose quantizers were never enabled become plain float layers again.
+
+    Raises:
+        ValueError: an enabled quantizer that has seen no data, or a layer that is quantized by half.
+    """
+    model.eval()
+    _check_ready(model)
+    norms: dict[str, BakedConv2d] = {}
+    for layer in list(model.modules()):
+        if isinstance(layer, (QuantLinear, QuantConv2d)) and not layer.weight_quantizer.enabled:
+            _make_float(layer)
+        elif isinstance(layer, QuantLinear):
+            _replace(model, layer, BakedLinear(layer))
+        elif isinstance(layer, QuantConv2d):
+            baked = BakedConv2d(layer)
+            _replace(model, layer, baked)
+            if layer.norm is not None:
+                norms[layer.norm] = baked
+    # deepest first: a quantizer inside a batch-norm (in timm's `drop`) is baked before the batch-norm goes
+    for name, module in reversed(list(model.named_modules())):
+        _bake_follower(model, module, norms.get(name))
+    return model
+
+
+def _bake_follower(model: nn.Module, module: nn.Module, conv: BakedConv2d | None) -> None:
+    """Bake what follows a convolution: fold the batch-norm if ``conv`` owns it, make its quantizer explicit."""
+    stages: list[nn.Module] = [module]
+    if conv is not None:
+        conv.fold(module)
+        stages = [module.get_submodule("drop"), module.get_submodule("act")] if has_activation(module) else []
+    quantizer = module._modules.pop("output_quantizer", None)
+    if quantizer is not None:
+        assert isinstance(quantizer, FakeQuantize)
+        for key in [key for key, hook in module._forward_hooks.items() if hook is quantize_output]:
+            del module._forward_hooks[key]
+        if quantizer.enabled:
+            stages.append(QuantizeDequantize(quantizer))
+    if stages != [module]:
+        _replace(model, module, stages[0] if len(stages) == 1 else nn.Sequential(*stages))
+
+
+def _check_ready(model: nn.Module) -> None:
+    unseen = [name for name, quantizer in quantizers(model) if quantizer.enabled and not quantizer.observed]
+    if unseen:
+        raise ValueError(f"quantizers that never saw data, train with them observing first: {', '.join(unseen)}")
+    for name, layer in model.named_modules():
+        if isinstance(layer, (QuantLinear, QuantConv2d)):
+            states = {child: bool(quantizer.enabled) for child, quantizer in quantizers(layer)}
+            if len(set(states.values())) > 1:
+                raise ValueError(f"{name} is quantized by half: enabled = {states}")
+
+
+def _make_float(layer: QuantLinear | QuantConv2d) -> None:
+    """Undo ``from_float``."""
+    for child in [child for child, module in layer.named_children() if isinstance(module, FakeQuantize)]:
+        delattr(layer, child)
+    if isinstance(layer, QuantConv2d):
+        layer.__dict__.pop("output_quantizer", None)
+        layer.__dict__.pop("norm")
+        layer.__class__ = nn.Conv2d  # type: ignore[assignment]
+    else:
+        layer.__class__ = nn.Linear  # type: ignore[assignment]
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``old`` is a child: a shared layer has several parents."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new

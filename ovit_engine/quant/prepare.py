@@ -1,0 +1,108 @@
+"""Putting quantizers into a model, and switching them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ovit_engine.quant.fake_quantizer import FakeQuantize, activation_quantizer
+from ovit_engine.quant.layers import QuantConv2d, QuantLinear, quantize_output
+from ovit_engine.quant.topology import find_conv_outputs
+
+_QUANTIZER_NAMES = ("input_quantizer", "weight_quantizer", "output_quantizer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What ``prepare_quantization`` did."""
+
+    # layers that are now quantized, in the order asked
+    layers: tuple[str, ...]
+    # layer -> why it stays float; for the caller to show or to refuse
+    skipped: dict[str, str]
+    # convolution -> batch-norm that bake folds into it
+    folded: dict[str, str]
+
+
+def prepare_quantization(model: nn.Module, names: Iterable[str], *, momentum: float = 0.05) -> Prepared:
+    """Give the layers ``names`` their quantizers, disabled: the model computes what it did before.
+
+    Layers are converted in place (see ``layers``). ``model`` must be the bare module, before DDP, FSDP or compile.
+    Layers of other classes are not converted but named in ``Prepared.skipped``.
+
+    Raises:
+        ValueError: a name that is not in the model, or a layer that has quantizers already.
+    """
+    names = list(dict.fromkeys(names))
+    modules = dict(model.named_modules())
+    unknown = [name for name in names if name not in modules]
+    if unknown:
+        raise ValueError(f"no such layer in the model: {', '.join(map(repr, unknown))}")
+    if "" in names:
+        raise ValueError("the model itself cannot be converted, only layers inside it: wrap it in a module")
+    again = [name for name in names if isinstance(modules[name], (QuantLinear, QuantConv2d))]
+    if again:
+        raise ValueError(f"already prepared for quantization: {', '.join(again)}")
+    skipped = {name: reason for name in names if (reason := _why_not(modules[name])) is not None}
+    layers = [name for name in names if name not in skipped]
+    convs = [name for name in layers if type(modules[name]) is nn.Conv2d]
+    outputs = find_conv_outputs(model, convs, layers) if convs else {}
+    for name in layers:
+        module = modules[name]
+        if isinstance(module, nn.Linear):
+            QuantLinear.from_float(module, momentum=momentum)
+        elif isinstance(module, nn.Conv2d):
+            output = outputs[name]
+            conv = QuantConv2d.from_float(module, momentum=momentum, output=output.rounded_at == name)
+            conv.norm = output.norm
+            if output.rounded_at not in (None, name):
+                _round_output(modules[str(output.rounded_at)], conv.weight.device, momentum)
+    folded = {name: output.norm for name, output in outputs.items() if output.norm is not None}
+    return Prepared(layers=tuple(layers), skipped=skipped, folded=folded)
+
+
+def quantizers(model: nn.Module) -> Iterator[tuple[str, FakeQuantize]]:
+    """Every fake quantizer of ``model`` with its name."""
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuantize):
+            yield name, module
+
+
+def set_enabled(model: nn.Module, enabled: bool) -> None:
+    """Start or stop rounding; in place in the buffers, so that no compiled graph compiles again."""
+    for _, quantizer in quantizers(model):
+        quantizer.enabled.fill_(enabled)
+
+
+def set_observing(model: nn.Module, observing: bool) -> None:
+    """Start or stop (freeze) the ranges; in place in the buffers."""
+    for _, quantizer in quantizers(model):
+        quantizer.observing.fill_(observing)
+
+
+def dense_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``state_dict`` without quantizer entries: loads with ``strict=True`` into the model before surgery.
+
+    The other direction needs nothing: a prepared model accepts a dense checkpoint with ``strict=True``.
+    """
+    return {
+        key: value for key, value in state_dict.items() if not any(part in _QUANTIZER_NAMES for part in key.split("."))
+    }
+
+
+def _round_output(module: nn.Module, device: torch.device, momentum: float) -> None:
+    module.add_module("output_quantizer", activation_quantizer(device, momentum).train(module.training))
+    # stays for the life of the training model: bake removes it on the copy that is exported
+    module.register_forward_hook(quantize_output)
+
+
+def _why_not(module: nn.Module) -> str | None:
+    if type(module) in (nn.Linear, nn.Conv2d):
+        return None
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        return f"{kind} has a forward of its own; only nn.Linear and nn.Conv2d themselves are converted"
+    return f"{kind} is neither nn.Linear nor nn.Conv2d"
