@@ -47,7 +47,7 @@ PatternField = Annotated[
 class SparsityRange(BaseModel):
     """Sparsity that grows from the first pruning step to the last."""
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(allow_inf_nan=False, extra="forbid", populate_by_name=True)
 
     initial: Sparsity = Field(alias="from", description="sparsity after the first pruning step")
     final: Sparsity = Field(alias="to", description="sparsity after the last one")
@@ -205,7 +205,7 @@ class PruningModifier(Modifier):
         masks, weights = self.solve(run, self._slots, sparsity)
         for slot, mask, weight in zip(self._slots, masks, weights, strict=True):
             slot.write(weight)
-            run.masks.set(slot, mask, str(self.pattern))
+            run.masks.set(slot, mask, self.pattern.describe())
         zeros = sum(int((~mask).sum()) for mask in masks)
         run.log(f"{self.name}/sparsity", zeros / sum(mask.numel() for mask in masks))
 

@@ -32,6 +32,7 @@ class CyclicLR(Modifier):
     _cyclic: Cyclic | None = PrivateAttr(default=None)
     _span: tuple[int, int] = PrivateAttr(default=(0, 0))
     _ratios: list[list[float]] = PrivateAttr(default_factory=list)
+    _reference: float = PrivateAttr(default=1.0)  # the learning rate that ratios are to
     _written: list[list[float]] = PrivateAttr(default_factory=list)
     _warned: bool = PrivateAttr(default=False)
 
@@ -71,12 +72,14 @@ class CyclicLR(Modifier):
             reference = rates[0][0]
             if reference <= 0:
                 raise self.error("the optimizer's first group has learning rate 0: groups keep their ratios to it")
+            self._reference = reference
             self._ratios = [[rate / reference for rate in groups] for groups in rates]
 
     def pre_step(self, run: Run) -> None:
         if not self._span[0] <= run.step < self._span[1]:
             return
         assert self._cyclic is not None
+        self._add_groups(run)
         self._check_rival(run)
         rate = self._cyclic.value(run.step - self._span[0])
         self._written = []
@@ -87,6 +90,18 @@ class CyclicLR(Modifier):
                 else:
                     group["lr"] = rate * ratio
             self._written.append([_number(group["lr"]) for group in optimizer.param_groups])
+
+    def _add_groups(self, run: Run) -> None:
+        """Take in groups that the user added since, at the ratio they came with."""
+        for index, (optimizer, ratios) in enumerate(zip(run.optimizers, self._ratios, strict=True)):
+            added = [_number(group["lr"]) for group in optimizer.param_groups[len(ratios) :]]
+            ratios += [rate / self._reference for rate in added]
+            if self._written:
+                self._written[index] += added
+
+    def detach(self, run: Run) -> None:
+        if run.step < self._span[1] and not run.nearly_done:
+            self.finish_late(run, "the end of the learning-rate schedule")
 
     def _check_rival(self, run: Run) -> None:
         if self._warned or not self._written:
@@ -101,9 +116,10 @@ class CyclicLR(Modifier):
             self._warned = True
 
     def state_dict(self) -> dict[str, Any]:
-        return {"ratios": self._ratios}
+        return {"reference": self._reference, "ratios": self._ratios}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._reference = state["reference"]
         self._ratios = [list(groups) for groups in state["ratios"]]
 
 

@@ -17,7 +17,7 @@ from ovit_engine.targets import select
 class Weights(BaseModel):
     """Symmetric int8, one scale an output channel: zeros stay exactly zero."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(allow_inf_nan=False, extra="forbid")
 
     bits: Literal[8] = Field(8, description="8 is what CPU and GPU kernels take")
     per: Literal["channel"] = Field("channel", description="a scale for each output channel")
@@ -26,7 +26,7 @@ class Weights(BaseModel):
 class Activations(BaseModel):
     """Asymmetric uint8, one scale and zero point a tensor."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(allow_inf_nan=False, extra="forbid")
 
     bits: Literal[8] = Field(8, description="8 is what CPU and GPU kernels take")
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Subset
 
 from ovit_engine.targets import Slot
 
@@ -32,7 +32,7 @@ class Calibration:
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be callable as loss_fn(outputs, targets), not {loss_fn!r}")
         self._collate = data.collate_fn if isinstance(data, DataLoader) else None
-        self.dataset: Dataset[Any] = data.dataset if isinstance(data, DataLoader) else data
+        self.dataset: Dataset[Any] = _dataset(data) if isinstance(data, DataLoader) else data
         if not isinstance(self.dataset, IterableDataset):
             if not (hasattr(self.dataset, "__getitem__") and hasattr(self.dataset, "__len__")):
                 raise TypeError(
@@ -85,6 +85,11 @@ class Calibration:
         inputs, targets = _split(batch, slots[0].tensor.device)
         with torch.autocast(slots[0].tensor.device.type, enabled=False):
             loss = self.loss_fn(model(inputs), targets)
+        if not isinstance(loss, Tensor) or loss.ndim:
+            shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(f"loss_fn must return the mean loss as a scalar tensor, not {shape}")
+        if not loss.requires_grad:
+            raise ValueError(f"the calibration loss does not depend on {slots[0].name!r}: is it detached?")
         grads = torch.autograd.grad(loss, [slot.tensor for slot in slots], allow_unused=True)
         for slot, grad, buffer in zip(slots, grads, buffers, strict=True):
             if grad is None:
@@ -116,6 +121,14 @@ class Calibration:
         )
 
 
+def _dataset(loader: DataLoader[Any]) -> Dataset[Any]:
+    """What a loader draws from: the part of its dataset that a sampler over indices leaves."""
+    if loader.batch_size is None and loader.batch_sampler is None:
+        raise TypeError("calibration makes its own batches: give a dataset of single images, not one of whole batches")
+    indices = getattr(loader.sampler, "indices", None)
+    return loader.dataset if indices is None else Subset(loader.dataset, list(indices))
+
+
 def _split(batch: Any, device: torch.device) -> tuple[Any, Any]:
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise TypeError(f"calibration batches must be (inputs, targets), not {type(batch).__name__}")
@@ -127,7 +140,11 @@ def _split(batch: Any, device: torch.device) -> tuple[Any, Any]:
 def _frozen(model: nn.Module, slots: Sequence[Slot]) -> Iterator[None]:
     """The model in eval mode with the slots differentiable; everything that could move is put back."""
     flags = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     frozen = [slot.tensor for slot in slots if not slot.tensor.requires_grad]
     model.eval()
     for tensor in frozen:
@@ -140,8 +157,9 @@ def _frozen(model: nn.Module, slots: Sequence[Slot]) -> Iterator[None]:
         for module, flag in flags:
             module.training = flag
         with torch.no_grad():
-            for buffer, before in buffers:
+            for module, name, buffer, before in buffers:
                 buffer.copy_(before)
+                setattr(module, name, buffer)  # a model may bind a new tensor in forward
 
 
 RandomState = tuple[Tensor, list[Tensor], Any, Any]

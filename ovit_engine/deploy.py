@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ovit_engine.export import Certificate, Promise, PromisedLayer, export_model
+from ovit_engine.export import Certificate, Promise, PromisedLayer
+from ovit_engine.export.exporter import export_model
 from ovit_engine.masks import Masks
 from ovit_engine.quant import QuantConv2d, QuantLinear
 from ovit_engine.targets import clean_name
@@ -50,7 +51,6 @@ def deploy(
         promise=promise_of(reference, engine.run.masks),
         recipe_text=engine.recipe.dump(),
         recipe_name=engine.recipe.name,
-        recipe_hash=engine.recipe.hash,
         preprocessing=dict(preprocessing or {}),
         data=data,
         reference_model=reference,
@@ -75,7 +75,7 @@ def promise_of(model: nn.Module, masks: Masks) -> Promise:
                 quantized=name in quantized,
             )
         )
-    return Promise(layers=layers)
+    return Promise(layers=tuple(layers))
 
 
 def _bare(model: nn.Module) -> nn.Module:
@@ -84,5 +84,7 @@ def _bare(model: nn.Module) -> nn.Module:
         return _bare(inner)
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.optim.swa_utils.AveragedModel)
     if isinstance(model, wrappers) or type(model).__name__.startswith("ModelEma"):
-        return _bare(model.module)
+        inner = model.module
+        assert isinstance(inner, nn.Module)
+        return _bare(inner)
     return model

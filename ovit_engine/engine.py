@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ovit_engine.calibration import Calibration
 from ovit_engine.event import Event
-from ovit_engine.modifier import Claim, Modifier, Run
+from ovit_engine.guards import check_claims, check_surgery, nests
+from ovit_engine.modifier import Modifier, Run
 from ovit_engine.recipe import Recipe
 from ovit_engine.schedule import Clock
 
@@ -50,6 +50,7 @@ class Engine:
         self._stage: Event | None = None
         self._finished = False
         self._skipped = False
+        self._depth = 0  # of calls of `step` inside one another
         self._new: list[nn.Parameter] = []  # parameters that PREPARE made
         self._ema: nn.Module | None = None
         for modifier in self.modifiers:
@@ -74,12 +75,12 @@ class Engine:
         """
         if self._stage is not None:
             raise RuntimeError("engine.prepare() was called before: once is enough")
-        _check_surgery(self.model, self.modifiers)
+        check_surgery(self.model, self.modifiers)
         before = {id(parameter) for parameter in self.model.parameters()}
         self._fire(Event.PREPARE)
-        self._stage = Event.PREPARE
         self._new = [p for p in self.model.parameters() if id(p) not in before]
-        _check_claims([(m, claim) for m in self.modifiers for claim in m.claims(self.run)])
+        check_claims([(m, claim) for m in self.modifiers for claim in m.claims(self.run)])
+        self._stage = Event.PREPARE
         return self
 
     def attach(
@@ -101,8 +102,16 @@ class Engine:
 
         Raises:
             RuntimeError: attached already, or the optimizer lacks parameters that PREPARE made.
-            TypeError: not an Optimizer (a scheduler or a wrapper: give the optimizer inside).
+            TypeError: not an Optimizer (a scheduler or a wrapper: give the optimizer inside), or another wrong kind.
+            ValueError: no optimizer trains this model.
         """
+        if calibration is not None and not isinstance(calibration, Calibration):
+            raise TypeError(f"calibration must be Calibration(loader, loss_fn), not {type(calibration).__name__}")
+        if criterion is not None and not isinstance(criterion, nn.Module):
+            raise TypeError(
+                f"criterion must be a module such as nn.CrossEntropyLoss(), not {type(criterion).__name__}; "
+                "with a function, write loss = engine.loss(loss) in the loop"
+            )
         for each in (optimizer, *others):
             if not isinstance(each, Optimizer) or not hasattr(each, "_optimizer_step_pre_hooks"):
                 raise TypeError(
@@ -113,6 +122,8 @@ class Engine:
         if self._stage is None:
             self.prepare()
         held = {id(p) for each in (optimizer, *others) for group in each.param_groups for p in group["params"]}
+        if self.modifiers and not any(id(parameter) in held for parameter in self.model.parameters()):
+            raise ValueError("the optimizer holds no parameter of this model: was it made for a copy of it?")
         if any(id(parameter) not in held for parameter in self._new):
             raise RuntimeError(
                 "the recipe adds parameters that the optimizer lacks: call engine.prepare() before making it"
@@ -149,6 +160,12 @@ class Engine:
         self.run.masks.project()
         self._follow()
         self._finished = True
+        if self.modifiers and not self.run.nearly_done:
+            warnings.warn(
+                f"the optimizer applied {self.run.step} of {self.run.total_steps} steps: the recipe's times came late; "
+                "steps_per_epoch counts optimizer steps (divide len(loader) by gradient accumulation)",
+                stacklevel=2,
+            )
 
     def __enter__(self) -> "Engine":
         return self
@@ -270,6 +287,10 @@ class Engine:
                 getattr(modifier, event.value)(self.run)
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if nests(optimizer):
+            self._depth += 1
+            if self._depth > 1:
+                return None
         # A fused optimizer steps under GradScaler even when it will skip, with gradients still scaled.
         found_inf = getattr(optimizer, "found_inf", None)
         self._skipped = found_inf is not None and bool(found_inf)
@@ -283,9 +304,14 @@ class Engine:
         if closure is None:
             self._fire(Event.STEP_BEGIN)
             return None
-        return (optimizer, _Closure(self, closure)), {}
+        others = {key: value for key, value in kwargs.items() if key != "closure"}
+        return (args[0], _Closure(self, closure), *args[2:]), others
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._depth:
+            self._depth -= 1
+            if self._depth:
+                return
         if self._skipped:
             return
         self.run.step += 1
@@ -343,41 +369,8 @@ class _AddTerms:
         return self._engine.loss(output)
 
 
-def _check_surgery(model: nn.Module, modifiers: Iterable[Modifier]) -> None:
-    """Raise where the recipe replaces modules and the model is wrapped already: the wrapper would not see it."""
-    names = [modifier.name for modifier in modifiers if modifier.surgery]
-    late = _wrapper(model)
-    if names and late:
-        raise RuntimeError(
-            f"{names[0]} replaces layers, and the model is {late} already: call engine.prepare() before that line"
-        )
-
-
-def _wrapper(model: nn.Module) -> str | None:
-    for module in model.modules():
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            return "wrapped in DistributedDataParallel"
-        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
-            return "compiled"
-        if any(isinstance(parameter, DTensor) for parameter in module.parameters(recurse=False)):
-            return "sharded"
-    return None
-
-
 def _copies(modifiers: Iterable[Modifier]) -> Iterable[Modifier]:
     for modifier in modifiers:
         copy = modifier.model_copy(deep=True)
         copy._origins = modifier._origins
         yield copy
-
-
-def _check_claims(claims: list[tuple[Modifier, Claim]]) -> None:
-    """Raise where two modifiers write one thing at overlapping times."""
-    for index, (second, later) in enumerate(claims):
-        for first, earlier in claims[:index]:
-            overlap = earlier.what == later.what and earlier.start <= later.end and later.start <= earlier.end
-            if first is not second and overlap:
-                raise second.error(
-                    f"writes {later.what} from step {later.start} to {later.end}, where {first.name} "
-                    f"({first._origins.get('', 'same recipe')}) writes it from {earlier.start} to {earlier.end}"
-                )

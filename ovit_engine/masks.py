@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ovit_engine.pattern import Spelling
 from ovit_engine.targets import Slot, parameter_slots
 
 
@@ -22,9 +23,9 @@ class Masks:
         self._slots: dict[str, Slot] = {}
         self._pruned: dict[str, Tensor] = {}  # True = zero; each placed as its weight is (a shard under FSDP2)
         self._whole: dict[str, Tensor] = {}  # True = kept; whole on every rank
-        self._patterns: dict[str, str] = {}
+        self._patterns: dict[str, Spelling] = {}
 
-    def set(self, slot: Slot, mask: Tensor, pattern: str = "unstructured") -> None:
+    def set(self, slot: Slot, mask: Tensor, pattern: Spelling = "unstructured") -> None:
         """Prune `slot` where the boolean `mask`, shaped as the whole weight, is False.
 
         `pattern` is how a recipe spells what the zeros follow: export checks the file against it.
@@ -48,7 +49,7 @@ class Masks:
         """The whole mask of a weight (True = kept), or None where it is dense."""
         return self._whole.get(name)
 
-    def pattern(self, name: str) -> str:
+    def pattern(self, name: str) -> Spelling:
         """How a recipe spells the pattern of a masked weight."""
         return self._patterns[name]
 
@@ -80,6 +81,8 @@ class Masks:
         """Zero the same weights in another copy of the model, such as an EMA copy."""
         slots = {slot.name: slot for slot in parameter_slots(model)}
         for name, mask in self._whole.items():
+            if name not in slots:
+                raise ValueError(f"the copy has no weight {name!r} to mask: is it a copy of this model?")
             slots[name].tensor.masked_fill_(slots[name].scatter(~mask), 0.0)
 
     def sparsity(self, name: str | None = None) -> float:

@@ -96,11 +96,15 @@ class Modifier(BaseModel):
     - `timeline` lists what will happen, for `ovit show`.
     """
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
     name: ClassVar[str]
     surgery: ClassVar[bool] = False  # whether `prepare` replaces modules
     _origins: dict[str, Origin] = PrivateAttr(default_factory=dict)  # of each option, "" = the modifier itself
+
+    def __eq__(self, other: object) -> bool:
+        """Equal options; where they stood in a file and runtime state do not count."""
+        return type(self) is type(other) and self.model_dump() == other.model_dump()
 
     def prepare(self, run: Run) -> None: ...
     def attach(self, run: Run) -> None: ...

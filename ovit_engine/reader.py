@@ -10,6 +10,7 @@ import yaml
 from ovit_engine.modifier import Origin, RecipeError
 
 _SEXAGESIMAL = re.compile(r"[-+]?\d+(:\d+)+")
+_MOST = 100_000  # values in a recipe: nested anchors could stand for any number
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 
 
@@ -29,10 +30,6 @@ class Located:
     def key_origin(self, key: Any) -> Origin:
         """Where `key` of a mapping stands."""
         return self.keys.get(key, self.origin)
-
-    def key_located(self, key: Any) -> "Located":
-        """The value under `key`, placed at the key."""
-        return Located(self.value[key].value, self.key_origin(key), {})
 
     def find(self, part: Any) -> "Located | None":
         """The value under a key or an index, if there is one."""
@@ -59,10 +56,11 @@ def read_yaml(text: str, file: str, variables: Mapping[str, Any]) -> Located:
         raise RecipeError(f"{where}: not YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise RecipeError(f"{file}: nested too deeply") from None
     if node is None:
         raise RecipeError(f"{file}:1:1: the recipe is empty")
-    reader = _Reader(file)
-    root = reader.read(node)
+    root = _Reader(file).read(node)
     if not isinstance(root.value, dict):
         return root
     return _substituted(root, _variables(root, variables))
@@ -72,14 +70,20 @@ class _Reader:
     def __init__(self, file: str) -> None:
         self._file = file
         self._scalars = yaml.SafeLoader("")
+        self._read = 0
         self._open: set[int] = set()  # collections being read: an anchor inside itself would never end
 
     def read(self, node: yaml.Node) -> Located:
         origin = Origin(self._file, node.start_mark.line + 1, node.start_mark.column + 1)
+        self._read += 1
+        if self._read > _MOST:
+            raise RecipeError(f"{origin}: more than {_MOST} values, or anchors that multiply")
         if isinstance(node, yaml.ScalarNode):
             return Located(self._scalar(node, origin), origin, {})
         if id(node) in self._open:
             raise RecipeError(f"{origin}: an anchor that holds itself")
+        if node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
+            raise RecipeError(f"{origin}: unknown tag {node.tag!r}")
         self._open.add(id(node))
         if isinstance(node, yaml.MappingNode):
             found = self._mapping(node, origin)
@@ -101,6 +105,8 @@ class _Reader:
         return Located(values, origin, keys)
 
     def _scalar(self, node: yaml.ScalarNode, origin: Origin) -> Any:
+        if node.tag == "tag:yaml.org,2002:merge":
+            raise RecipeError(f"{origin}: merge keys (<<) are not supported: write the options out")
         if node.style is None and _SEXAGESIMAL.fullmatch(node.value):
             raise RecipeError(
                 f'{origin}: an unquoted {node.value} is a number in base 60 to YAML: write it in quotes, "{node.value}"'
@@ -118,9 +124,16 @@ def _variables(root: Located, given: Mapping[str, Any]) -> dict[str, Any]:
         raise RecipeError(f"{node.origin}: vars must be a mapping of names to values")
     own = {key: value.value for key, value in (node.value or {}).items()} if node is not None else {}
     for key, value in own.items():
+        assert node is not None
+        if not isinstance(key, str):
+            raise RecipeError(f"{node.key_origin(key)}: the name of a variable must be a word, not {key!r}")
         if isinstance(value, (dict, list)):
-            raise RecipeError(f"{node.value[key].origin}: variable {key!r} must be one word or number")  # type: ignore[union-attr]
-    for name in given:
+            raise RecipeError(f"{node.value[key].origin}: variable {key!r} must be one word or number")
+        if isinstance(value, str) and _VARIABLE.search(value):
+            raise RecipeError(f"{node.value[key].origin}: variable {key!r} can't be made of another: {value!r}")
+    for name, value in given.items():
+        if not isinstance(value, (str, int, float)):
+            raise RecipeError(f"{root.origin}: variable {name!r} must be one word or number, not {value!r}")
         if name not in own:
             raise RecipeError(f"{root.origin}: the recipe has no variable {name!r}; it has {', '.join(own) or 'none'}")
     return {**own, **given}

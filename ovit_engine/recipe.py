@@ -22,7 +22,7 @@ KEYS = ("name", "description", "vars", "training", "modifiers")
 class Training(BaseModel):
     """How the bundled trainer (`ovit train`) trains; a user's own loop never reads it."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     model: str | None = Field(None, description="timm model name")
     model_args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of timm.create_model")
@@ -33,8 +33,8 @@ class Training(BaseModel):
     weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay (adamw) or L2 (sgd)")
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the training loss; never of calibration")
-    augmentation: Literal["none", "shift", "standard"] = Field(
-        "none", description="none; shift: random shifts of a pixel (digits); standard: timm's crop and flip"
+    augmentation: Literal["none", "noise", "standard"] = Field(
+        "none", description="none; noise: Gaussian (tiny images such as digits); standard: timm's crop and flip"
     )
     clip_grad: PositiveFloat | None = Field(None, description="largest gradient norm")
     seed: int = Field(0, ge=0, description="of weights, order and augmentation")
@@ -51,7 +51,7 @@ class Recipe:
     description: str = ""
 
     @classmethod
-    def load(cls, source: str | Path, **variables: Any) -> "Recipe":
+    def load(cls, source: str | Path, /, **variables: Any) -> "Recipe":
         """Read a recipe file, or one that ships with us by its name (`ovit recipes` lists them).
 
         `variables` replace those of the recipe's `vars`.
@@ -65,21 +65,25 @@ class Recipe:
                 text = path.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise RecipeError(f"{path}: not a text file: {error}") from None
-            return cls.parse(text, file=str(path), **variables)
+            return cls._parse(text, str(path), variables)
         shipped = shipped_recipes()
         if str(source) in shipped:
-            return cls.parse(shipped[str(source)], file=f"{source}.yaml", **variables)
+            return cls._parse(shipped[str(source)], f"{source}.yaml", variables)
         near = difflib.get_close_matches(str(source), list(shipped), n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else f"; ours are {', '.join(shipped)}" if shipped else ""
         raise RecipeError(f"no recipe file {str(source)!r}, and none of ours has that name{hint}")
 
     @classmethod
-    def parse(cls, text: str, *, file: str = "<recipe>", **variables: Any) -> "Recipe":
+    def parse(cls, text: str, /, *, file: str = "<recipe>", **variables: Any) -> "Recipe":
         """Read a recipe from YAML text.
 
         Raises:
             RecipeError: the first thing that can't be followed, as "file:line:column: what".
         """
+        return cls._parse(text, file, variables)
+
+    @classmethod
+    def _parse(cls, text: str, file: str, variables: Mapping[str, Any]) -> "Recipe":
         root = read_yaml(text, file, variables)
         if not isinstance(root.value, dict):
             raise RecipeError(f"{root.origin}: a recipe is a mapping with {', '.join(KEYS)}, not {_kind(root.value)}")
@@ -112,14 +116,12 @@ class Recipe:
         document["modifiers"] = [
             {m.name: m.model_dump(mode="json", by_alias=True, exclude_unset=True)} for m in self.modifiers
         ]
-        return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(document, sort_keys=False)  # escapes all but ASCII: some characters don't come back else
 
     @property
     def hash(self) -> str:
-        """SHA-256 of what the recipe means (all defaults written out), not of how it is spelled."""
-        meaning = [(m.name, m.model_dump(mode="json", by_alias=True)) for m in self.modifiers]
-        text = yaml.safe_dump([self.name, self.training.model_dump(), [list(entry) for entry in meaning]])
-        return hashlib.sha256(text.encode()).hexdigest()
+        """SHA-256 of the dumped text: comments, order of keys and layout do not count, values and variables do."""
+        return hashlib.sha256(self.dump().encode()).hexdigest()
 
 
 def shipped_recipes() -> dict[str, str]:
@@ -149,7 +151,10 @@ def plain(node: Located | None) -> Any:
 
 
 def _build(entry: Located) -> Modifier:
-    if not isinstance(entry.value, dict) or len(entry.value) != 1:
+    if isinstance(entry.value, dict) and len(entry.value) > 1:
+        keys = ", ".join(map(str, entry.value))
+        raise RecipeError(f"{entry.origin}: one modifier has the keys {keys}: indent the options below the name")
+    if not isinstance(entry.value, dict) or not entry.value:
         raise RecipeError(f"{entry.origin}: each modifier is written '- name: {{options}}', not {_kind(entry.value)}")
     ((name, options),) = entry.value.items()
     known = modifiers()
@@ -182,16 +187,21 @@ def _explained(error: ValidationError, node: Located, what: str) -> RecipeError:
     """The first problem that pydantic found, at its place in the file."""
     first = error.errors()[0]
     path, here = [what], node
-    for part in first["loc"]:
+    *outer, last = first["loc"] or ("",)
+    if first["type"] not in ("extra_forbidden", "missing"):
+        outer.append(last)
+    for part in outer:
         inner = here.find(part)
-        if inner is None:
-            if first["type"] in ("missing", "extra_forbidden"):
-                path.append(str(part))
-            continue
-        path.append(str(part))
-        here = here.key_located(part) if first["type"] == "extra_forbidden" else inner
+        if inner is not None:  # pydantic's path also names union members and keys
+            path.append(str(part))
+            here = inner
+    if first["type"] == "extra_forbidden":
+        return RecipeError(f"{here.key_origin(last)}: {'.'.join(path)} has no option {last!r}")
+    if first["type"] == "missing":
+        path.append(str(last))
+        return RecipeError(f"{here.origin}: {'.'.join(path)} is missing")
     message = first["msg"].removeprefix("Value error, ")
-    value = "" if first["type"] in ("value_error", "missing") else f": {plain(here)!r}"
+    value = "" if first["type"] == "value_error" else f": {plain(here)!r}"
     return RecipeError(f"{here.origin}: {'.'.join(path)}: {message[:1].lower()}{message[1:]}{value}")
 
 
@@ -221,4 +231,4 @@ def _kind(value: Any) -> str:
     if value is None:
         return "nothing"
     names = {dict: "a mapping", list: "a list", str: "text", bool: "a truth value"}
-    return names.get(type(value)) or f"the number {value}"
+    return names.get(type(value)) or f"{value}"

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -54,12 +55,15 @@ def clean_name(name: str) -> str:
 def parameter_slots(model: nn.Module) -> list[Slot]:
     """Every parameter of `model` once, in the model's order; a tied weight stands under its first name."""
     seen: set[int] = set()
-    slots = []
+    slots: list[Slot] = []
     for path, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 slots.append(Slot(clean_name(f"{path}.{attribute}".lstrip(".")), module, attribute))
+    for name, count in Counter(slot.name for slot in slots).items():
+        if count > 1:
+            raise ValueError(f"two parameters are called {name!r} once wrapper names such as module. are cut")
     return slots
 
 

@@ -1,0 +1,16 @@
+"""The command line: `ovit`, the same as `python -m ovit_engine`. One file a command."""
+
+from ovit_engine.cli.bench import bench
+from ovit_engine.cli.export import export
+from ovit_engine.cli.group import OvitGroup
+from ovit_engine.cli.recipes import recipes
+from ovit_engine.cli.show import show
+from ovit_engine.cli.train import train
+from ovit_engine.cli.validate import validate
+from ovit_engine.cli.verify import verify
+
+main = OvitGroup(
+    name="ovit",
+    commands=[validate, show, train, export, verify, bench, recipes],
+    help="Compress PyTorch models by recipe: prune, train int8, export a verified ONNX file.",
+)

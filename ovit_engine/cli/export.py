@@ -1,0 +1,36 @@
+"""ovit export: from a run's checkpoint to a verified ONNX file."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="The ONNX file to write.")
+@click.option("--data", help="What parity and accuracy are measured on; the run's own data if left out.")
+@click.option("--data-root", type=click.Path(path_type=Path), help="Where downloaded datasets are kept.")
+def export(checkpoint: Path, output: Path, data: str | None, data_root: Path | None) -> None:
+    """Write the ONNX file of a finished run and its certificate. CHECKPOINT is a run's folder or a .pt file of it."""
+    import torch
+    from torch.utils.data import DataLoader
+
+    from ovit_engine.integrations.data import config_of, load_data
+    from ovit_engine.integrations.timm import restore
+
+    if not output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"no folder {str(output.parent)!r} to write {output.name!r} to")
+    run = restore(checkpoint)
+    if not run.engine.finished:
+        epochs = run.engine.recipe.training.epochs
+        raise ValueError(
+            f"the run is at epoch {run.epoch} of {epochs}: go on with ovit train --resume {checkpoint}, then export"
+        )
+    images = load_data(data or run.data, config=config_of(run.preprocessing), root=data_root)
+    certificate = run.engine.export(
+        output,
+        torch.zeros(1, *run.preprocessing["size"]),
+        data=DataLoader(images.val, batch_size=64),
+        preprocessing=run.preprocessing,
+    )
+    certificate.render()

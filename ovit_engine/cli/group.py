@@ -1,0 +1,75 @@
+"""What all commands share: one line for an error, one for a warning."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+EXPECTED = (ValueError, OSError, MemoryError)  # what we raise on purpose, RecipeError and ExportError among them
+
+
+class OvitGroup(click.Group):
+    """A group whose errors are one line on stderr and exit code 1, unless `--debug` asks for the traceback."""
+
+    def __init__(self, *, name: str, commands: Sequence[click.Command], help: str) -> None:
+        debug = click.Option(["--debug"], is_flag=True, help="Show the traceback of an error.")
+        super().__init__(
+            name, commands={command.name or "": command for command in commands}, help=help, params=[debug]
+        )
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of a user's work, not of the alphabet."""
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; errors that click does not know become one line."""
+        debug = ctx.params.pop("debug")
+        with _told_on_stderr():
+            try:
+                return super().invoke(ctx)
+            except (click.ClickException, click.exceptions.Exit, click.Abort):
+                raise
+            except Exception as error:
+                if debug:
+                    raise
+                click.echo(f"ovit: error: {describe(error)}", err=True)
+                ctx.exit(1)
+
+
+def describe(error: Exception) -> str:
+    """An error in one line."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{str(error.filename)!r}: {error.strerror}"
+    if isinstance(error, EXPECTED) and text:
+        return text
+    return f"{type(error).__name__}: {text} (ovit --debug shows the traceback)"
+
+
+class _OneLine(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        _warn(record.getMessage())
+
+
+def _warn(message: str) -> None:
+    click.echo(f"ovit: warning: {' '.join(message.split())}", err=True)
+
+
+@contextmanager
+def _told_on_stderr() -> Iterator[None]:
+    """Python warnings and our log's warnings as one line each."""
+    show, handler, log = warnings.showwarning, _OneLine(logging.WARNING), logging.getLogger("ovit_engine")
+
+    def one_line(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+        _warn(str(message))
+
+    warnings.showwarning = one_line
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
+        log.removeHandler(handler)

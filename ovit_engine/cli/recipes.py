@@ -1,0 +1,30 @@
+"""ovit recipes: what ships with us."""
+
+import difflib
+
+import click
+
+
+@click.command()
+@click.argument("name", required=False)
+def recipes(name: str | None) -> None:
+    """List our recipes, or print the one called NAME."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ovit_engine.recipe import Recipe, shipped_recipes
+
+    shipped = shipped_recipes()
+    if name is None:
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        table.add_column("name", no_wrap=True)
+        table.add_column("description")
+        for each, text in shipped.items():
+            table.add_row(each, Recipe.parse(text, file=f"{each}.yaml").description)
+        Console(highlight=False).print(table)
+        return
+    if name not in shipped:
+        near = difflib.get_close_matches(name, list(shipped), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(shipped)}"
+        raise ValueError(f"no recipe {name!r} of ours; {hint}")
+    click.echo(shipped[name], nl=False)

@@ -1,0 +1,43 @@
+"""ovit show: what a recipe does, and when."""
+
+from typing import Any
+
+import click
+
+from ovit_engine.cli import options
+
+STEPS_PER_EPOCH = 100
+
+
+@click.command()
+@click.argument("recipe")
+@options.epochs
+@click.option("--steps-per-epoch", type=click.IntRange(min=1), help="Optimizer steps an epoch.")
+@options.variables
+def show(recipe: str, epochs: int | None, steps_per_epoch: int | None, variables: tuple[tuple[str, Any], ...]) -> None:
+    """Print the timeline of RECIPE: when each modifier acts, sparsity, learning rate."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ovit_engine.recipe import Recipe
+    from ovit_engine.schedule import Clock
+
+    read = Recipe.load(recipe, **options.as_mapping(variables))
+    length = epochs or read.training.epochs
+    steps = steps_per_epoch or STEPS_PER_EPOCH
+    clock = Clock(steps, steps * length)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("epoch", "step"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("what", "value"):
+        table.add_column(column)
+    rows = [row for modifier in read.modifiers for row in modifier.timeline(clock)]
+    if not any(what == "learning rate" for _, what, _ in rows):
+        rows.insert(0, (0, "learning rate", f"{read.training.lr:.3g} (constant, of the training section)"))
+    for step, what, value in sorted(rows, key=lambda row: row[0]):
+        table.add_row(f"{clock.epochs(step):g}", str(step), what, value)
+    table.add_row(f"{length}", str(clock.total_steps), "end", "")
+    console = Console(highlight=False)
+    assumed = "" if steps_per_epoch else "; --steps-per-epoch says how many yours has"
+    console.print(f"{read.name}: {length} epochs of {steps} steps{assumed}")
+    console.print(table)

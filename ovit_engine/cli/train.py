@@ -1,0 +1,160 @@
+"""ovit train: the bundled trainer."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ovit_engine.cli import options
+
+if TYPE_CHECKING:
+    from ovit_engine.integrations.timm import EpochMetrics
+    from ovit_engine.recipe import Recipe
+
+
+@click.command()
+@click.option("--recipe", help="Recipe file, or the name of one of ours (ovit recipes).")
+@click.option("--data", help="'digits', an image folder with train/ and val/, or a timm dataset name.")
+@click.option("--data-root", type=click.Path(path_type=Path), help="Where downloaded datasets are kept.")
+@options.model
+@options.model_args
+@options.epochs
+@click.option("--batch-size", type=click.IntRange(min=1), help="Images a step; the recipe's if left out.")
+@click.option("--seed", type=click.IntRange(min=0), help="Of weights, order and augmentation.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights to start from: a file, or a run's folder.")
+@click.option("--pretrained", is_flag=True, help="Start from timm's weights (downloads them).")
+@click.option("--resume", metavar="PATH|auto", help="Go on from a checkpoint; auto: from the one in --output, if any.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of the run; runs/<recipe> if left out.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that read images.")
+@click.option("--strict-images", is_flag=True, help="Stop at the first unreadable image.")
+@options.variables
+def train(
+    recipe: str | None,
+    data: str | None,
+    data_root: Path | None,
+    model: str | None,
+    model_args: tuple[tuple[str, Any], ...],
+    epochs: int | None,
+    batch_size: int | None,
+    seed: int | None,
+    checkpoint: Path | None,
+    pretrained: bool,
+    resume: str | None,
+    output: Path | None,
+    device: str,
+    workers: int,
+    strict_images: bool,
+    variables: tuple[tuple[str, Any], ...],
+) -> None:
+    """Train a timm model under a recipe.
+
+    A resumed run needs neither --recipe nor --data: its checkpoint knows them.
+    """
+    from ovit_engine.integrations.timm import train as run
+    from ovit_engine.integrations.timm import with_training
+
+    if resume is not None and (checkpoint is not None or pretrained):
+        raise click.UsageError("--resume goes on with a run's own weights: no --checkpoint or --pretrained beside it")
+    if checkpoint is not None and pretrained:
+        raise click.UsageError("weights come from --checkpoint or --pretrained, not both")
+    start = _resumed(resume, output, recipe)
+    read, known_data = _recipe_and_data(recipe, start, options.as_mapping(variables))
+    data = data or known_data
+    if data is None:
+        raise click.UsageError("Missing option '--data'.")
+    args = options.as_mapping(model_args)
+    if model is None or model == read.training.model:  # the recipe's arguments go with the recipe's model
+        args = {**read.training.model_args, **args}
+    read = with_training(read, model=model, model_args=args, epochs=epochs, batch_size=batch_size, seed=seed)
+    if output is None:
+        output = Path("runs") / read.name if start is None else (start if start.is_dir() else start.parent)
+    with _Bars() as bars:
+        trained = run(
+            read,
+            data=data,
+            output=output,
+            checkpoint=checkpoint,
+            pretrained=pretrained,
+            resume=start,
+            device=device,
+            workers=workers,
+            strict=strict_images,
+            root=data_root,
+            progress=bars.progress(),
+        )
+    click.echo(f"saved {trained.checkpoint}; next: ovit export {output} --output model.onnx")
+
+
+def _resumed(resume: str | None, output: Path | None, recipe: str | None) -> Path | None:
+    """The checkpoint to go on from, if there is one."""
+    if resume != "auto":
+        return None if resume is None else Path(resume)
+    if output is None and recipe is None:
+        raise click.UsageError("--resume auto looks in --output: name it")
+    from ovit_engine.integrations.checkpoint import LAST
+    from ovit_engine.recipe import Recipe
+
+    folder = output or Path("runs") / Recipe.load(recipe or "").name
+    return folder if (folder / LAST).exists() else None
+
+
+def _recipe_and_data(recipe: str | None, start: Path | None, variables: Any) -> tuple["Recipe", str | None]:
+    from ovit_engine.recipe import Recipe
+
+    known: dict[str, Any] = {}
+    if start is not None:
+        from ovit_engine.integrations.checkpoint import load_checkpoint
+
+        known = load_checkpoint(start)
+    if recipe is not None:
+        return Recipe.load(recipe, **variables), known.get("data")
+    if start is None:
+        raise click.UsageError("Missing option '--recipe'.")
+    return Recipe.parse(known["recipe"], file=f"recipe in {start}", **variables), known["data"]
+
+
+class _Bars:
+    """A progress bar an epoch on a terminal, and a line when it is over everywhere."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=None)
+        self._epochs = 0
+
+    def __enter__(self) -> "_Bars":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def progress(self) -> Any:
+        from ovit_engine.integrations.timm import Progress
+
+        return Progress(begin=self._begin, step=self._step, end=self._end)
+
+    def _begin(self, epoch: int, epochs: int, steps: int) -> None:
+        self._epochs = epochs
+        self._bar.reset(self._task, total=steps, description=f"epoch {epoch}/{epochs}")
+
+    def _step(self) -> None:
+        self._bar.advance(self._task)
+
+    def _end(self, metrics: "EpochMetrics") -> None:
+        self._console.print(
+            f"epoch {metrics.epoch}/{self._epochs}  loss {metrics.loss:.4f}  accuracy {metrics.accuracy:.2%}  "
+            f"lr {metrics.lr:.2e}  sparsity {metrics.sparsity:.2%}  {metrics.seconds:.1f} s"
+        )

@@ -1,0 +1,110 @@
+"""ovit validate: is a recipe right, and what of a model does it take?"""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ovit_engine.cli import options
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ovit_engine.engine import Engine
+    from ovit_engine.recipe import Training
+
+STEPS_PER_EPOCH = 100
+
+
+@click.command()
+@click.argument("recipe")
+@options.model
+@options.model_args
+@options.epochs
+@click.option(
+    "--steps-per-epoch", type=click.IntRange(min=1), default=STEPS_PER_EPOCH, show_default=True, help="Optimizer steps."
+)
+@options.variables
+def validate(
+    recipe: str,
+    model: str | None,
+    model_args: tuple[tuple[str, Any], ...],
+    epochs: int | None,
+    steps_per_epoch: int,
+    variables: tuple[tuple[str, Any], ...],
+) -> None:
+    """Check RECIPE, and against a model what its targets match."""
+    from rich.console import Console
+
+    from ovit_engine.recipe import Recipe
+
+    read = Recipe.load(recipe, **options.as_mapping(variables))
+    console = Console(highlight=False, soft_wrap=True)
+    if model is None and read.training.model is None:
+        from ovit_engine.schedule import Clock
+
+        clock = Clock(steps_per_epoch, steps_per_epoch * (epochs or read.training.epochs))
+        for modifier in read.modifiers:
+            list(modifier.timeline(clock))  # times past the end
+        console.print(f"{read.name}: ok; --model NAME checks its targets")
+        return
+    from ovit_engine.engine import Engine
+    from ovit_engine.integrations.timm import with_training
+
+    args = options.as_mapping(model_args)
+    if model is None or model == read.training.model:  # the recipe's arguments go with the recipe's model
+        args = {**read.training.model_args, **args}
+    changed = with_training(read, model=model, model_args=args, epochs=epochs)
+    engine = Engine(
+        _empty_model(changed.training), changed, steps_per_epoch=steps_per_epoch, epochs=changed.training.epochs
+    ).prepare()
+    _print_matches(console, engine)
+    console.print(f"{read.name}: ok on {changed.training.model}")
+
+
+def _empty_model(training: "Training") -> "nn.Module":
+    """The model without memory for its weights, where it can be made so."""
+    import torch
+
+    from ovit_engine.integrations.timm import make_model, model_name
+
+    model_name(training)
+    try:
+        with torch.device("meta"):
+            return make_model(training)
+    except (RuntimeError, NotImplementedError):  # it looks at values while it is made
+        return make_model(training)
+
+
+def _print_matches(console: Any, engine: "Engine") -> None:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("modifier", no_wrap=True)
+    table.add_column("targets")
+    table.add_column("tensors", justify="right")
+    table.add_column("weights", justify="right")
+    for row in match_rows(engine):
+        table.add_row(*row)
+    if table.row_count:
+        console.print(table)
+
+
+def match_rows(engine: "Engine") -> Iterable[tuple[str, str, str, str]]:
+    """(modifier, target, tensors, weights) for each target of each modifier, from what the modifiers claim."""
+    from ovit_engine.targets import matches, parameter_slots
+
+    sizes = {slot.name: slot.tensor.numel() for slot in parameter_slots(engine.model)}
+    sizes |= {name.removesuffix(".weight"): size for name, size in sizes.items() if name.endswith(".weight")}
+    for modifier in engine.modifiers:
+        claimed = [claim.what.rpartition(" ")[2] for claim in modifier.claims(engine.run)]
+        claimed = [name for name in dict.fromkeys(claimed) if name in sizes]
+        targets = getattr(modifier, "targets", None)
+        groups = {
+            target: [name for name in claimed if matches(target, name) or matches(target, f"{name}.weight")]
+            for target in targets or ()
+        }
+        if not targets and claimed:
+            groups = {"(its own choice)": claimed}
+        for target, names in groups.items():
+            yield modifier.name, target, str(len(names)), f"{sum(sizes[name] for name in names):,}"

@@ -1,0 +1,37 @@
+"""ovit verify: is a file still what its certificate says?"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--data", help="Measure parity and accuracy on these images again, not on those kept beside the file.")
+@click.option("--data-root", type=click.Path(path_type=Path), help="Where downloaded datasets are kept.")
+def verify(file: Path, data: str | None, data_root: Path | None) -> None:
+    """Measure everything in the certificate of FILE again, from the file alone."""
+    from ovit_engine.export.verify import verify_file
+
+    certificate = verify_file(file, data=None if data is None else _images(file, data, data_root))
+    certificate.render()
+    click.echo(f"{file} is what its certificate says")
+
+
+def _images(file: Path, data: str, root: Path | None) -> Any:
+    """The validation images of `data`, prepared as the file's metadata say."""
+    import onnx
+    from torch.utils.data import DataLoader
+
+    from ovit_engine.integrations.data import config_of, load_data
+
+    if not file.is_file():
+        raise FileNotFoundError(f"no such file: {file}")
+    try:
+        metadata = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
+    except Exception as error:  # protobuf's own, which it does not export
+        raise ValueError(f"{str(file)!r} is no ONNX file") from error
+    config = config_of(json.loads(metadata.get("ovit.preprocessing", "{}")))
+    return DataLoader(load_data(data, config=config, root=root).val, batch_size=64)

@@ -1,0 +1,158 @@
+"""The certificate: what was measured from the bytes of one ONNX file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import BaseModel, ConfigDict
+
+from ovit_engine.export.promise import Promise
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LayerFacts(_Facts):
+    """One weight of the file."""
+
+    name: str
+    # the operator that reads it: MatMul, Gemm, Conv ...
+    op: str
+    # [out, in, ...], as PyTorch has it, however the file stores it
+    shape: tuple[int, ...]
+    dtype: str
+    # read through DequantizeLinear
+    quantized: bool
+    numel: int
+    zeros: int
+    # N:M promised: groups with too many non-zeros (None: the input axis is no multiple of the group)
+    broken_groups: int | None = None
+    # blocks promised: zeros that lie in tiles of nothing but zeros
+    tile_zeros: int | None = None
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros."""
+        return self.zeros / self.numel
+
+
+class Parity(_Facts):
+    """How far the file's outputs are from those of the fake-quantized, masked PyTorch model."""
+
+    images: int
+    # "data", or "random": seeded normal noise where no data was given
+    source: str
+    # share of images with the same argmax
+    agreement: float
+    # mean over images of the cosine between the logits
+    cosine: float
+    # largest absolute difference / largest absolute logit
+    max_error: float
+
+
+class Accuracy(_Facts):
+    """Top-1 on the labelled images that parity was measured on."""
+
+    images: int
+    file: float
+    pytorch: float
+
+
+class Machine(_Facts):
+    """Where the runtime's kernels were chosen."""
+
+    cpu: str
+    cores: int
+    # instruction sets that matter for int8
+    int8: tuple[str, ...]
+
+
+class Certificate(_Facts):
+    """Everything measured about one file. ``verify`` measures it again from the file alone."""
+
+    format: int = 1
+    file: str
+    sha256: str
+    bytes: int
+    gzip_bytes: int
+    opset: int
+    # name -> shape, a free dimension by its name
+    inputs: dict[str, tuple[int | str, ...]]
+    outputs: dict[str, tuple[int | str, ...]]
+
+    recipe_name: str
+    recipe_sha256: str
+    promise: Promise
+    preprocessing: dict[str, Any]
+
+    # every weight that a MatMul, Gemm or Conv reads, and every promised one
+    layers: tuple[LayerFacts, ...]
+    ops: dict[str, int]
+    # the graph after ONNX Runtime's optimizations on this machine
+    runtime_ops: dict[str, int]
+    integer_kernels: int
+
+    reference_sha256: str
+    parity: Parity
+    # on the images stored in the reference, where these are not all
+    parity_stored: Parity | None = None
+    accuracy: Accuracy | None = None
+
+    machine: Machine
+    versions: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def pruned(self) -> tuple[LayerFacts, ...]:
+        """The weights of which the recipe promises zeros."""
+        names = {layer.name for layer in self.promise.layers if layer.zeros}
+        return tuple(layer for layer in self.layers if layer.name in names)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over the weights of which the recipe promises some; 0 if of none."""
+        total = sum(layer.numel for layer in self.pruned)
+        return sum(layer.zeros for layer in self.pruned) / total if total else 0.0
+
+    @property
+    def quantized(self) -> tuple[LayerFacts, ...]:
+        """The weights stored as integers."""
+        return tuple(layer for layer in self.layers if layer.quantized)
+
+    @property
+    def int8_share(self) -> float:
+        """Share of all weights in ``layers`` that is stored as integers."""
+        total = sum(layer.numel for layer in self.layers)
+        return sum(layer.numel for layer in self.quantized) / total if total else 0.0
+
+    def to_json(self) -> str:
+        """Indented JSON, ending in a newline."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read ``to_json``'s text; raises ValueError (pydantic's) for anything else."""
+        return cls.model_validate_json(text)
+
+    def render(self, console: Console | None = None) -> None:
+        """Print for people: in colour on a terminal, plain elsewhere."""
+        from rich.console import Console as RichConsole
+
+        from ovit_engine.export.report import describe
+
+        (console or RichConsole()).print(describe(self))
+
+
+def certificate_path(path: Path) -> Path:
+    """Where the certificate of an ONNX file lies."""
+    return path.with_name(f"{path.stem}.certificate.json")
+
+
+def reference_path(path: Path) -> Path:
+    """Where the PyTorch reference of an ONNX file lies."""
+    return path.with_name(f"{path.stem}.reference.npz")

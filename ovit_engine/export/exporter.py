@@ -1,0 +1,132 @@
+"""``export_model``: write, measure, compare with the promise, and only then let the file appear."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ovit_engine.export.atomic import staged, write_bytes
+from ovit_engine.export.certificate import Certificate, certificate_path, reference_path
+from ovit_engine.export.errors import CertificateError, ExportError
+from ovit_engine.export.graph import measure_layers
+from ovit_engine.export.measure import Origin, measure_file
+from ovit_engine.export.parity import Reference, Sample, accuracy, compare, make_reference, random_sample, take_sample
+from ovit_engine.export.promise import Promise, check
+from ovit_engine.export.runtime import open_session, run_outputs
+from ovit_engine.export.writer import MIN_OPSET, as_inputs, build_onnx, serialize, set_metadata
+
+_BATCH = 64
+
+
+def export_model(
+    model: nn.Module,
+    path: str | Path,
+    example_inputs: Tensor | Sequence[Tensor],
+    *,
+    promise: Promise,
+    recipe_text: str = "",
+    recipe_name: str = "",
+    preprocessing: Mapping[str, Any] | None = None,
+    data: Any = None,
+    reference_model: nn.Module | None = None,
+    dynamic_batch: bool = True,
+    opset: int = MIN_OPSET,
+) -> Certificate:
+    """Write ``model`` to ``path`` with certificate and reference beside it, if it is what ``promise`` says.
+
+    Args:
+        model: the baked copy; it is moved to the CPU and set to eval mode.
+        path: of the ONNX file. ``<stem>.certificate.json`` and ``<stem>.reference.npz`` come beside it.
+        example_inputs: one batch (of any size) as the model takes it.
+        promise: what the file must be.
+        recipe_text: goes into the file's metadata, with its hash and ``recipe_name``.
+        preprocessing: size, mean, std, crop, interpolation; JSON values, into the metadata.
+        data: loader, dataset or batches of ``(inputs, targets)``; the first 1024 images are compared, 256 are wanted,
+            32 needed. Without data parity is measured on seeded noise, and the certificate says so.
+        reference_model: the fake-quantized, masked PyTorch model; ``model`` itself if there is none.
+
+    Raises:
+        ExportError: the model cannot be exported or the file breaks the promise; ``path`` is as it was before.
+        ValueError: the data does not fit the model or is too little.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"no such folder: {path.parent}")
+    sample = _sample(as_inputs(example_inputs), data)
+    reference = make_reference(sample, _pytorch_logits(reference_model or model, sample))
+    proto, shared = build_onnx(model, example_inputs, dynamic_batch=dynamic_batch, opset=opset)
+    origin = Origin(
+        recipe_name=recipe_name,
+        recipe_text=recipe_text,
+        promise=promise,
+        preprocessing=json.loads(json.dumps(dict(preprocessing or {}))),
+        shared_weights={layer.name: shared[layer.name] for layer in promise.layers if layer.name in shared},
+    )
+    set_metadata(proto, origin.metadata(measure_layers(proto, promise, shared)))
+    targets = (reference_path(path), certificate_path(path), path)
+    with staged(path.parent) as folder:
+        files = [folder / target.name for target in targets]
+        kept = reference.to_bytes()
+        write_bytes(files[0], kept)
+        write_bytes(files[2], serialize(proto))
+        try:
+            certificate = _measure(files[2], origin, sample, reference, hashlib.sha256(kept).hexdigest())
+        except CertificateError as error:
+            raise ExportError(error.summary, error.violations) from error
+        violations = check(certificate, promise)
+        if violations:
+            raise ExportError(f"{path.name} breaks its promise", violations)
+        write_bytes(files[1], certificate.to_json().encode())
+        for file, target in zip(files, targets, strict=True):
+            file.replace(target)
+    return certificate
+
+
+def _sample(example: tuple[Tensor, ...], data: Any) -> Sample:
+    shapes = [tuple(value.shape) for value in example]
+    dtypes = [value.numpy().dtype for value in example]
+    return random_sample(shapes, dtypes) if data is None else take_sample(data, shapes, dtypes)
+
+
+def _pytorch_logits(model: nn.Module, sample: Sample) -> np.ndarray:
+    """The model's first output for all images, float32, in eval mode; every module's mode is as before afterwards."""
+    tensors = [*model.parameters(), *model.buffers()]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    outputs = []
+    try:
+        with torch.no_grad():
+            for start in range(0, len(sample), _BATCH):
+                batch = [torch.from_numpy(array[start : start + _BATCH]).to(device) for array in sample.inputs]
+                leaves = [leaf for leaf in pytree.tree_leaves(model(*batch)) if isinstance(leaf, Tensor)]
+                outputs.append(leaves[0].float().cpu().numpy())
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return np.concatenate(outputs)
+
+
+def _measure(path: Path, origin: Origin, sample: Sample, reference: Reference, digest: str) -> Certificate:
+    logits = run_outputs(open_session(path), sample.inputs)
+    parity = compare(logits, reference.logits, sample.source)
+    stored = len(reference.stored[0])
+    part = None
+    if stored < len(sample):
+        part = compare(logits[:stored], reference.logits[:stored], sample.source)
+    return measure_file(
+        path,
+        origin,
+        reference_sha256=digest,
+        parity=parity,
+        parity_stored=part,
+        accuracy=accuracy(logits, reference.logits, sample.labels),
+    )

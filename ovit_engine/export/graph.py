@@ -1,0 +1,161 @@
+"""Reading weights out of an ONNX graph: which operator reads them, along which axis, in which type."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from ovit_engine.export.certificate import LayerFacts
+from ovit_engine.export.promise import GroupRule, Promise, TileRule, read_pattern
+from ovit_engine.export.runtime import walk_nodes
+
+_READERS = ("MatMul", "Gemm", "Conv")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight of the file in PyTorch's orientation."""
+
+    name: str
+    op: str
+    dtype: str
+    quantized: bool
+    # bool [out, in, ...]: the value that the operator reads is exactly zero
+    is_zero: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Source:
+    """An initializer and what lies between it and its reader."""
+
+    name: str
+    quantize: onnx.NodeProto | None
+    transposed: bool
+
+
+def read_weights(model: onnx.ModelProto) -> dict[str, Weight]:
+    """Every initializer that a MatMul, Gemm or Conv reads as its weight, by name."""
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes = list(walk_nodes(model.graph))
+    producers = {output: node for node in nodes for output in node.output}
+    weights: dict[str, Weight] = {}
+    for node in nodes:
+        if node.op_type not in _READERS:
+            continue
+        for position in (1, 0) if node.op_type == "MatMul" else (1,):
+            source = _trace(node.input[position], producers, initializers)
+            if source is None or len(initializers[source.name].dims) < 2:
+                continue
+            flip = _stored_in_out(node, position) != source.transposed
+            weights[source.name] = _read(initializers, source, node.op_type, flip)
+            break
+    return weights
+
+
+def measure_layers(model: onnx.ModelProto, promise: Promise, names: dict[str, str]) -> tuple[LayerFacts, ...]:
+    """Facts of every weight, patterns checked where promised.
+
+    ``names`` maps a promised name to the initializer that holds it where that has another name (equal weights are
+    stored once). A promised weight that no MatMul, Gemm or Conv reads is measured as it is stored.
+    """
+    weights = read_weights(model)
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    facts = {name: _facts(name, weight, None) for name, weight in weights.items()}
+    for layer in promise.layers:
+        stored = names.get(layer.name, layer.name)
+        weight = weights.get(stored)
+        if weight is None and stored in initializers:
+            weight = _read(initializers, _Source(stored, None, False), "other", False)
+        if weight is not None:
+            facts[layer.name] = _facts(layer.name, weight, read_pattern(layer.pattern))
+    return tuple(facts[name] for name in sorted(facts))
+
+
+def hardware_rows(values: np.ndarray) -> np.ndarray:
+    """[out, kh * kw * in]: neighbours are input channels, as sparse kernels read them."""
+    return np.moveaxis(values, 1, -1).reshape(len(values), -1)
+
+
+def broken_groups(is_zero: np.ndarray, rule: GroupRule) -> int | None:
+    """Groups along the input axis with more than ``rule.keep`` non-zeros; None if groups do not fit the axis."""
+    if is_zero.shape[1] % rule.cols:
+        return None
+    kept = (~hardware_rows(is_zero)).reshape(-1, rule.cols).sum(axis=1)
+    return int((kept > rule.keep).sum())
+
+
+def tile_zeros(is_zero: np.ndarray, rule: TileRule) -> int:
+    """Zeros in tiles that are zero throughout; 0 if tiles do not fit the weight."""
+    rows = hardware_rows(is_zero)
+    if rows.shape[0] % rule.rows or rows.shape[1] % rule.cols:
+        return 0
+    tiles = rows.reshape(rows.shape[0] // rule.rows, rule.rows, rows.shape[1] // rule.cols, rule.cols)
+    return int(tiles.all(axis=(1, 3)).sum()) * rule.rows * rule.cols
+
+
+def _facts(name: str, weight: Weight, rule: GroupRule | TileRule | None) -> LayerFacts:
+    zero = weight.is_zero
+    return LayerFacts(
+        name=name,
+        op=weight.op,
+        shape=zero.shape,
+        dtype=weight.dtype,
+        quantized=weight.quantized,
+        numel=zero.size,
+        zeros=int(zero.sum()),
+        broken_groups=broken_groups(zero, rule) if isinstance(rule, GroupRule) else None,
+        tile_zeros=tile_zeros(zero, rule) if isinstance(rule, TileRule) else None,
+    )
+
+
+def _trace(
+    value: str, producers: dict[str, onnx.NodeProto], initializers: dict[str, onnx.TensorProto]
+) -> _Source | None:
+    """Follow a value back over DequantizeLinear, Transpose and Identity to an initializer."""
+    quantize: onnx.NodeProto | None = None
+    transposed = False
+    while value not in initializers:
+        node = producers.get(value)
+        if node is None or node.op_type not in ("DequantizeLinear", "Transpose", "Identity"):
+            return None
+        if node.op_type == "DequantizeLinear":
+            quantize = node
+        if node.op_type == "Transpose":
+            transposed = not transposed
+        value = node.input[0]
+    return _Source(value, quantize, transposed)
+
+
+def _stored_in_out(node: onnx.NodeProto, position: int) -> bool:
+    """Whether the operator reads its weight as [in, out]."""
+    if node.op_type == "MatMul":
+        return position == 1
+    return node.op_type == "Gemm" and not any(a.name == "transB" and a.i for a in node.attribute)
+
+
+def _read(initializers: dict[str, onnx.TensorProto], source: _Source, op: str, flip: bool) -> Weight:
+    tensor = initializers[source.name]
+    values = numpy_helper.to_array(tensor)
+    zero = 0 if source.quantize is None else _zero_point(initializers, source.quantize, values)
+    is_zero = values == zero
+    if flip:
+        is_zero = np.swapaxes(is_zero, -1, -2)
+    dtype = onnx.TensorProto.DataType.Name(tensor.data_type)
+    return Weight(source.name, op, dtype, source.quantize is not None, is_zero)
+
+
+def _zero_point(
+    initializers: dict[str, onnx.TensorProto], node: onnx.NodeProto, values: np.ndarray
+) -> np.ndarray | int:
+    """The level that stands for zero, shaped to compare with ``values``."""
+    if len(node.input) < 3 or not node.input[2]:
+        return 0
+    zero_point: np.ndarray = numpy_helper.to_array(initializers[node.input[2]])
+    if zero_point.ndim == 0:
+        return zero_point
+    shape = [1] * values.ndim
+    shape[next((int(a.i) for a in node.attribute if a.name == "axis"), 1)] = -1
+    return zero_point.reshape(shape)

@@ -1,0 +1,139 @@
+"""Measuring one ONNX file, and what the file says about its own origin. Needs no PyTorch."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from ovit_engine.export.certificate import Accuracy, Certificate, LayerFacts, Parity
+from ovit_engine.export.errors import VerificationError
+from ovit_engine.export.graph import measure_layers
+from ovit_engine.export.machine import int8_note, this_machine, versions
+from ovit_engine.export.parity import WANTED_IMAGES
+from ovit_engine.export.promise import Promise
+from ovit_engine.export.runtime import INTEGER_KERNELS, count_ops, runtime_ops
+
+_FORMAT = "1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a file knows about itself: it travels in the ONNX metadata."""
+
+    recipe_name: str
+    recipe_text: str
+    promise: Promise
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    # promised weight -> initializer, where an equal weight is stored once for both
+    shared_weights: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def recipe_sha256(self) -> str:
+        """Hash of the recipe's text."""
+        return hashlib.sha256(self.recipe_text.encode()).hexdigest()
+
+    def metadata(self, layers: tuple[LayerFacts, ...]) -> dict[str, str]:
+        """The ONNX metadata, with the measured sparsity of the promised weights."""
+        promised = {layer.name for layer in self.promise.layers}
+        sparsity = {layer.name: round(layer.sparsity, 6) for layer in layers if layer.name in promised}
+        return {
+            "ovit.format": _FORMAT,
+            "ovit.recipe_name": self.recipe_name,
+            "ovit.recipe": self.recipe_text,
+            "ovit.recipe_sha256": self.recipe_sha256,
+            "ovit.promise": self.promise.model_dump_json(),
+            "ovit.preprocessing": json.dumps(dict(self.preprocessing)),
+            "ovit.shared_weights": json.dumps(dict(self.shared_weights)),
+            "ovit.sparsity": json.dumps(sparsity),
+            "ovit.versions": json.dumps(versions()),
+        }
+
+    @classmethod
+    def read(cls, model: onnx.ModelProto) -> Origin:
+        """Read it back. Raises VerificationError if the file is not one of ours or contradicts itself."""
+        found = {entry.key: entry.value for entry in model.metadata_props}
+        if found.get("ovit.format") != _FORMAT:
+            raise VerificationError("cannot verify", ["no ovit-engine metadata in the file: was it exported by us?"])
+        try:
+            origin = cls(
+                recipe_name=found["ovit.recipe_name"],
+                recipe_text=found["ovit.recipe"],
+                promise=Promise.model_validate_json(found["ovit.promise"]),
+                preprocessing=json.loads(found["ovit.preprocessing"]),
+                shared_weights=json.loads(found["ovit.shared_weights"]),
+            )
+        except (KeyError, ValueError) as error:
+            raise VerificationError("cannot verify", [f"broken ovit-engine metadata: {error}"]) from error
+        if origin.recipe_sha256 != found.get("ovit.recipe_sha256"):
+            raise VerificationError("cannot verify", ["the recipe in the metadata does not match its own hash"])
+        return origin
+
+
+def measure_file(
+    path: Path,
+    origin: Origin,
+    *,
+    reference_sha256: str,
+    parity: Parity,
+    parity_stored: Parity | None,
+    accuracy: Accuracy | None,
+) -> Certificate:
+    """Everything about the file at ``path`` from its bytes; parity is the caller's measurement."""
+    content = path.read_bytes()
+    model = onnx.load_model_from_string(content)
+    layers = measure_layers(model, origin.promise, dict(origin.shared_weights))
+    kernels = runtime_ops(path)
+    integer_kernels = sum(count for op, count in kernels.items() if op in INTEGER_KERNELS)
+    machine = this_machine()
+    notes = [int8_note(machine)] if any(layer.quantized for layer in layers) else []
+    quantized = sum(layer.quantized for layer in layers)
+    if integer_kernels < quantized:
+        notes.append(f"{integer_kernels} integer kernels for {quantized} int8 weights: the runtime runs some in float")
+    if parity.source == "random":
+        notes.append("parity was measured on random inputs: no data was given")
+    elif parity.images < WANTED_IMAGES:
+        notes.append(f"parity was measured on {parity.images} images, all there were; {WANTED_IMAGES} are wanted")
+    return Certificate(
+        file=path.name,
+        sha256=hashlib.sha256(content).hexdigest(),
+        bytes=len(content),
+        gzip_bytes=len(gzip.compress(content, compresslevel=9, mtime=0)),
+        opset=next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0),
+        inputs={value.name: _shape(value) for value in model.graph.input},
+        outputs={value.name: _shape(value) for value in model.graph.output},
+        recipe_name=origin.recipe_name,
+        recipe_sha256=origin.recipe_sha256,
+        promise=origin.promise,
+        preprocessing=dict(origin.preprocessing),
+        layers=layers,
+        ops=count_ops(model),
+        runtime_ops=kernels,
+        integer_kernels=integer_kernels,
+        reference_sha256=reference_sha256,
+        parity=parity,
+        parity_stored=parity_stored,
+        accuracy=accuracy,
+        machine=machine,
+        versions=versions(),
+        notes=tuple(note for note in notes if note is not None),
+    )
+
+
+def input_types(model: onnx.ModelProto) -> tuple[list[tuple[int, ...]], list[np.dtype[Any]]]:
+    """Shapes (0 for a free dimension) and NumPy types of the inputs."""
+    kinds = [value.type.tensor_type for value in model.graph.input]
+    shapes = [tuple(dim.dim_value for dim in kind.shape.dim) for kind in kinds]
+    return shapes, [np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type)) for kind in kinds]
+
+
+def _shape(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
+    return tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)

@@ -1,0 +1,83 @@
+"""A certificate for people."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ovit_engine.export.certificate import Certificate, Parity
+
+
+def describe(certificate: Certificate) -> RenderableType:
+    """Tables that rich prints in colour on a terminal and plainly elsewhere."""
+    facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column(overflow="fold")
+    for name, value in _facts(certificate):
+        facts.add_row(name, Text(value))
+    parts: list[RenderableType] = [facts]
+    if certificate.promise.layers:
+        parts += [Text(), _layers(certificate)]
+    parts += [Text(f"note: {note}", style="yellow") for note in certificate.notes]
+    return Group(*parts)
+
+
+def _facts(certificate: Certificate) -> list[tuple[str, str]]:
+    rows = [
+        ("file", f"{certificate.file}  sha256 {certificate.sha256[:16]}  opset {certificate.opset}"),
+        ("recipe", f"{certificate.recipe_name or '-'}  sha256 {certificate.recipe_sha256[:16]}"),
+        ("size", f"{_size(certificate.bytes)}, {_size(certificate.gzip_bytes)} compressed (gzip -9)"),
+        ("inputs", ", ".join(f"{name} {list(shape)}" for name, shape in certificate.inputs.items())),
+        (
+            "sparsity",
+            f"{certificate.sparsity:.2%} of {sum(layer.numel for layer in certificate.pruned):,} pruned weights",
+        ),
+        ("int8", f"{certificate.int8_share:.1%} of all weights, {len(certificate.quantized)} layers"),
+        ("kernels", f"{certificate.integer_kernels} integer kernels in ONNX Runtime: {_kernels(certificate)}"),
+        ("parity", _parity(certificate.parity)),
+    ]
+    if certificate.accuracy is not None:
+        hits = certificate.accuracy
+        rows.append(("accuracy", f"{hits.file:.2%} top-1, PyTorch {hits.pytorch:.2%} ({hits.images} images)"))
+    if certificate.preprocessing:
+        rows.append(("preprocessing", ", ".join(f"{key} {value}" for key, value in certificate.preprocessing.items())))
+    machine = certificate.machine
+    rows.append(("machine", f"{machine.cpu}, {machine.cores} cores, int8: {' '.join(machine.int8) or 'none'}"))
+    rows.append(("versions", ", ".join(f"{name} {version}" for name, version in certificate.versions.items())))
+    return rows
+
+
+def _layers(certificate: Certificate) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("weight", "shape", "type", "pattern"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("zeros", justify="right")
+    measured = {layer.name: layer for layer in certificate.layers}
+    for promised in certificate.promise.layers:
+        layer = measured.get(promised.name)
+        if layer is None:
+            continue
+        shape = "x".join(str(size) for size in layer.shape)
+        pattern = promised.pattern if isinstance(promised.pattern, str) else f"block {promised.pattern['block']}"
+        table.add_row(layer.name, shape, layer.dtype, Text(pattern), f"{layer.sparsity:.2%}")
+    return table
+
+
+def _parity(parity: Parity) -> str:
+    source = "images" if parity.source == "data" else "random inputs"
+    return (
+        f"{parity.agreement:.2%} same argmax as PyTorch on {parity.images} {source}, "
+        f"cosine {parity.cosine:.5f}, largest error {parity.max_error:.2%} of the largest logit"
+    )
+
+
+def _kernels(certificate: Certificate) -> str:
+    from ovit_engine.export.runtime import INTEGER_KERNELS
+
+    found = [f"{count} {op}" for op, count in certificate.runtime_ops.items() if op in INTEGER_KERNELS]
+    return ", ".join(found) or "none"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"

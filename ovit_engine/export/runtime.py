@@ -1,0 +1,92 @@
+"""ONNX Runtime: sessions, outputs, and the graph it really runs."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime  # type: ignore[import-untyped]
+
+from ovit_engine.export.errors import CertificateError
+
+INTEGER_KERNELS = frozenset(
+    {
+        "ConvInteger",
+        "DynamicQuantizeMatMul",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "QAttention",
+        "QGemm",
+        "QLinearConv",
+        "QLinearMatMul",
+    }
+)
+_ERRORS_ONLY = 3
+_BATCH = 64
+
+
+def open_session(path: Path, *, threads: int = 0, optimized: Path | None = None) -> Any:
+    """A CPU session with all graph optimizations.
+
+    ``threads`` 0 leaves the choice to the runtime; idle threads sleep instead of spinning, so that sessions measured
+    side by side do not take each other's cores. ``optimized``: where to write the graph that is run.
+
+    Raises CertificateError if the runtime cannot load the file.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime's own exceptions share no other base
+        reason = str(error).strip().splitlines()[0]
+        raise CertificateError(f"ONNX Runtime cannot load {path.name}", [reason]) from error
+
+
+def runtime_ops(path: Path) -> dict[str, int]:
+    """Operators of the graph that ONNX Runtime runs on this machine, most frequent first."""
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        open_session(path, optimized=optimized)
+        return count_ops(onnx.load(optimized))
+
+
+def count_ops(model: onnx.ModelProto) -> dict[str, int]:
+    """Operators of a model, subgraphs included, most frequent first."""
+    return dict(Counter(node.op_type for node in walk_nodes(model.graph)).most_common())
+
+
+def walk_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Every node of a graph and of the graphs inside its nodes (If, Loop)."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in [attribute.g, *attribute.graphs]:
+                yield from walk_nodes(inner)
+
+
+def run_outputs(session: Any, inputs: Sequence[np.ndarray]) -> np.ndarray:
+    """The first output for all images, in batches; a file of fixed batch is fed that many at a time."""
+    names = [value.name for value in session.get_inputs()]
+    first = session.get_inputs()[0].shape[0]
+    size = first if isinstance(first, int) else _BATCH
+    count = len(inputs[0])
+    outputs = []
+    for start in range(0, count, size):
+        batch = [_padded(array[start : start + size], size if isinstance(first, int) else 0) for array in inputs]
+        (output,) = session.run([session.get_outputs()[0].name], dict(zip(names, batch, strict=True)))
+        outputs.append(output[: min(size, count - start)])
+    return np.concatenate(outputs).astype(np.float32)
+
+
+def _padded(batch: np.ndarray, size: int) -> np.ndarray:
+    missing = max(0, size - len(batch))
+    return np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)]) if missing else batch

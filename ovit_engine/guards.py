@@ -1,0 +1,47 @@
+"""What the engine refuses: surgery that comes too late, two writers of one thing."""
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from ovit_engine.modifier import Claim, Modifier
+
+
+def check_surgery(model: nn.Module, modifiers: Iterable[Modifier]) -> None:
+    """Raise where the recipe replaces modules and the model is wrapped already: the wrapper would not see it."""
+    names = [modifier.name for modifier in modifiers if modifier.surgery]
+    late = _wrapper(model)
+    if names and late:
+        raise RuntimeError(
+            f"{names[0]} replaces layers, and the model is {late} already: call engine.prepare() before that line"
+        )
+
+
+def _wrapper(model: nn.Module) -> str | None:
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            return "wrapped in DistributedDataParallel"
+        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+            return "compiled"
+        if any(isinstance(parameter, DTensor) for parameter in module.parameters(recurse=False)):
+            return "sharded"
+    return None
+
+
+def nests(optimizer: Optimizer) -> bool:
+    """Whether `step` may call that of a base class, which then fires the hooks again: torch patches `step` by class."""
+    return any(getattr(vars(base).get("step"), "hooked", False) for base in type(optimizer).__mro__[1:])
+
+
+def check_claims(claims: list[tuple[Modifier, Claim]]) -> None:
+    """Raise where two modifiers write one thing at overlapping times."""
+    for index, (second, later) in enumerate(claims):
+        for first, earlier in claims[:index]:
+            overlap = earlier.what == later.what and earlier.start <= later.end and later.start <= earlier.end
+            if first is not second and overlap:
+                raise second.error(
+                    f"writes {later.what} from step {later.start} to {later.end}, where {first.name} "
+                    f"({first._origins.get('', 'same recipe')}) writes it from {earlier.start} to {earlier.end}"
+                )
