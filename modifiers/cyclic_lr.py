@@ -116,7 +116,7 @@ class CyclicLR(Modifier):
             self._warned = True
 
     def state_dict(self) -> dict[str, Any]:
-        return {"reference": self._reference, "ratios": self._ratios}
+        return {"reference": self._reference, "ratios": [list(groups) for groups in self._ratios]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._reference = state["reference"]

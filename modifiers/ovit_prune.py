@@ -12,7 +12,7 @@ from torch import Tensor
 from ovit_engine.modifier import Run
 from ovit_engine.modifiers._base import PruningModifier
 from ovit_engine.registry import register
-from ovit_engine.second_order import estimate_memory, preflight, prune_streamed
+from ovit_engine.second_order import Pruned, estimate_memory, preflight, prune_streamed
 from ovit_engine.targets import Slot
 
 log = logging.getLogger(__name__)
@@ -70,31 +70,49 @@ class OvitPrune(PruningModifier):
     def solve(self, run: Run, slots: Sequence[Slot], sparsity: float | None) -> tuple[list[Tensor], list[Tensor]]:
         parts = self.recomputations if run.calibration is not None and sparsity is not None else 1
         masks = self.present_masks(run)
-        weights = [slot.gather() for slot in slots]
-        total = sum(mask.numel() for mask in masks)
-        present = sum(int((~mask).sum()) for mask in masks) / total
-        for part in range(1, parts + 1):
-            goal = None if sparsity is None else present + (sparsity - present) * part / parts
-            chunks, count = self._chunks(run, slots, draw=run.step * parts + part - 1)
-            pruned = prune_streamed(
-                weights,
-                chunks,
-                count,
-                names=[slot.name for slot in slots],
-                method="ovit",
-                sparsity=sparsity if part == parts else goal,
-                scope=self.scope,
-                pattern=self.pattern,
-                masks=masks,
-                block=self.block,
-                damp=self.damp,
-                rule=self.rule,
-            )
-            masks, weights = pruned.masks, pruned.weights
-            for slot, weight in zip(slots, weights, strict=True):
-                slot.write(weight)  # the next part's gradients are taken at the new weights
+        before = [slot.gather().clone() for slot in slots]
+        present = sum(int((~mask).sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+        weights = before
+        try:
+            for part in range(1, parts + 1):
+                goal = sparsity
+                if sparsity is not None and part < parts:
+                    goal = present + (sparsity - present) * part / parts
+                pruned = self._solve_once(run, slots, weights, masks, goal, draw=run.step * parts + part - 1)
+                masks, weights = pruned.masks, pruned.weights
+                for slot, weight in zip(slots, weights, strict=True):
+                    slot.write(weight)  # the next part's gradients are taken at the new weights
+        except BaseException:
+            for slot, weight in zip(slots, before, strict=True):
+                slot.write(weight)  # all of a pruning step or nothing
+            raise
         self._recent.clear()
         return masks, weights
+
+    def _solve_once(
+        self,
+        run: Run,
+        slots: Sequence[Slot],
+        weights: list[Tensor],
+        masks: list[Tensor],
+        sparsity: float | None,
+        draw: int,
+    ) -> Pruned:
+        chunks, count = self._chunks(run, slots, draw)
+        return prune_streamed(
+            weights,
+            chunks,
+            count,
+            names=[slot.name for slot in slots],
+            method="ovit",
+            sparsity=sparsity,
+            scope=self.scope,
+            pattern=self.pattern,
+            masks=masks,
+            block=self.block,
+            damp=self.damp,
+            rule=self.rule,
+        )
 
     @property
     def _window(self) -> int:

@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Iterable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -222,6 +223,7 @@ class Engine:
             raise RuntimeError("load the engine's state before engine.attach(optimizer)")
         missing = {
             "version",
+            "recipe",
             "recipe_hash",
             "finished",
             "step",
@@ -234,9 +236,11 @@ class Engine:
         missing -= set(state)
         if missing:
             raise ValueError(f"the engine state is incomplete: it lacks {', '.join(sorted(missing))}")
+        if state["recipe_hash"] != self.recipe.hash:
+            difference = _difference(state["recipe"], self.recipe.dump())
+            raise ValueError(f"the engine state is of another recipe: {difference}")
         expected = {
             "version": STATE_VERSION,
-            "recipe_hash": self.recipe.hash,
             "steps_per_epoch": self.run.steps_per_epoch,
             "total_steps": self.run.total_steps,
         }
@@ -367,6 +371,14 @@ class _AddTerms:
 
     def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         return self._engine.loss(output)
+
+
+def _difference(theirs: str, ours: str) -> str:
+    """The first line in which two dumped recipes differ."""
+    for there, here in zip_longest(theirs.splitlines(), ours.splitlines(), fillvalue="nothing"):
+        if there != here:
+            return f"it has {there.strip()!r} where this one has {here.strip()!r}"
+    return "its text was changed"
 
 
 def _copies(modifiers: Iterable[Modifier]) -> Iterable[Modifier]:

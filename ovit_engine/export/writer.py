@@ -62,7 +62,7 @@ def build_onnx(
     model = model.cpu().eval()
     inputs = as_inputs(example_inputs)
     if dynamic_batch and any(len(value) < 2 for value in inputs):
-        # torch.export takes a size of 1 for a constant
+        # with one example torch.export follows a model's branch for a batch of 1 and silently fixes the size
         inputs = tuple(torch.cat([value, value]) for value in inputs)
     with torch.no_grad():
         outputs = [leaf for leaf in pytree.tree_leaves(model(*inputs)) if isinstance(leaf, Tensor)]

@@ -1,0 +1,1 @@
+"""Thin layers between the core and one framework each; nothing here is imported by the core."""

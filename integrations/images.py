@@ -1,0 +1,127 @@
+"""Images that may be broken: each unreadable one is named, counted and stood in for, or stops training when asked."""
+
+import logging
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any, Protocol
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+log = logging.getLogger(__name__)
+
+
+class UnreadableImageError(ValueError):
+    """An image that can't be decoded; the message names it."""
+
+
+class Source(Protocol):
+    """What images are read from."""
+
+    def __len__(self) -> int: ...
+    def read(self, index: int) -> tuple[Any, int]:
+        """An open file or a PIL image, and its class."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call the image when it can't be read."""
+        ...
+
+
+class ReaderSource:
+    """A timm reader: an image folder, a tar file, a Hugging Face dataset."""
+
+    def __init__(self, reader: Any) -> None:
+        self._reader = reader
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def read(self, index: int) -> tuple[Any, int]:
+        image, target, *_ = self._reader[index]
+        return image, int(target)
+
+    def name(self, index: int) -> str:
+        return str(self._reader.filename(index, absolute=True))
+
+
+class TorchvisionSource:
+    """A torchvision dataset, which decodes by itself."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def read(self, index: int) -> tuple[Any, int]:
+        image, target = self._dataset[index]
+        return image, int(target)
+
+    def name(self, index: int) -> str:
+        samples = getattr(self._dataset, "samples", None)
+        return str(samples[index][0]) if samples else f"image {index} of {type(self._dataset).__name__}"
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """Decoded and transformed images of a source.
+
+    The image after an unreadable one stands in for it, so that the length, and with it every schedule, stays as it was
+    and the same folder gives the same training.
+
+    Args:
+        mode: PIL mode that images are converted to: "RGB" or "L".
+        strict: raise UnreadableImageError at the first one instead.
+    """
+
+    def __init__(self, source: Source, transform: Callable[[Any], Tensor], *, mode: str, strict: bool) -> None:
+        self._source = source
+        self._transform = transform
+        self._mode = mode
+        self._strict = strict
+        # in shared memory: the loader's workers write it, the trainer counts
+        self._unreadable = torch.zeros(len(source), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        count = len(self)
+        for candidate in range(index, index + count):
+            try:
+                image, target = self.decode(candidate % count)
+            except UnreadableImageError as error:
+                if self._strict:
+                    raise
+                self._tell(candidate % count, error)
+                continue
+            return self._transform(image), target
+        raise UnreadableImageError(f"none of the {count} images can be read, {self._source.name(index)!r} for one")
+
+    def decode(self, index: int) -> tuple[Image.Image, int]:
+        """One image as it is stored, in the right mode, and its class.
+
+        Raises:
+            UnreadableImageError: it is no image, cut off, or gone.
+        """
+        try:
+            opened, target = self._source.read(index)
+            with closing(opened):
+                image = opened if isinstance(opened, Image.Image) else Image.open(opened)
+                return image.convert(self._mode), target  # decodes: a file that is cut off is noticed here
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            unknown = isinstance(error, UnidentifiedImageError)  # its own text names a stream, not a file
+            reason = "no image format is known in it" if unknown else str(error)
+            raise UnreadableImageError(f"{self._source.name(index)!r} is unreadable: {reason}") from None
+
+    @property
+    def unreadable(self) -> list[str]:
+        """Names of the unreadable images met so far, in all workers."""
+        return [self._source.name(int(index)) for index in self._unreadable.nonzero()]
+
+    def _tell(self, index: int, error: UnreadableImageError) -> None:
+        if not self._unreadable[index]:
+            self._unreadable[index] = True
+            log.warning("image %s; the next one stands in for it", error)

@@ -1,0 +1,1 @@
+"""Our recipes, as YAML: `ovit recipes` lists them, `Recipe.load(name)` reads one."""

@@ -1,0 +1,152 @@
+"""Each command on a tiny model of the digits."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import Result
+
+from ovit_engine.recipe import shipped_recipes
+
+Ovit = Callable[..., Result]
+
+
+def ok(result: Result) -> list[str]:
+    """The lines that a command printed, each with single spaces."""
+    assert result.exit_code == 0, result.output
+    return [" ".join(line.split()) for line in result.stdout.splitlines()]
+
+
+def test_help_names_the_commands_in_the_order_of_work(ovit: Ovit) -> None:
+    lines = ok(ovit("--help"))
+    commands = [line.split()[0] for line in lines[lines.index("Commands:") + 1 :]]
+    assert commands == ["validate", "show", "train", "export", "verify", "bench", "recipes"]
+
+
+def test_validate_counts_what_targets_match(ovit: Ovit) -> None:
+    assert ok(ovit("validate", "tiny.yaml")) == [
+        "modifier targets tensors weights",
+        r"magnitude_prune re:blocks.*(qkv|proj|fc1|fc2)\.weight 4 3,072",
+        "quantize (its own choice) 4 3,072",
+        "tiny: ok on vit_tiny_patch16_224",
+    ]
+
+
+def test_validate_on_another_model(ovit: Ovit) -> None:
+    lines = ok(ovit("validate", "tiny.yaml", "--model", "deit_small_patch16_224", "--model-arg", "depth=2"))
+    assert lines[1].endswith(" 8 3,538,944")  # 2 blocks of 12 * 384^2
+    assert lines[-1] == "tiny: ok on deit_small_patch16_224"
+
+
+def test_validate_without_a_model(ovit: Ovit) -> None:
+    Path("free.yaml").write_text("modifiers: [{cyclic_lr: {max: 1, min: 1}}]")
+    assert ok(ovit("validate", "free.yaml")) == ["free: ok; --model NAME checks its targets"]
+
+
+def test_show_prints_the_timeline(ovit: Ovit) -> None:
+    lines = ok(ovit("show", "tiny.yaml", "--epochs", 4, "--steps-per-epoch", 10, "--var", "sparsity=0.9"))
+    assert lines == [
+        "tiny: 4 epochs of 10 steps",
+        "epoch step what value",
+        "0 0 learning rate 0.0005 (constant, of the training section)",
+        "0 0 sparsity 90.00% unstructured (magnitude_prune)",
+        "1 10 quantization int8 fake-quantization starts",
+        "2.5 25 quantization observers freeze",
+        "4 40 end",
+    ]
+
+
+def test_show_assumes_a_length_and_says_so(ovit: Ovit) -> None:
+    lines = ok(ovit("show", "digits_vit_dense"))
+    assert lines[0].endswith("epochs of 100 steps; --steps-per-epoch says how many yours has")
+    assert not any("constant" in line for line in lines)
+
+
+def test_recipes(ovit: Ovit) -> None:
+    lines = ok(ovit("recipes"))
+    assert [line.split()[0] for line in lines[1:]] == list(shipped_recipes())
+    printed = ovit("recipes", "digits_vit_dense").stdout
+    assert yaml.safe_load(printed)["name"] == "digits_vit_dense"
+
+
+@pytest.mark.parametrize("name", list(shipped_recipes()))
+def test_every_recipe_of_ours_is_valid(ovit: Ovit, name: str) -> None:
+    assert ok(ovit("validate", name))[-1].startswith(f"{name}: ok on ")
+
+
+def test_train_prints_a_line_an_epoch_and_overwrites_nothing(ovit: Ovit) -> None:
+    def train(*more: object) -> Result:
+        return ovit("train", "--recipe", "tiny.yaml", "--data", "digits", "--device", "cpu", *more)
+
+    lines = ok(train("--epochs", 3, "--seed", 1))
+    assert [line.split()[1] for line in lines[:3]] == ["1/3", "2/3", "3/3"]
+    assert "sparsity 50.00%" in lines[2]
+    assert lines[3] == "saved runs/tiny/last.pt; next: ovit export runs/tiny --output model.onnx"
+    assert len(Path("runs/tiny/metrics.csv").read_text().splitlines()) == 4
+    assert "'runs/tiny' holds a run already" in train().stderr
+    assert "is finished: all 3 epochs are done" in train("--resume", "auto", "--epochs", 3, "--seed", 1).stderr
+    fresh = train("--resume", "auto", "--output", "new", "--var", "sparsity=0.25")  # nothing to resume: it starts
+    assert "sparsity 25.00%" in ok(fresh)[1]
+
+
+def test_a_run_that_was_broken_off_needs_only_resume(ovit: Ovit, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ovit_engine.integrations import timm
+
+    save = timm._Trainer._save
+
+    def break_off(trainer: timm._Trainer, epoch: int) -> None:
+        save(trainer, epoch)
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(timm._Trainer, "_save", break_off)
+        broken = ovit("train", "--recipe", "tiny.yaml", "--data", "digits", "--device", "cpu", "--output", "run")
+    assert broken.exit_code == 1
+    export = ovit("export", "run", "--output", "m.onnx")
+    assert "the run is at epoch 1 of 2: go on with ovit train --resume run" in export.stderr
+    assert not Path("m.onnx").exists()
+    lines = ok(ovit("train", "--resume", "run", "--device", "cpu"))
+    assert lines[0].startswith("epoch 2/2")
+    assert lines[1].startswith("saved run/last.pt")
+
+
+BENCH = ("--repeats", "5", "--batch-size", "1,4", "--json", "b.json")
+
+
+def test_export_verify_and_bench(ovit: Ovit, finished_run: Path) -> None:
+    exported = "\n".join(ok(ovit("export", finished_run, "--output", "model.onnx")))
+    assert "50.0" in exported
+    certificate = json.loads(Path("model.certificate.json").read_text())
+    assert certificate["preprocessing"]["size"] == [1, 8, 8]
+    assert certificate["parity"]["images"] == 450
+    assert ok(ovit("verify", "model.onnx"))[-1] == "model.onnx is what its certificate says"
+    assert ok(ovit("verify", "model.onnx", "--data", "digits"))[-1] == "model.onnx is what its certificate says"
+    shutil.copy("model.onnx", "other.onnx")
+    lines = ok(ovit("bench", "model.onnx", "--baseline", "other.onnx", *BENCH))
+    assert [line.split()[:2] for line in lines[1:5]] == [
+        ["other.onnx", "1"],
+        ["model.onnx", "1"],
+        ["other.onnx", "4"],
+        ["model.onnx", "4"],
+    ]
+    rows = json.loads(Path("b.json").read_text())["rows"]
+    assert [(row["path"], row["batch_size"]) for row in rows[:2]] == [("other.onnx", 1), ("model.onnx", 1)]
+    Path("model.certificate.json").unlink()
+    gone = ovit("verify", "model.onnx")
+    assert gone.exit_code == 1
+    assert "no certificate beside the file" in gone.stderr
+
+
+def test_a_file_that_was_changed_does_not_verify(ovit: Ovit, finished_run: Path) -> None:
+    ok(ovit("export", finished_run, "--output", "model.onnx"))
+    content = bytearray(Path("model.onnx").read_bytes())
+    content[-1] ^= 1
+    Path("model.onnx").write_bytes(content)
+    result = ovit("verify", "model.onnx")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("ovit: error: ")
+    assert result.stderr.count("\n") == 1

@@ -1,0 +1,69 @@
+"""Bench: the arithmetic of the claim, and one small real run."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from ovit_engine.export.bench import Ratio, bench, paired_ratio
+from ovit_engine.export.writer import write_onnx
+
+
+@pytest.mark.parametrize(
+    ("ratio", "words"),
+    [
+        (Ratio(median=2.0, low=1.9, high=2.1), "2.00x faster (1.90-2.10x)"),
+        (Ratio(median=0.5, low=0.4, high=0.8), "2.00x slower (1.25-2.50x)"),
+        (Ratio(median=1.05, low=0.98, high=1.2), "no difference beyond noise (0.98-1.20x)"),
+        (Ratio(median=1.0, low=1.0, high=1.0), "no difference beyond noise (1.00-1.00x)"),
+    ],
+)
+def test_words_follow_the_interval(ratio, words):
+    assert ratio.verdict == words
+
+
+def test_pairing_removes_what_strikes_both():
+    generator = np.random.default_rng(0)
+    load = generator.uniform(1, 10, 100)
+    ratio = paired_ratio(2 * load, load * generator.uniform(0.99, 1.01, 100), generator)
+    assert 1.98 < ratio.low <= ratio.median <= ratio.high < 2.02
+    noise = paired_ratio(generator.uniform(1, 2, 100), generator.uniform(1, 2, 100), generator)
+    assert "no difference" in noise.verdict
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    write_onnx(nn.Linear(8, 4), torch.randn(2, 8), folder / "small.onnx")
+    write_onnx(nn.Linear(8, 4), torch.randn(2, 8), folder / "fixed.onnx", dynamic_batch=False)
+    return folder
+
+
+def test_a_real_run(files):
+    report = bench([files / "small.onnx"], baseline=files / "fixed.onnx", batch_sizes=[2], repeats=5)
+    base, row = report.rows
+    assert (base.path.name, row.path.name, base.ratio) == ("fixed.onnx", "small.onnx", None)
+    assert row.quartiles[0] <= row.median <= row.quartiles[1]
+    assert row.throughput == pytest.approx(2 / row.median)
+    stream = io.StringIO()
+    report.render(Console(file=stream, width=150))
+    assert row.ratio.verdict in stream.getvalue()
+    assert "5 paired rounds" in stream.getvalue()
+
+
+def test_the_same_file_twice_is_measured_once(files):
+    report = bench([files / "small.onnx"] * 2, batch_sizes=[1, 3], repeats=5)
+    assert [(row.batch_size, row.ratio) for row in report.rows] == [(1, None), (3, None)]
+
+
+def test_bad_requests(files, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.onnx"):
+        bench([tmp_path / "none.onnx"])
+    with pytest.raises(ValueError, match="takes batches of 2 only, not 1"):
+        bench([files / "fixed.onnx"], batch_sizes=[1])
+    for wrong in ({"repeats": 4}, {"threads": 0}, {"batch_sizes": []}, {"batch_sizes": [0]}):
+        with pytest.raises(ValueError, match="need repeats >= 5"):
+            bench([files / "small.onnx"], **wrong)

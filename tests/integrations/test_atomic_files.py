@@ -1,0 +1,80 @@
+"""A file is whole or as it was, whatever stops the writer."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+
+from ovit_engine.files import atomic_write
+
+
+def test_replaces_the_old_file_and_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    atomic_write(path, lambda stream: stream.write(b"old"))
+    atomic_write(path, lambda stream: stream.write(b"new"))
+    assert path.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_writer_that_fails_midway_leaves_the_old_file(tmp_path: Path, error: BaseException) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+
+    def write(stream: BinaryIO) -> None:
+        stream.write(b"half of the n")
+        raise error
+
+    with pytest.raises(type(error)):
+        atomic_write(path, write)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_a_disk_that_is_full_only_when_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        atomic_write(path, lambda stream: stream.write(b"new"))
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        atomic_write(tmp_path / "none" / "a.bin", lambda stream: stream.write(b"new"))
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {folder!r})
+from files import atomic_write
+
+def write(stream):
+    stream.write(b"half of the n")
+    stream.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+atomic_write({path!r}, write)
+"""
+
+
+def test_a_kill_midway_leaves_the_old_file_and_the_next_write_works(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    source = Path(sys.modules["ovit_engine.files"].__file__ or "").parent  # without the package: torch takes seconds
+    done = subprocess.run([sys.executable, "-c", KILLED.format(folder=str(source), path=str(path))], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert path.read_bytes() == b"old"
+    atomic_write(path, lambda stream: stream.write(b"new"))
+    assert path.read_bytes() == b"new"

@@ -1,0 +1,140 @@
+"""What every registered modifier keeps to: registering is testing."""
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from pydantic import BaseModel
+from torch import nn
+
+from ovit_engine import Calibration, Clock, Engine, Modifier, Recipe, RecipeError, register
+from ovit_engine.registry import modifiers
+from tests.loops import X, Y, hooks_on, mlp, plain, recipe
+
+# options with which each does something to the model of tests/loops.py in ten steps
+SETTINGS = {
+    "magnitude_prune": "{start: 2st, end: 6st, every: 2st, sparsity: {from: 0.2, to: 0.5}, targets: [0.weight]}",
+    "ovit_prune": "{start: 4st, sparsity: 0.5, targets: [0.weight], block: 16, gradients: 4, images_per_gradient: 4}",
+    "cyclic_lr": "{max: 0.1, min: 0.01, period: 5st}",
+    "quantize": "{start: 4st}",
+}
+NAMES = sorted(modifiers())
+
+
+def build(name: str) -> Modifier:
+    return recipe(f"{name}: {SETTINGS[name]}").modifiers[0]
+
+
+def started(name: str) -> tuple[nn.Module, torch.optim.Optimizer, Engine, Calibration]:
+    model = mlp()
+    engine = Engine(model, recipe(f"{name}: {SETTINGS[name]}"), steps_per_epoch=10, epochs=1).prepare()
+    data = torch.utils.data.TensorDataset(X, Y)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    return model, optimizer, engine, Calibration(data, nn.functional.mse_loss)
+
+
+def test_each_has_settings_here() -> None:
+    assert sorted(SETTINGS) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_name_is_that_of_the_file(name: str) -> None:
+    kind = modifiers()[name]
+    assert kind.name == name
+    assert kind.__module__ == f"ovit_engine.modifiers.{name}"
+    assert (kind.__doc__ or "").strip()
+
+
+def options(kind: type[BaseModel]) -> Iterator[tuple[str, Any]]:
+    for field_name, field in kind.model_fields.items():
+        yield f"{kind.__name__}.{field_name}", field
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from options(field.annotation)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_option_has_a_description_and_nothing_unknown_is_taken(name: str) -> None:
+    kind = modifiers()[name]
+    for option, field in options(kind):
+        assert field.description, option
+    assert kind.model_config.get("extra") == "forbid"
+    with pytest.raises(RecipeError, match=rf"r.yaml:2:\d+: {name} has no option 'zzz'"):
+        recipe(f"{name}: {SETTINGS[name][:-1]}, zzz: 1}}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_survives_the_dump(name: str) -> None:
+    before = recipe(f"{name}: {SETTINGS[name]}")
+    assert Recipe.parse(before.dump()).modifiers == before.modifiers
+    assert type(Recipe.parse(before.dump()).modifiers[0]) is modifiers()[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_timeline_lies_within_training(name: str) -> None:
+    clock = Clock(10, 20)
+    rows = list(build(name).timeline(clock))
+    assert rows
+    assert all(0 <= step <= clock.total_steps and quantity and value for step, quantity, value in rows)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_trains_resumes_and_leaves_no_hook(name: str) -> None:
+    results = []
+    for cut in (None, 2, 4, 7):
+        model, optimizer, engine, calibration = started(name)
+        engine.attach(optimizer, calibration=calibration)
+        for _ in range(10 if cut is None else cut):
+            plain(model, optimizer)
+        if cut is not None:
+            file = io.BytesIO()
+            torch.save([part.state_dict() for part in (model, optimizer, engine)], file)
+            model, optimizer, engine, calibration = started(name)
+            states = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+            for part, state in zip((model, optimizer, engine), states, strict=True):
+                part.load_state_dict(state)  # type: ignore[attr-defined]
+            engine.attach(optimizer, calibration=calibration)
+            for _ in range(10 - cut):
+                plain(model, optimizer)
+        engine.detach()
+        assert engine.finished
+        assert hooks_on(optimizer) == 0
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        results.append(model.state_dict())
+    for other in results[1:]:
+        for key, value in results[0].items():
+            assert torch.equal(value, other[key]), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_engine_works_on_copies(name: str) -> None:
+    shared = recipe(f"{name}: {SETTINGS[name]}")
+    before, state = shared.dump(), repr(shared.modifiers[0].__pydantic_private__)
+    model = mlp()
+    engine = Engine(model, shared, steps_per_epoch=10, epochs=1).prepare()
+    data = torch.utils.data.TensorDataset(X, Y)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    engine.attach(optimizer, calibration=Calibration(data, nn.functional.mse_loss))
+    for _ in range(10):
+        plain(model, optimizer)
+    engine.detach()
+    assert engine.modifiers[0] is not shared.modifiers[0]
+    assert shared.dump() == before
+    assert repr(shared.modifiers[0].__pydantic_private__) == state
+
+
+def test_a_name_is_registered_once() -> None:
+    with pytest.raises(ValueError, match="modifier 'cyclic_lr' is registered twice"):
+
+        @register("cyclic_lr")
+        class Again(Modifier):
+            """A second one."""
+
+
+def test_a_modifier_made_in_python_needs_no_recipe_file() -> None:
+    kind = modifiers()["magnitude_prune"]
+    made = kind(targets=["nope"], sparsity=0.5)  # type: ignore[call-arg]
+    assert Recipe.parse(Recipe("made", (made,)).dump()).modifiers == (made,)
+    with pytest.raises(RecipeError, match=r"^magnitude_prune.targets: target 'nope' matches no parameter"):
+        Engine(mlp(), Recipe("made", (made,)), steps_per_epoch=1, epochs=1).prepare()
