@@ -46,15 +46,19 @@ class OvitPrune(PruningModifier):
                 stacklevel=4,
             )
         if any(step >= run.step for step in self._events):
-            self._check_memory()
+            self._check_memory(run)
         super().attach(run)
 
-    def _check_memory(self) -> None:
-        """Say what a pruning step needs, and raise MemoryError now rather than hours later."""
+    def _check_memory(self, run: Run) -> None:
+        """Say what a pruning step needs, in log and history, and raise MemoryError now rather than hours later."""
         device = self._slots[0].tensor.device
         shapes = [slot.tensor.shape for slot in self._slots]
         needed = estimate_memory(shapes, block=self.block, pattern=self.pattern)
+        if run.calibration is None:  # the window of training gradients is held besides
+            needed += self._window * sum(shape.numel() for shape in shapes) * 4
         log.info("%s needs %.2f GiB on %s for each pruning step", self.name, needed / 2**30, device)
+        if run.step == 0:  # once, and not again where training is resumed
+            run.log(f"{self.name}/memory_gib", needed / 2**30)
         preflight({device: needed})
 
     def step_begin(self, run: Run) -> None:
@@ -122,6 +126,11 @@ class OvitPrune(PruningModifier):
     def _chunks(self, run: Run, slots: Sequence[Slot], draw: int) -> tuple[Iterable[Sequence[Tensor]], int]:
         if run.calibration is None:
             recent = list(self._recent)
+            before = max((step for step in self._events if step < run.step), default=0)
+            if len(recent) < min(self._window, run.step - before):  # a resumed run has seen no more
+                warnings.warn(
+                    f"{self.name}: only {len(recent)} training gradients were seen before this step", stacklevel=6
+                )
             return ([grad.unsqueeze(0) for grad in grads] for grads in recent), len(recent)
         gradients = run.calibration.gradients(
             run.model,

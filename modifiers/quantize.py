@@ -35,9 +35,10 @@ class Activations(BaseModel):
 class Quantize(Modifier):
     """Trains with fake-quantized weights and inputs; export turns them into int8.
 
-    Unless `targets` say otherwise these are all Linear and Conv2d layers but the patch embedding and the classifier
-    head. Attention, softmax, LayerNorm, GELU and residual adds stay float: rounding them costs vision transformers ten
-    points and gains no time (specs/peers.md §4).
+    Unless `targets` say otherwise these are all Linear and Conv2d layers but those under the name `patch_embed` and the
+    classifier head that timm's `get_classifier` tells; in other models name yours in `exclude`. Attention, softmax,
+    LayerNorm, GELU and residual adds stay float: rounding them costs vision transformers ten points and gains no time
+    (specs/peers.md §4).
     """
 
     surgery = True
@@ -112,7 +113,7 @@ class Quantize(Modifier):
         if run.step == 0:
             self._act(run)
         norm = self._times[2]
-        if norm is not None and run.step > norm:  # resumed: the hold on the statistics is in no state dict
+        if norm is not None and 0 < norm <= run.step:  # resumed: the hold on the statistics is in no state dict
             quant.freeze_batch_norm(run.model)
 
     def step_end(self, run: Run) -> None:
@@ -131,6 +132,10 @@ class Quantize(Modifier):
         assert self._model is not None
         copies = dict(quant.quantizers(model))
         for name, quantizer in quant.quantizers(self._model):
+            if name not in copies:
+                raise RuntimeError(
+                    "the EMA copy was made before its layers were: call engine.prepare() before that line"
+                )
             copies[name].load_state_dict(quantizer.state_dict())
 
     def bake(self, model: nn.Module) -> None:

@@ -82,7 +82,7 @@ class Calibration:
             yield [buffer[:size] for buffer in buffers]
 
     def _one(self, model: nn.Module, slots: Sequence[Slot], batch: Any, buffers: list[Tensor], row: int) -> None:
-        inputs, targets = _split(batch, slots[0].tensor.device)
+        inputs, targets = _split(batch, slots[0].tensor)
         with torch.autocast(slots[0].tensor.device.type, enabled=False):
             loss = self.loss_fn(model(inputs), targets)
         if not isinstance(loss, Tensor) or loss.ndim:
@@ -129,10 +129,13 @@ def _dataset(loader: DataLoader[Any]) -> Dataset[Any]:
     return loader.dataset if indices is None else Subset(loader.dataset, list(indices))
 
 
-def _split(batch: Any, device: torch.device) -> tuple[Any, Any]:
+def _split(batch: Any, like: Tensor) -> tuple[Any, Any]:
+    """Inputs and targets on the weights' device, float inputs in the weights' type."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise TypeError(f"calibration batches must be (inputs, targets), not {type(batch).__name__}")
-    inputs, targets = (part.to(device) if isinstance(part, Tensor) else part for part in batch)
+    inputs, targets = (part.to(like.device) if isinstance(part, Tensor) else part for part in batch)
+    if isinstance(inputs, Tensor) and inputs.is_floating_point():
+        inputs = inputs.to(like.dtype)
     return inputs, targets
 
 

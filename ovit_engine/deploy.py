@@ -5,14 +5,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from ovit_engine.export import Certificate, Promise, PromisedLayer
 from ovit_engine.export.exporter import export_model
 from ovit_engine.masks import Masks
 from ovit_engine.quant import QuantConv2d, QuantLinear
-from ovit_engine.targets import clean_name
+from ovit_engine.targets import clean_name, unwrapped
 
 if TYPE_CHECKING:
     from ovit_engine.engine import Engine
@@ -26,6 +25,7 @@ def deploy(
     model: nn.Module | None,
     data: Iterable[Any] | None,
     preprocessing: Mapping[str, Any] | None,
+    dynamic_batch: bool,
 ) -> Certificate:
     """Write `path` and its certificate from copies of the model; the model itself stays as it is, in training form.
 
@@ -34,10 +34,11 @@ def deploy(
         ExportError: the file is not what the recipe promised.
     """
     if not engine.finished:
-        raise RuntimeError(
-            f"the recipe is at step {engine.run.step} of {engine.run.total_steps}: call engine.detach() before export"
-        )
-    reference = copy.deepcopy(_bare(engine.model if model is None else model))
+        where = f"the recipe is at step {engine.run.step} of {engine.run.total_steps}"
+        if engine.is_attached:
+            raise RuntimeError(f"{where}: call engine.detach() before export")
+        raise RuntimeError(f"{where}, and training was cut short: the file could not be what the recipe promises")
+    reference = copy.deepcopy(unwrapped(engine.model if model is None else model))
     if model is not None:
         engine.apply_to(reference)
     reference.eval()
@@ -54,6 +55,7 @@ def deploy(
         preprocessing=dict(preprocessing or {}),
         data=data,
         reference_model=reference,
+        dynamic_batch=dynamic_batch,
     )
 
 
@@ -76,15 +78,3 @@ def promise_of(model: nn.Module, masks: Masks) -> Promise:
             )
         )
     return Promise(layers=tuple(layers))
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile, DistributedDataParallel or an averaging wrapper (torch's, or timm's ModelEma)."""
-    if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-        return _bare(inner)
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.optim.swa_utils.AveragedModel)
-    if isinstance(model, wrappers) or type(model).__name__.startswith("ModelEma"):
-        inner = model.module
-        assert isinstance(inner, nn.Module)
-        return _bare(inner)
-    return model

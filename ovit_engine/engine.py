@@ -15,10 +15,11 @@ from torch.utils.hooks import RemovableHandle
 
 from ovit_engine.calibration import Calibration
 from ovit_engine.event import Event
-from ovit_engine.guards import check_claims, check_surgery, nests
+from ovit_engine.guards import check_arguments, check_claims, check_surgery, nests
 from ovit_engine.modifier import Modifier, Run
 from ovit_engine.recipe import Recipe
 from ovit_engine.schedule import Clock
+from ovit_engine.targets import unwrapped
 
 if TYPE_CHECKING:
     from ovit_engine.export.certificate import Certificate
@@ -57,6 +58,11 @@ class Engine:
         for modifier in self.modifiers:
             for _ in modifier.timeline(self.run.clock):  # times past the end are errors before anything is done
                 pass
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether hooks are on an optimizer."""
+        return self._stage is Event.ATTACH
 
     @property
     def finished(self) -> bool:
@@ -106,20 +112,12 @@ class Engine:
             TypeError: not an Optimizer (a scheduler or a wrapper: give the optimizer inside), or another wrong kind.
             ValueError: no optimizer trains this model.
         """
-        if calibration is not None and not isinstance(calibration, Calibration):
-            raise TypeError(f"calibration must be Calibration(loader, loss_fn), not {type(calibration).__name__}")
-        if criterion is not None and not isinstance(criterion, nn.Module):
-            raise TypeError(
-                f"criterion must be a module such as nn.CrossEntropyLoss(), not {type(criterion).__name__}; "
-                "with a function, write loss = engine.loss(loss) in the loop"
-            )
-        for each in (optimizer, *others):
-            if not isinstance(each, Optimizer) or not hasattr(each, "_optimizer_step_pre_hooks"):
-                raise TypeError(
-                    f"attach needs a torch optimizer, not {type(each).__name__}: of a wrapper, give the inner one"
-                )
+        check_arguments((optimizer, *others), calibration, criterion, ema)
         if self._stage not in (None, Event.PREPARE):
             raise RuntimeError("the engine is attached already, or was detached: make a new Engine for a new training")
+        for each in (optimizer, *others):
+            if any(isinstance(getattr(h, "__self__", None), Engine) for h in each._optimizer_step_pre_hooks.values()):
+                raise RuntimeError("another engine is attached to this optimizer: detach it first")
         if self._stage is None:
             self.prepare()
         held = {id(p) for each in (optimizer, *others) for group in each.param_groups for p in group["params"]}
@@ -131,7 +129,7 @@ class Engine:
             )
         self.run.optimizers = [optimizer, *others]
         self.run.calibration = calibration
-        self._ema = getattr(ema, "module", ema)
+        self._ema = None if ema is None else unwrapped(ema)
         self.run.masks.project()
         self._fire(Event.ATTACH)
         self._follow()
@@ -267,6 +265,7 @@ class Engine:
         model: nn.Module | None = None,
         data: Iterable[Any] | None = None,
         preprocessing: Mapping[str, Any] | None = None,
+        dynamic_batch: bool = True,
     ) -> "Certificate":
         """Write the deployable ONNX file and its certificate; raises unless the file is what the recipe promises.
 
@@ -276,13 +275,22 @@ class Engine:
             model: another copy to export (EMA) instead of the trained model.
             data: (inputs, targets) batches for parity and accuracy; without it parity is on random inputs.
             preprocessing: size, mean, std and the like, for the file's metadata.
+            dynamic_batch: leave the first dimension of every input free; otherwise it is that of `example_inputs`.
 
         Raises:
             ExportError: what the file fails of its promise.
         """
         from ovit_engine.deploy import deploy
 
-        return deploy(self, Path(path), example_inputs, model=model, data=data, preprocessing=preprocessing)
+        return deploy(
+            self,
+            Path(path),
+            example_inputs,
+            model=model,
+            data=data,
+            preprocessing=preprocessing,
+            dynamic_batch=dynamic_batch,
+        )
 
     def _fire(self, event: Event) -> None:
         for modifier in self.modifiers:

@@ -6,7 +6,25 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from ovit_engine.calibration import Calibration
 from ovit_engine.modifier import Claim, Modifier
+
+
+def check_arguments(optimizers: Iterable[object], calibration: object, criterion: object, ema: object) -> None:
+    """Raise TypeError for what `attach` can't work with, before anything is done."""
+    for each in optimizers:
+        if not isinstance(each, Optimizer) or not hasattr(each, "_optimizer_step_pre_hooks"):
+            kind = type(each).__name__
+            raise TypeError(f"attach needs a torch optimizer, not {kind}: of a wrapper, give the inner one")
+    if calibration is not None and not isinstance(calibration, Calibration):
+        raise TypeError(f"calibration must be Calibration(loader, loss_fn), not {type(calibration).__name__}")
+    if criterion is not None and not isinstance(criterion, nn.Module):
+        raise TypeError(
+            f"criterion must be a module such as nn.CrossEntropyLoss(), not {type(criterion).__name__}; "
+            "with a function, write loss = engine.loss(loss) in the loop"
+        )
+    if ema is not None and not isinstance(ema, nn.Module):
+        raise TypeError(f"ema must be an averaged copy of the model, not {type(ema).__name__}")
 
 
 def check_surgery(model: nn.Module, modifiers: Iterable[Modifier]) -> None:

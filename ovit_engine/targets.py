@@ -128,3 +128,15 @@ def find_slots(model: nn.Module, targets: Iterable[str]) -> list[Slot]:
             f"{flat[0]!r} (norm gains, biases): narrow it, or name them in full if you mean them"
         )
     return [by_name[name] for name in names]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, DistributedDataParallel or an averaging wrapper (torch's, or timm's ModelEma)."""
+    if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        return unwrapped(inner)
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.optim.swa_utils.AveragedModel)
+    if isinstance(model, wrappers) or type(model).__name__.startswith("ModelEma"):
+        inner = model.module
+        assert isinstance(inner, nn.Module)
+        return unwrapped(inner)
+    return model

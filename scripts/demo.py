@@ -98,7 +98,8 @@ def compress(output: Path, *, seed: int, say: Callable[[str], None]) -> Result:
 
     engine = train(model, recipe, data, seed, after_epoch=keep_sparse)
     for step, name, value in engine.run.history:
-        say(f"     step {step:3}: {name} {value:.1%}")
+        shown = f"{value:.1%}" if name.endswith("sparsity") else f"{value:.2f}"
+        say(f"     step {step:3}: {name} {shown}")
 
     say("3/4  export, measure each file from its bytes, compare with PyTorch image by image")
     set_enabled(sparse[0], False)

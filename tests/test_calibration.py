@@ -332,3 +332,13 @@ def test_the_subset_that_a_sampler_draws_from_is_kept() -> None:
     loader = DataLoader(Numbered(), batch_size=4, sampler=torch.utils.data.SubsetRandomSampler(range(8, 16)))
     collect(Calibration(loader, loss), linear(), count=8)
     assert seen == set(range(8, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_inputs_come_in_the_type_of_the_weights(dtype: torch.dtype) -> None:
+    model = nn.Linear(4, 3).to(dtype)
+    data = torch.utils.data.TensorDataset(torch.randn(8, 4), torch.randint(3, (8,)))
+    calibration = Calibration(data, nn.functional.cross_entropy)
+    (chunk,) = calibration.gradients(model, find_slots(model, ["weight"]), count=2, images_per_gradient=4, chunk=2)
+    assert chunk[0].dtype == torch.float32
+    assert bool(chunk[0].abs().sum() > 0)

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -352,3 +353,32 @@ def test_nan_in_a_gradient_is_named() -> None:
             model[2].weight.grad[0, 3] = float("nan")
         with pytest.raises(ValueError, match=r"0\.weight: non-finite" if calibrated else r"2\.weight"):
             optimizer.step()
+
+
+def test_a_second_engine_on_one_optimizer_is_refused() -> None:
+    model, optimizer, engine = started()
+    engine.attach(optimizer)
+    with pytest.raises(RuntimeError, match="another engine is attached to this optimizer"):
+        Engine(model, Recipe.parse("modifiers: []"), steps_per_epoch=1, epochs=1).attach(optimizer)
+
+
+def test_an_ema_that_is_no_model_is_refused_before_anything_is_done() -> None:
+    _, optimizer, engine = started()
+    with pytest.raises(TypeError, match="ema must be an averaged copy of the model, not str"):
+        engine.attach(optimizer, ema="average")  # type: ignore[arg-type]
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_export_says_why_it_is_too_early_or_too_late(tmp_path: Path) -> None:
+    text = "modifiers: [{magnitude_prune: {start: 9st, sparsity: 0.5, targets: ['0.weight']}}]"
+    model = nn.Sequential(nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    engine = Engine(model, Recipe.parse(text), steps_per_epoch=10, epochs=1)
+    engine.attach(optimizer)
+    with pytest.raises(RuntimeError, match=r"step 0 of 10: call engine.detach\(\) before export"):
+        engine.export(tmp_path / "model.onnx", torch.randn(1, 4))
+    with pytest.raises(RuntimeError, match="the optimizer applied 0 of 10 steps"):
+        engine.detach()
+    with pytest.raises(RuntimeError, match="step 0 of 10, and training was cut short"):
+        engine.export(tmp_path / "model.onnx", torch.randn(1, 4))
+    assert list(tmp_path.iterdir()) == []

@@ -26,7 +26,7 @@ LAYERS = [
     ["guards"],
     ["engine"],
 ]
-ALONE = {"event", "schedule", "pattern", "quant"}  # torch only
+
 CORE = [name for layer in LAYERS for name in layer]
 LAZY = ["timm", "onnx", "onnxruntime", "neural_compressor", "torch_pruning", "transformers", "lightning"]
 HEAVY = [*LAZY, "onnxscript", "sklearn", "click", "rich", "torchvision"]

@@ -30,6 +30,10 @@ class OvitGroup(click.Group):
         with _told_on_stderr():
             try:
                 return super().invoke(ctx)
+            except click.UsageError as error:
+                where = error.ctx.command_path if error.ctx else "ovit"
+                click.echo(f"ovit: error: {' '.join(error.format_message().split())} (see {where} --help)", err=True)
+                ctx.exit(error.exit_code)
             except (click.ClickException, click.exceptions.Exit, click.Abort):
                 raise
             except Exception as error:

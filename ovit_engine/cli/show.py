@@ -7,6 +7,7 @@ import click
 from ovit_engine.cli import options
 
 STEPS_PER_EPOCH = 100
+MOST_ROWS = 500
 
 
 @click.command()
@@ -34,8 +35,11 @@ def show(recipe: str, epochs: int | None, steps_per_epoch: int | None, variables
     rows = [row for modifier in read.modifiers for row in modifier.timeline(clock)]
     if not any(what == "learning rate" for _, what, _ in rows):
         rows.insert(0, (0, "learning rate", f"{read.training.lr:.3g} (constant, of the training section)"))
-    for step, what, value in sorted(rows, key=lambda row: row[0]):
+    rows.sort(key=lambda row: row[0])
+    for step, what, value in rows[:MOST_ROWS]:
         table.add_row(f"{clock.epochs(step):g}", str(step), what, value)
+    if len(rows) > MOST_ROWS:
+        table.add_row("", "", f"... {len(rows) - MOST_ROWS:,} more", "")
     table.add_row(f"{length}", str(clock.total_steps), "end", "")
     console = Console(highlight=False)
     assumed = "" if steps_per_epoch else "; --steps-per-epoch says how many yours has"

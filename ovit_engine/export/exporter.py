@@ -21,7 +21,7 @@ from ovit_engine.export.measure import Origin, measure_file
 from ovit_engine.export.parity import Reference, Sample, accuracy, compare, make_reference, random_sample, take_sample
 from ovit_engine.export.promise import Promise, check
 from ovit_engine.export.runtime import open_session, run_outputs
-from ovit_engine.export.writer import MIN_OPSET, as_inputs, build_onnx, serialize, set_metadata
+from ovit_engine.export.writer import MIN_OPSET, as_inputs, build_onnx, check_float32, serialize, set_metadata
 
 _BATCH = 64
 
@@ -60,6 +60,7 @@ def export_model(
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"no such folder: {path.parent}")
+    check_float32(model)
     sample = _sample(as_inputs(example_inputs), data)
     reference = make_reference(sample, _pytorch_logits(reference_model or model, sample))
     proto, shared = build_onnx(model, example_inputs, dynamic_batch=dynamic_batch, opset=opset)

@@ -33,6 +33,8 @@ class Origin:
     recipe_text: str
     promise: Promise
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    # what the metadata say of the sparsity of each promised weight; "" where it is yet to be written
+    sparsity: str = ""
     # promised weight -> initializer, where an equal weight is stored once for both
     shared_weights: Mapping[str, str] = field(default_factory=dict)
 
@@ -43,8 +45,6 @@ class Origin:
 
     def metadata(self, layers: tuple[LayerFacts, ...]) -> dict[str, str]:
         """The ONNX metadata, with the measured sparsity of the promised weights."""
-        promised = {layer.name for layer in self.promise.layers}
-        sparsity = {layer.name: round(layer.sparsity, 6) for layer in layers if layer.name in promised}
         return {
             "ovit.format": _FORMAT,
             "ovit.recipe_name": self.recipe_name,
@@ -53,9 +53,19 @@ class Origin:
             "ovit.promise": self.promise.model_dump_json(),
             "ovit.preprocessing": json.dumps(dict(self.preprocessing)),
             "ovit.shared_weights": json.dumps(dict(self.shared_weights)),
-            "ovit.sparsity": json.dumps(sparsity),
+            "ovit.sparsity": self._sparsity_of(layers),
             "ovit.versions": json.dumps(versions()),
         }
+
+    def contradictions(self, layers: tuple[LayerFacts, ...]) -> list[str]:
+        """Where the metadata deny what was measured."""
+        if self.sparsity == self._sparsity_of(layers):
+            return []
+        return ["the sparsity in the file's metadata is not that of its weights"]
+
+    def _sparsity_of(self, layers: tuple[LayerFacts, ...]) -> str:
+        promised = {layer.name for layer in self.promise.layers}
+        return json.dumps({layer.name: round(layer.sparsity, 6) for layer in layers if layer.name in promised})
 
     @classmethod
     def read(cls, model: onnx.ModelProto) -> Origin:
@@ -69,6 +79,7 @@ class Origin:
                 recipe_text=found["ovit.recipe"],
                 promise=Promise.model_validate_json(found["ovit.promise"]),
                 preprocessing=json.loads(found["ovit.preprocessing"]),
+                sparsity=found["ovit.sparsity"],
                 shared_weights=json.loads(found["ovit.shared_weights"]),
             )
         except (KeyError, ValueError) as error:

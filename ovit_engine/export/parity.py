@@ -62,17 +62,34 @@ class Reference:
             with np.load(path, allow_pickle=False) as file:
                 stored = [file[f"input_{index}"] for index in range(sum(key.startswith("input_") for key in file))]
                 labels = file.get("labels")
-                return cls(file["logits"], labels, tuple(stored), file["hashes"], str(file["source"]))
+                found = cls(file["logits"], labels, tuple(stored), file["hashes"], str(file["source"]))
         except (KeyError, EOFError, OSError, ValueError, BadZipFile) as error:
             raise ValueError(f"{path.name} is not a reference of ovit-engine: {error}") from error
+        if not found.is_whole():
+            raise ValueError(f"{path.name} was changed: logits, labels, images and hashes do not belong together")
+        return found
+
+    def is_whole(self) -> bool:
+        """Whether every part speaks of the same images, and as many are stored as `make_reference` stores."""
+        count = len(self.logits)
+        lengths = {len(self.hashes), count if self.labels is None else len(self.labels)}
+        if not self.stored or lengths != {count} or any(len(array) == 0 for array in self.stored):
+            return False
+        expected = min(count, _fitting(self.stored))
+        if any(len(array) != expected for array in self.stored):
+            return False
+        return bool((hash_images(self.stored) == self.hashes[:expected]).all())
 
 
 def make_reference(sample: Sample, logits: np.ndarray) -> Reference:
     """Keep the logits, a hash of each image, and as many images as 16 MiB hold (one at least)."""
-    each = sum(array[0].nbytes for array in sample.inputs)
-    fit = max(1, STORED_BYTES // each)
-    stored = tuple(array[:fit] for array in sample.inputs)
+    stored = tuple(array[: _fitting(sample.inputs)] for array in sample.inputs)
     return Reference(logits.astype(np.float32), sample.labels, stored, hash_images(sample.inputs), sample.source)
+
+
+def _fitting(inputs: Sequence[np.ndarray]) -> int:
+    """How many images are stored."""
+    return max(1, STORED_BYTES // sum(int(array[0].nbytes) for array in inputs))
 
 
 def hash_images(inputs: Sequence[np.ndarray]) -> np.ndarray:

@@ -60,6 +60,7 @@ def build_onnx(
     if opset < MIN_OPSET:
         raise ValueError(f"opset must be {MIN_OPSET} or newer, got {opset}")
     model = model.cpu().eval()
+    check_float32(model)
     inputs = as_inputs(example_inputs)
     if dynamic_batch and any(len(value) < 2 for value in inputs):
         # with one example torch.export follows a model's branch for a batch of 1 and silently fixes the size
@@ -76,9 +77,27 @@ def build_onnx(
         dynamic_shapes=tuple({0: batch} for _ in inputs) if dynamic_batch else None,
     )
     proto: onnx.ModelProto = program.model_proto
+    if dynamic_batch:
+        _check_dynamic(proto)
     names = name_weights(proto, model)
     remove_debris(proto)
     return proto, names
+
+
+def check_float32(model: nn.Module) -> None:
+    """Raise ExportError for weights of another floating type: DequantizeLinear gives float32."""
+    other = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
+    if other is not None:
+        raise ExportError("cannot export", [f"the model has {other} weights: give a float32 copy, model.float()"])
+
+
+def _check_dynamic(proto: onnx.ModelProto) -> None:
+    """Raise ExportError where the model's own code fixed the batch while it was traced."""
+    for value in proto.graph.input:
+        first = value.type.tensor_type.shape.dim[0]
+        if not first.dim_param:
+            reason = f"the model's code fixes the batch of {value.name!r} to {first.dim_value} (a loop over the batch?)"
+            raise ExportError("cannot export", [f"{reason}: mend it, or ask for dynamic_batch=False"])
 
 
 def as_inputs(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:

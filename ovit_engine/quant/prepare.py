@@ -60,6 +60,7 @@ def prepare_quantization(model: nn.Module, names: Iterable[str], *, momentum: fl
             conv.norm = output.norm
             if output.rounded_at not in (None, name):
                 _round_output(modules[str(output.rounded_at)], conv.weight.device, momentum)
+    _leave_fast_path(model)
     folded = {name: output.norm for name, output in outputs.items() if output.norm is not None}
     return Prepared(layers=tuple(layers), skipped=skipped, folded=folded)
 
@@ -97,6 +98,15 @@ def _round_output(module: nn.Module, device: torch.device, momentum: float) -> N
     module.add_module("output_quantizer", activation_quantizer(device, momentum).train(module.training))
     # stays for the life of the training model: bake removes it on the copy that is exported
     module.register_forward_hook(quantize_output)
+
+
+def _leave_fast_path(model: nn.Module) -> None:
+    """In eval mode torch's encoder layer hands its float weights to one fused kernel, past its quantized layers."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(
+            isinstance(inner, (QuantLinear, QuantConv2d)) for inner in module.modules()
+        ):
+            module.activation_relu_or_gelu = 0  # the only use of this attribute is to ask for that kernel
 
 
 def _why_not(module: nn.Module) -> str | None:

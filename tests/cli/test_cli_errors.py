@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import Result
+from click.testing import CliRunner, Result
 
+from ovit_engine.cli import main
 from ovit_engine.cli.group import describe
 
 Ovit = Callable[..., Result]
@@ -137,3 +138,11 @@ def test_as_a_real_command(start: list[str | Path], tmp_path: Path) -> None:
     assert done.stdout == ""
     assert done.stderr.startswith("ovit: error: no recipe file 'none.yaml'")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_usage_error_is_one_line_too() -> None:
+    result = CliRunner().invoke(main, ["train", "--epochs", "many"])
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert "ovit: error: Invalid value for '--epochs': 'many' is not a valid integer" in result.stderr
+    assert "train --help" in result.stderr

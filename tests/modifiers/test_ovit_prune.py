@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ovit_engine import Calibration, Engine, RecipeError
+from ovit_engine import Calibration, Engine, Recipe, RecipeError
 from ovit_engine.second_order import prune_tensors
 from ovit_engine.targets import find_slots
 from tests.loops import X, Y, loss_of, mlp, plain, recipe, zeros
@@ -143,3 +143,22 @@ def test_nan_in_calibration_leaves_the_weights_as_they_were() -> None:
         engine.attach(optimizer, calibration=Calibration(broken, mse))
     assert torch.equal(model[0].weight, mlp()[0].weight)
     assert engine.run.masks.names() == []
+
+
+def test_a_run_resumed_inside_the_window_says_how_few_gradients_it_saw() -> None:
+    text = (
+        "modifiers: [{ovit_prune: {start: 8st, sparsity: 0.5, targets: ['weight'], block: 4, gradients: 4, "
+        "damp: 1.0e-4}}]"
+    )
+    model = nn.Linear(4, 4)
+    engine = Engine(model, Recipe.parse(text), steps_per_epoch=10, epochs=1)
+    state = {**engine.state_dict(), "step": 6}
+    engine.load_state_dict(state)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.warns(UserWarning, match="no calibration was given"):
+        engine.attach(optimizer)
+    model(torch.randn(3, 4)).square().sum().backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match="only 2 training gradients were seen before this step"):
+        optimizer.step()
+    assert int((model.weight == 0).sum()) == 8

@@ -199,3 +199,29 @@ def test_surgery_on_a_compiled_model_says_where_to_put_the_line() -> None:
     compiled = torch.compile(mlp(), backend="eager")
     with pytest.raises(RuntimeError, match=r"compiled already: call engine.prepare\(\) before that line"):
         Engine(compiled, recipe("quantize: {}"), steps_per_epoch=9, epochs=1).prepare()
+
+
+@pytest.mark.parametrize("cut", [2, 3, 4])
+def test_batch_norm_stays_frozen_where_training_is_resumed(cut: int) -> None:
+    text = "quantize: {start: 1st, freeze_batch_norm: 3st}"
+    x = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    y = torch.randn(16, 3, generator=torch.Generator().manual_seed(3))
+    model = convnet()
+    engine = Engine(model, recipe(text), steps_per_epoch=6, epochs=1)
+    train(model, engine, cut, x, y)
+    resumed = convnet()
+    later = Engine(resumed, recipe(text), steps_per_epoch=6, epochs=1)
+    later.load_state_dict(engine.state_dict())
+    resumed.load_state_dict(model.state_dict())
+    train(resumed, later, 3 - min(cut, 3), x, y)
+    mean = resumed[1].running_mean.clone()
+    resumed.train()(x)
+    assert torch.equal(resumed[1].running_mean, mean)
+
+
+def test_an_ema_copy_made_before_the_layers_were_is_told_where_to_go() -> None:
+    model = mlp()
+    average = copy.deepcopy(model)
+    engine = Engine(model, recipe("quantize: {}"), steps_per_epoch=4, epochs=1)
+    with pytest.raises(RuntimeError, match=r"made before its layers were: call engine.prepare\(\) before that line"):
+        engine.attach(torch.optim.SGD(model.parameters(), 0.01), ema=average)

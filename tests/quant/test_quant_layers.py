@@ -231,3 +231,20 @@ def test_a_copy_made_frozen_does_not_hold_the_original():
     unfreeze_batch_norm(other)
     assert other.train().bn1.training
     assert not model.train().bn1.training
+
+
+def test_the_fused_kernel_of_torchs_encoder_layer_is_left() -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 1).eval()
+    x = torch.randn(2, 3, 8)
+    before = model(x)
+    prepare_quantization(model, ["layers.0.linear1", "layers.0.linear2"])
+    torch.testing.assert_close(model(x), before)
+    set_observing(model, True)
+    set_enabled(model, True)
+    model.train()(x)
+    with torch.no_grad():  # where the kernel would run
+        quantized = model.eval()(x)
+    assert not torch.equal(quantized, before)
+    with torch.enable_grad():  # where it can't
+        torch.testing.assert_close(quantized, model(x).detach())
