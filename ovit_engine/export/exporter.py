@@ -58,6 +58,8 @@ def export_model(
         ValueError: the data does not fit the model or is too little.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder: name the file, {str(path / 'model.onnx')!r} for one")
     if not path.parent.is_dir():
         raise ValueError(f"no such folder: {path.parent}")
     check_float32(model)

@@ -122,3 +122,8 @@ def test_a_batch_that_the_models_code_fixes_is_refused(tmp_path):
 def test_a_half_precision_model_is_told_what_to_do(tmp_path):
     with pytest.raises(ExportError, match=r"torch.bfloat16 weights: give a float32 copy, model.float\(\)"):
         exported(nn.Linear(4, 3).bfloat16(), tmp_path / "model.onnx", data=[torch.randn(64, 4).bfloat16()])
+
+
+def test_a_folder_as_the_output_is_told_so(tmp_path):
+    with pytest.raises(ValueError, match="is a folder: name the file"):
+        exported(nn.Linear(4, 3), tmp_path)
