@@ -89,8 +89,8 @@ def load_data(
         raise ValueError(f"images have 1 or 3 channels, the model takes {config['input_size'][0]}")
     return ImageData(
         name,
-        Images(train, _transform(config, augmentation), mode=mode, strict=strict),
-        Images(val, create_transform(**_known(config)), mode=mode, strict=strict),
+        Images(train, _transform(config, augmentation), mode=mode, strict=strict, ignore=False),
+        Images(val, create_transform(**_known(config)), mode=mode, strict=strict, ignore=True),
         classes,
         _preprocessing(config),
     )

@@ -12,6 +12,8 @@ from torch.utils.data import Dataset
 
 log = logging.getLogger(__name__)
 
+IGNORED = -100  # torch's own word for a label that does not count
+
 
 class UnreadableImageError(ValueError):
     """An image that can't be decoded; the message names it."""
@@ -69,18 +71,22 @@ class Images(Dataset[tuple[Tensor, int]]):
     """Decoded and transformed images of a source.
 
     The image after an unreadable one stands in for it, so that the length, and with it every schedule, stays as it was
-    and the same folder gives the same training.
+    and the same folder gives the same training. Where labels are counted (`ignore`) its label is IGNORED.
 
     Args:
+        ignore: give the stand-in the label IGNORED, which evaluation, export and `cross_entropy` leave out.
         mode: PIL mode that images are converted to: "RGB" or "L".
         strict: raise UnreadableImageError at the first one instead.
     """
 
-    def __init__(self, source: Source, transform: Callable[[Any], Tensor], *, mode: str, strict: bool) -> None:
+    def __init__(
+        self, source: Source, transform: Callable[[Any], Tensor], *, mode: str, strict: bool, ignore: bool
+    ) -> None:
         self._source = source
         self._transform = transform
         self._mode = mode
         self._strict = strict
+        self._ignore = ignore
         # in shared memory: the loader's workers write it, the trainer counts
         self._unreadable = torch.zeros(len(source), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
 
@@ -97,7 +103,7 @@ class Images(Dataset[tuple[Tensor, int]]):
                     raise
                 self._tell(candidate % count, error)
                 continue
-            return self._transform(image), target
+            return self._transform(image), IGNORED if self._ignore and candidate != index else target
         raise UnreadableImageError(f"none of the {count} images can be read, {self._source.name(index)!r} for one")
 
     def decode(self, index: int) -> tuple[Image.Image, int]:

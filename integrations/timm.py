@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from timm.optim._optim_factory import create_optimizer_v2
+from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]  # public, though not re-exported by "as"
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -334,7 +334,7 @@ def evaluate(model: nn.Module, loader: DataLoader[Any], device: torch.device) ->
     count = 0
     for images, labels in loader:
         right += (model(images.to(device)).argmax(-1) == labels.to(device)).sum()
-        count += len(labels)
+        count += int((labels >= 0).sum())  # less than zero: an unreadable image, for which another stands in
     for module, flag in flags:
         module.training = flag
     return int(right) / count

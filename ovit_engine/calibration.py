@@ -20,7 +20,7 @@ class Calibration:
 
     Each gradient is the mean over a small batch, as the oViT authors took them; 16 images a gradient gave better masks
     than one (specs/second-order.md §1.7). The user's own loader is never iterated, since that resets it when its
-    workers persist: only its dataset and collate function are used.
+    workers persist: its dataset, collate function and number of workers are used.
 
     Args:
         data: a DataLoader or a Dataset whose items are (inputs, target).
@@ -31,7 +31,7 @@ class Calibration:
     def __init__(self, data: DataLoader[Any] | Dataset[Any], loss_fn: LossFunction, *, seed: int = 0) -> None:
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be callable as loss_fn(outputs, targets), not {loss_fn!r}")
-        self._collate = data.collate_fn if isinstance(data, DataLoader) else None
+        self._loader_options = _worker_options(data) if isinstance(data, DataLoader) else {}
         self.dataset: Dataset[Any] = _dataset(data) if isinstance(data, DataLoader) else data
         if not isinstance(self.dataset, IterableDataset):
             if not (hasattr(self.dataset, "__getitem__") and hasattr(self.dataset, "__len__")):
@@ -108,7 +108,7 @@ class Calibration:
 
     def _loader(self, size: int, generator: torch.Generator) -> DataLoader[Any]:
         if isinstance(self.dataset, IterableDataset):
-            return DataLoader(self.dataset, batch_size=size, collate_fn=self._collate, generator=generator)
+            return DataLoader(self.dataset, batch_size=size, generator=generator, **self._loader_options)
         count = len(self.dataset)  # type: ignore[arg-type]
         # whole batches only: a gradient of fewer images has another scale, which damping would feel
         return DataLoader(
@@ -116,8 +116,8 @@ class Calibration:
             batch_size=min(size, count),
             sampler=RandomSampler(self.dataset, generator=generator),  # type: ignore[arg-type]
             drop_last=True,
-            collate_fn=self._collate,
             generator=generator,
+            **self._loader_options,
         )
 
 
@@ -127,6 +127,16 @@ def _dataset(loader: DataLoader[Any]) -> Dataset[Any]:
         raise TypeError("calibration makes its own batches: give a dataset of single images, not one of whole batches")
     indices = getattr(loader.sampler, "indices", None)
     return loader.dataset if indices is None else Subset(loader.dataset, list(indices))
+
+
+def _worker_options(loader: DataLoader[Any]) -> dict[str, Any]:
+    """How the user's loader reads: collation and workers, which are seeded from our generator."""
+    return {
+        "collate_fn": loader.collate_fn,
+        "num_workers": loader.num_workers,
+        "worker_init_fn": loader.worker_init_fn,
+        "multiprocessing_context": loader.multiprocessing_context,
+    }
 
 
 def _split(batch: Any, like: Tensor) -> tuple[Any, Any]:

@@ -43,6 +43,10 @@ class Engine:
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe | str | Path, *, steps_per_epoch: int, epochs: int) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        if not isinstance(recipe, (Recipe, str, Path)):
+            raise TypeError(f"recipe must be a Recipe, a path or a name, not {type(recipe).__name__}")
         if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
             raise ValueError(f"epochs must be a positive whole number, not {epochs!r}")
         self.recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)

@@ -154,6 +154,8 @@ def _build(entry: Located) -> Modifier:
     if isinstance(entry.value, dict) and len(entry.value) > 1:
         keys = ", ".join(map(str, entry.value))
         raise RecipeError(f"{entry.origin}: one modifier has the keys {keys}: indent the options below the name")
+    if isinstance(entry.value, str) and entry.value in modifiers():
+        raise RecipeError(f"{entry.origin}: a modifier has options, if none of its own: write '- {entry.value}: {{}}'")
     if not isinstance(entry.value, dict) or not entry.value:
         raise RecipeError(f"{entry.origin}: each modifier is written '- name: {{options}}', not {_kind(entry.value)}")
     ((name, options),) = entry.value.items()

@@ -119,6 +119,10 @@ def find_slots(model: nn.Module, targets: Iterable[str]) -> list[Slot]:
     targets = list(targets)
     slots = parameter_slots(model)
     by_name = {slot.name: slot for slot in slots}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if (other := clean_name(name)) in targets and other not in by_name:
+            first = next(slot.name for slot in slots if slot.tensor is parameter)
+            raise ValueError(f"target {other!r} is tied to {first!r}: name that")
     names = select(list(by_name), targets, what="parameter", owner=type(model).__name__)
     flat = [n for n in names if by_name[n].tensor.ndim < 2 and n not in targets]
     if flat:

@@ -46,7 +46,7 @@ BAD = {
     "training: {optimizer: adam}\nmodifiers: []\n": "r.yaml:1:23: training.optimizer: input should be 'adamw' or 'sgd': 'adam'",
     "training: [a]\nmodifiers: []\n": "r.yaml:1:11: the options of training are a mapping, not a list",
     # modifiers
-    "modifiers:\n  - magnitude_prune\n": "r.yaml:2:5: each modifier is written '- name: {options}', not text",
+    "modifiers:\n  - magnitude_prune\n": "r.yaml:2:5: a modifier has options, if none of its own: write '- magnitude_prune: {}'",
     "modifiers:\n  - magnitude_prune:\n    sparsity: 0.5\n": "r.yaml:2:5: one modifier has the keys magnitude_prune, sparsity: indent the options below the name",
     "modifiers:\n  - magnitud_prune: {}\n": "r.yaml:2:5: no modifier 'magnitud_prune'; did you mean 'magnitude_prune'?",
     "modifiers:\n  - zzz: {}\n": "r.yaml:2:5: no modifier 'zzz'; there are .*cyclic_lr, .*magnitude_prune",

@@ -137,7 +137,7 @@ def take_sample(data: Any, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[A
 
     ``data``: an iterable of batches (a loader) or a dataset of single items; each is ``inputs`` or
     ``(inputs, targets)``. ``shapes`` and ``dtypes``: of the model's inputs, batch first. Whole-number targets of one
-    dimension are labels; others are left out.
+    dimension are labels; others are left out. Images with a label below zero do not count, as in `cross_entropy`.
 
     Raises:
         ValueError: fewer than 32 images, or an item that does not fit the model.
@@ -147,6 +147,8 @@ def take_sample(data: Any, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[A
     count = 0
     for item in _items(data):
         inputs, target = _as_batch(item, shapes)
+        if target is not None and (target < 0).any():
+            inputs, target = tuple(array[target >= 0] for array in inputs), target[target >= 0]
         parts.append(tuple(array.astype(dtype, copy=False) for array, dtype in zip(inputs, dtypes, strict=True)))
         labels.append(target)
         count += len(inputs[0])

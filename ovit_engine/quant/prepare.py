@@ -103,6 +103,8 @@ def _round_output(module: nn.Module, device: torch.device, momentum: float) -> N
 def _leave_fast_path(model: nn.Module) -> None:
     """In eval mode torch's encoder layer hands its float weights to one fused kernel, past its quantized layers."""
     for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # which it decided when it was made, and only that kernel takes
         if isinstance(module, nn.TransformerEncoderLayer) and any(
             isinstance(inner, (QuantLinear, QuantConv2d)) for inner in module.modules()
         ):

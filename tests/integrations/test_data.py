@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ovit_engine.export.parity import take_sample
 from ovit_engine.integrations.data import GaussianNoise, config_of, load_data, model_data_config
 from ovit_engine.integrations.images import UnreadableImageError
+from ovit_engine.integrations.timm import evaluate
 
 MakeFolder = Callable[..., Path]
 CONFIG = model_data_config("resnet10t", {"img_size": 16})
@@ -162,7 +164,24 @@ def test_the_last_image_is_stood_in_for_by_the_first(image_folder: MakeFolder) -
     folder = image_folder()
     break_image(folder, "val/dog/3.png")
     data = load_data(folder, config=CONFIG)
-    assert data.val[7][1] == 0
+    image, label = data.val[7]
+    assert torch.equal(image, data.val[0][0])
+    assert label == -100
+
+
+def test_a_stand_in_counts_in_no_accuracy(image_folder: MakeFolder) -> None:
+    folder = image_folder()
+    break_image(folder, "val/dog/3.png")
+    loader = DataLoader(load_data(folder, config=CONFIG).val, batch_size=4)
+    always_dog = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(2))
+    always_dog(next(iter(loader))[0])
+    always_dog[1].weight.data.zero_()
+    always_dog[1].bias.data.copy_(torch.tensor([0.0, 1.0]))
+    assert evaluate(always_dog, loader, torch.device("cpu")) == 3 / 7
+    shape = tuple(next(iter(loader))[0].shape)
+    sample = take_sample(list(loader) * 5, [shape], [np.float32])
+    assert len(sample) == 35
+    assert sorted(set(sample.labels.tolist())) == [0, 1]
 
 
 def test_workers_count_too(image_folder: MakeFolder) -> None:
