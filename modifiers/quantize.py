@@ -1,7 +1,7 @@
 """Int8 quantization-aware training of Linear and Conv2d layers."""
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from torch import nn
@@ -59,6 +59,7 @@ class Quantize(Modifier):
 
     _layers: tuple[str, ...] = PrivateAttr(default=())
     _model: nn.Module | None = PrivateAttr(default=None)
+    _done: int = PrivateAttr(default=-1)  # the last step whose phase is in force
     _times: tuple[int, int, int | None] = PrivateAttr(default=(0, 0, None))
 
     def _resolve(self, clock: Clock) -> tuple[int, int, int | None]:
@@ -110,8 +111,7 @@ class Quantize(Modifier):
             yield Claim(f"the quantization of {name}", self._times[0], run.total_steps)
 
     def attach(self, run: Run) -> None:
-        if run.step == 0:
-            self._act(run)
+        self._act(run)
         norm = self._times[2]
         if norm is not None and 0 < norm <= run.step:  # resumed: the hold on the statistics is in no state dict
             quant.freeze_batch_norm(run.model)
@@ -127,6 +127,12 @@ class Quantize(Modifier):
         if run.step < freeze:
             self.finish_late(run, "freezing the observers")
             quant.set_observing(run.model, False)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self._done}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._done = state["done"]
 
     def apply_to(self, model: nn.Module) -> None:
         assert self._model is not None
@@ -147,16 +153,19 @@ class Quantize(Modifier):
         return self._layers
 
     def _act(self, run: Run) -> None:
+        """Do what is due since the last time: a step whose end was interrupted is made up for at the next."""
         start, freeze, norm = self._times
-        if run.step == start:
+        due = range(self._done + 1, run.step + 1)
+        if start in due:
             quant.set_observing(run.model, True)
             quant.set_enabled(run.model, True)
-        if run.step == freeze:
+        if freeze in due:
             quant.set_observing(run.model, False)
-        if run.step == norm:
+        if norm in due:
             quant.freeze_batch_norm(run.model)
-        if run.step in (start, freeze):
+        if start in due or freeze in due:
             run.masks.changed = True  # copies of the model follow
+        self._done = run.step
 
     def _choose(self, model: nn.Module) -> list[str]:
         known = {name: m for name, m in model.named_modules() if name and isinstance(m, (nn.Linear, nn.Conv2d))}

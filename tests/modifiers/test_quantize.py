@@ -2,13 +2,15 @@
 
 import copy
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
-from ovit_engine import Calibration, Engine, Recipe, RecipeError
+from ovit_engine import Calibration, Engine, Modifier, Recipe, RecipeError, Run, register
 from ovit_engine.quant import QuantConv2d, QuantLinear, quantizers
 
 X = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
@@ -225,3 +227,32 @@ def test_an_ema_copy_made_before_the_layers_were_is_told_where_to_go() -> None:
     engine = Engine(model, recipe("quantize: {}"), steps_per_epoch=4, epochs=1)
     with pytest.raises(RuntimeError, match=r"made before its layers were: call engine.prepare\(\) before that line"):
         engine.attach(torch.optim.SGD(model.parameters(), 0.01), ema=average)
+
+
+@register("interrupts_once")
+class InterruptsOnce(Modifier):
+    """Stands before others in a recipe and is interrupted at the end of one step, as by Ctrl-C in a notebook."""
+
+    at: int = Field(description="the step")
+
+    _happened: bool = PrivateAttr(default=False)
+
+    def step_end(self, run: Run) -> None:
+        if run.step == self.at and not self._happened:
+            self._happened = True
+            raise KeyboardInterrupt
+
+
+def test_a_phase_whose_step_was_interrupted_comes_at_the_next() -> None:
+    model = mlp()
+    text = ("interrupts_once: {at: 2}", "quantize: {start: 2st, freeze_observers: 4st}")
+    engine = Engine(model, recipe(*text), steps_per_epoch=6, epochs=1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    engine.attach(optimizer)
+    for step in range(6):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(X), Y).backward()
+        with pytest.raises(KeyboardInterrupt) if step == 1 else nullcontext():
+            optimizer.step()
+    engine.detach()
+    assert states(model) == {(True, False)}
