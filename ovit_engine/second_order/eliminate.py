@@ -130,7 +130,7 @@ def _scores(front: Front, unit: int) -> Tensor:
     if unit == 1:
         return front.weights * front.weights / torch.maximum(front.diagonal, front.floor)
     tiles = front.weights.reshape(*front.barrier.shape, unit, 1)
-    whitened: Tensor = torch.linalg.solve_triangular(_lower(front.diagonal, front.floor), tiles, upper=False)
+    whitened: Tensor = torch.linalg.solve_triangular(lower_factors(front.diagonal, front.floor), tiles, upper=False)
     return (whitened * whitened).sum((2, 3))
 
 
@@ -145,12 +145,12 @@ def _pivot(front: Front, pivot: Tensor, columns: Tensor, row: Tensor, unit: int)
         return row * root.unsqueeze(2), change * root
     tile = front.diagonal.gather(1, pivot[:, :, None, None].expand(-1, -1, unit, unit))
     front.sound &= (torch.linalg.cholesky_ex(tile).info == 0).all(1, keepdim=True)
-    lower = _lower(tile, floor).squeeze(1)
+    lower = lower_factors(tile, floor).squeeze(1)
     both = torch.linalg.solve_triangular(lower, torch.cat([row, change.unsqueeze(2)], 2), upper=False)
     return both[:, :, :-1], both[:, :, -1]
 
 
-def _lower(tiles: Tensor, floor: Tensor) -> Tensor:
+def lower_factors(tiles: Tensor, floor: Tensor) -> Tensor:
     """Cholesky factors of tiles [c, n, unit, unit]; where rounding left one indefinite, its lower bound is added."""
     lower: Tensor
     lower, info = torch.linalg.cholesky_ex(tiles)
@@ -231,6 +231,11 @@ def _diagonal(inverse: Tensor, unit: int) -> Tensor:
     """A copy of the diagonal [c, m], or of its tiles [c, units, unit, unit]."""
     if unit == 1:
         return inverse.diagonal(dim1=1, dim2=2).clone()
+    return diagonal_tiles(inverse, unit).contiguous()
+
+
+def diagonal_tiles(inverse: Tensor, unit: int) -> Tensor:
+    """The tiles [c, units, unit, unit] on the diagonal of matrices [c, m, m]: a view."""
     units = inverse.shape[1] // unit
     tiles = inverse.reshape(len(inverse), units, unit, units, unit)
-    return tiles.diagonal(dim1=1, dim2=3).movedim(-1, 1).contiguous()
+    return tiles.diagonal(dim1=1, dim2=3).movedim(-1, 1)

@@ -1,35 +1,11 @@
 """What a pruning event will need, said before it starts and not by the kernel hours later."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from ovit_engine.pattern import Pattern, Unstructured
-from ovit_engine.second_order.fisher import RANK
-from ovit_engine.second_order.partition import blocks_a_chunk, segments
-
 _GIB = 2**30
-
-
-def estimate_memory(
-    shapes: Sequence[Sequence[int]],
-    *,
-    block: int,
-    pattern: Pattern = Unstructured(),  # noqa: B008 (frozen and stateless)
-    dtype: torch.dtype = torch.float32,
-) -> int:
-    """Bytes that oViT needs at its peak beside weights and gradients of these shapes.
-
-    Most of it is the inverse Fisher, numel * block numbers; the rest is bookkeeping (order, costs, lower bounds, a
-    buffer of gradients) and the temporaries of one chunk of blocks.
-    """
-    cuts = segments([torch.Size(shape) for shape in shapes], pattern, block)
-    numel = sum(cut.count * cut.size for cut in cuts)
-    item = dtype.itemsize
-    inverse = sum(cut.count * cut.size**2 for cut in cuts) * item
-    chunk = max((blocks_a_chunk(cuts, cut, on_cpu=True) * cut.size**2 for cut in cuts), default=0) * item
-    return inverse + numel * (2 + 3 * item + RANK * item) + 3 * chunk
 
 
 def available_memory(device: torch.device) -> int | None:
@@ -41,14 +17,14 @@ def available_memory(device: torch.device) -> int | None:
     return min(limits, default=None)
 
 
-def preflight(needed: Mapping[torch.device, int]) -> None:
-    """Raise MemoryError if a device cannot give the bytes needed."""
+def preflight(needed: Mapping[torch.device, int], advice: str = "use a smaller block or fewer targets") -> None:
+    """Raise MemoryError, with advice, if a device cannot give the bytes needed."""
     for device, size in needed.items():
         available = available_memory(device)
         if available is not None and size > available:
             raise MemoryError(
                 f"second-order pruning needs {size / _GIB:.2f} GiB on {device}, {available / _GIB:.2f} GiB available: "
-                f"use a smaller block or fewer targets"
+                f"{advice}"
             )
 
 

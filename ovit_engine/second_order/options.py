@@ -9,7 +9,7 @@ from ovit_engine.pattern import Pattern, Unstructured
 
 Scope = Literal["global", "layer"]
 Rule = Literal["cumulative", "marginal"]
-Update = Literal["joint", "none"]
+Update = Literal["joint", "independent", "none"]
 
 # Positions inside a Fisher block are kept as int16.
 LARGEST_BLOCK = 32767
@@ -31,16 +31,17 @@ class Options:
     damp: float = 1e-6
     # What ranks a removal across blocks: the block's error so far, or the largest increment so far.
     rule: Rule = "cumulative"
-    # Move the survivors by the exact group formula, or leave them alone.
+    # Move the survivors by the exact group formula, by the sum of what each removal alone would ask (obert and mfac as
+    # published), or leave them alone.
     update: Update = "joint"
     # Precision of the inverse Fisher and of the elimination.
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         self.pattern.resolve(self.sparsity)
-        _one_of("scope", self.scope, get_args(Scope))
-        _one_of("rule", self.rule, get_args(Rule))
-        _one_of("update", self.update, get_args(Update))
+        one_of("scope", self.scope, get_args(Scope))
+        one_of("rule", self.rule, get_args(Rule))
+        one_of("update", self.update, get_args(Update))
         if not 1 <= self.block <= LARGEST_BLOCK:
             raise ValueError(f"block must be between 1 and {LARGEST_BLOCK}, is {self.block}")
         if not 0 < self.damp < float("inf"):
@@ -49,6 +50,7 @@ class Options:
             raise ValueError(f"dtype must be torch.float32 or torch.float64, is {self.dtype}")
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of those allowed."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, is {value!r}")

@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from ovit_engine.pattern import NM
-from ovit_engine.second_order.options import Options
+from ovit_engine.second_order.options import Options, Update
+
+EVERY_UPDATE: tuple[str, ...] = get_args(Update)
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ class Pruned:
     masks: list[Tensor]
     # Updated survivors, exact zeros elsewhere.
     weights: list[Tensor]
-    # Predicted increase of the loss, with survivors moved to the best place. Magnitude knows no loss: half the
-    # squared length of what went.
+    # What the method itself predicts: oViT the increase of the loss with survivors moved to the best place; the others
+    # the sum of what each removal costs alone, which magnitude takes for half the squared length of what went.
     errors: list[float]
 
 
@@ -70,8 +72,16 @@ class Solver(Protocol):
 
     # Whether observe() is called at all.
     needs_gradients: ClassVar[bool]
+    # Values of the option `update` that it knows.
+    updates: ClassVar[tuple[str, ...]]
+    # What to do where memory is short.
+    advice: ClassVar[str]
 
     def __init__(self, problem: Problem, count: int) -> None: ...
+
+    @staticmethod
+    def memory(shapes: Sequence[torch.Size], options: Options, count: int) -> int:
+        """Bytes at its peak beside weights of these shapes and one chunk of gradients, of which `count` come."""
 
     def observe(self, chunk: Sequence[Tensor]) -> None:
         """Take the next gradients [k, *shape], one tensor a weight; they are not kept."""

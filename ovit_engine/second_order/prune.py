@@ -6,15 +6,25 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from ovit_engine.pattern import Pattern, parse_pattern
+from ovit_engine.pattern import NM, Pattern, parse_pattern
+from ovit_engine.second_order.choose import prune_lowest
+from ovit_engine.second_order.diagonal import GradWeight, Obd
 from ovit_engine.second_order.magnitude import Magnitude
-from ovit_engine.second_order.memory import estimate_memory, preflight
-from ovit_engine.second_order.options import Options, Rule, Scope, Update
+from ovit_engine.second_order.memory import preflight
+from ovit_engine.second_order.obert import Mfac, Obert
+from ovit_engine.second_order.options import Options, Rule, Scope, Update, one_of
 from ovit_engine.second_order.ovit import Ovit
 from ovit_engine.second_order.precision import exact_arithmetic
 from ovit_engine.second_order.problem import Problem, Pruned, Solver, make_problem
 
-METHODS: dict[str, type[Solver]] = {"ovit": Ovit, "magnitude": Magnitude}
+METHODS: dict[str, type[Solver]] = {
+    "ovit": Ovit,
+    "obert": Obert,
+    "obd": Obd,
+    "mfac": Mfac,
+    "grad_weight": GradWeight,
+    "magnitude": Magnitude,
+}
 
 PatternLike = Pattern | str | dict[str, list[int]]
 
@@ -55,15 +65,16 @@ def prune_tensors(
     Args:
         weights: tensors of any shape, device and floating type; what is computed is computed where they are.
         gradients: one [N, *shape] a weight, of the mean loss of N batches; None will do for magnitude.
-        method: ovit, or magnitude (which reads none of block, damp, rule, update and dtype).
+        method: ovit; obert (scores each weight alone), mfac (obert without forming the inverse, for large blocks);
+            obd (diagonal, reads damp), grad_weight and magnitude (neither moves survivors nor reads the options below).
         sparsity: share of zeros afterwards; may be left out only where the pattern implies it.
         scope: "global" or "layer".
         pattern: "unstructured", "2:4" (keep:group), {"block": [rows, cols]} or a `Pattern`.
         masks: what was pruned before (True = kept); it stays pruned and counts.
-        block: largest Fisher block. Memory is numel * block numbers.
+        block: largest Fisher block. Memory is numel * block numbers; for mfac numel * N instead.
         damp: lambda of the Fisher matrix. Its meaning depends on the images in a gradient.
-        rule: how removals are ranked across blocks, "cumulative" or "marginal" (see `allocate`).
-        update: "joint" moves the survivors, "none" leaves them.
+        rule: how oViT ranks removals across blocks, "cumulative" or "marginal" (see `allocate`).
+        update: "joint" moves the survivors, "none" leaves them; "independent" (obert, mfac) moves them as published.
         dtype: float32 or float64, of the solver's state.
 
     Raises:
@@ -112,13 +123,14 @@ def prune_streamed(
     """
     solver_type = _method(method)
     problem = make_problem(weights, masks, names, _options(options))
+    one_of("update", problem.options.update, solver_type.updates)
     if problem.is_solved():
         unchanged = [weight.clone() for weight in problem.weights]
         return Pruned([mask.clone() for mask in problem.masks], unchanged, [0.0] * len(unchanged))
     if not solver_type.needs_gradients:
         with exact_arithmetic():
             return solver_type(problem, count).solve()
-    preflight(_needs(problem))
+    preflight(_needs(problem, solver_type, count), solver_type.advice)
     with exact_arithmetic():
         solver = solver_type(problem, count)
     seen = 0
@@ -134,6 +146,54 @@ def prune_streamed(
         return solver.solve()
 
 
+def prune_by_scores(
+    weights: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    *,
+    masks: Sequence[Tensor] | None = None,
+    names: Sequence[str] | None = None,
+    sparsity: float | None = None,
+    scope: Scope = "global",
+    pattern: PatternLike = "unstructured",
+) -> Pruned:
+    """Prune what has the lowest scores (shaped as the weights, summed over a tile); the rest stays where it is.
+
+    For scores that are not one of the `METHODS`. Counts, masks and errors are those of `prune_tensors`.
+    """
+    options = Options(pattern=parse_pattern(pattern), sparsity=sparsity, scope=scope)
+    problem = make_problem(weights, masks, names, options)
+    if len(scores) != len(weights):
+        raise ValueError(f"{len(weights)} weights but {len(scores)} scores")
+    for name, weight, score in zip(problem.names, problem.weights, scores, strict=True):
+        if score.shape != weight.shape or not score.is_floating_point():
+            raise ValueError(
+                f"{name}: scores must be floating point of shape {tuple(weight.shape)}, "
+                f"are {score.dtype} of {tuple(score.shape)}"
+            )
+    with exact_arithmetic():
+        return prune_lowest(problem, scores)
+
+
+def estimate_memory(
+    shapes: Sequence[Sequence[int]],
+    *,
+    method: str = "ovit",
+    block: int = 48,
+    pattern: PatternLike = "unstructured",
+    dtype: torch.dtype = torch.float32,
+    gradients: int = 4096,
+) -> int:
+    """Bytes that a method needs at its peak beside weights of these shapes and one chunk of gradients.
+
+    For oViT and oBERT most of it is the inverse Fisher, numel * block numbers; for M-FAC all gradients,
+    numel * gradients numbers; the others need a few numbers a weight. Raises ValueError for an unknown method.
+    """
+    parsed = parse_pattern(pattern)
+    sparsity = None if isinstance(parsed, NM) else 0.5
+    options = Options(pattern=parsed, sparsity=sparsity, block=block, dtype=dtype)
+    return _method(method).memory([torch.Size(shape) for shape in shapes], options, gradients)
+
+
 def _method(name: str) -> type[Solver]:
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, is {name!r}")
@@ -147,16 +207,12 @@ def _options(given: PruneOptions) -> Options:
     return Options(pattern=pattern, **rest)  # type: ignore[arg-type]
 
 
-def _needs(problem: Problem) -> dict[torch.device, int]:
+def _needs(problem: Problem, solver_type: type[Solver], count: int) -> dict[torch.device, int]:
     """Bytes by device."""
-    options = problem.options
     by_device: dict[torch.device, list[torch.Size]] = {}
     for weight in problem.weights:
         by_device.setdefault(weight.device, []).append(weight.shape)
-    return {
-        device: estimate_memory(shapes, block=options.block, pattern=options.pattern, dtype=options.dtype)
-        for device, shapes in by_device.items()
-    }
+    return {device: solver_type.memory(shapes, problem.options, count) for device, shapes in by_device.items()}
 
 
 def _check_chunk(problem: Problem, chunk: Sequence[Tensor], seen: int) -> None:

@@ -139,6 +139,97 @@ def prune(
     return kept, out
 
 
+def prune_once(
+    method: str,
+    weights: list[Array],
+    gradients: list[Array],
+    *,
+    sparsity: float | None,
+    scope: str = "global",
+    pattern: str | dict[str, list[int]] = "unstructured",
+    masks: list[NDArray[np.bool_]] | None = None,
+    block: int = 48,
+    damp: float = 1e-6,
+    update: str = "joint",
+) -> tuple[list[NDArray[np.bool_]], list[Array]]:
+    """The methods that score each unit alone (obert, mfac, obd, grad_weight): masks (True = kept) and weights."""
+    kept = [np.ones(w.shape, dtype=bool) if masks is None else masks[i].copy() for i, w in enumerate(weights)]
+    out = [np.where(mask, weight, 0.0) for mask, weight in zip(kept, weights, strict=True)]
+    unit = group_of(pattern) if isinstance(pattern, dict) else 1
+    parts = []  # (tensor, indices, F, H, w)
+    entries = []  # (cost, order, tensor, flat indices of the unit)
+    for t, weight in enumerate(weights):
+        for indices in blocks(weight.shape, pattern, block):
+            alive = kept[t].ravel()[indices]
+            w, g = out[t].ravel()[indices], gradients[t].reshape(len(gradients[t]), weight.size)[:, indices]
+            F = fisher(np.where(alive, g, 0.0), damp)
+            H = mfac_inverse(np.where(alive, g, 0.0), damp) if method == "mfac" else np.linalg.inv(F)
+            parts.append((t, indices, F, H, w))
+            for start in range(0, len(indices), unit):
+                G = list(range(start, start + unit))
+                if alive[G].any():
+                    flat = [indices[i] for i in G]
+                    entries.append((unit_cost(method, F, H, w, g, G), len(entries), t, flat))
+    if isinstance(pattern, str) and ":" in pattern:
+        gone = _lowest_of_groups(entries, kept, pattern)
+    else:
+        gone = []
+        for members in [range(len(kept))] if scope == "global" else [[t] for t in range(len(kept))]:
+            total = sum(kept[t].size for t in members) // unit
+            mine = sorted(entry for entry in entries if entry[2] in members)
+            gone += mine[: max(0, round((sparsity or 0.0) * total) - (total - len(mine)))]
+    for t, indices, F, H, w in parts:
+        units = [[indices.index(i) for i in flat] for _, _, tensor, flat in gone if tensor == t and flat[0] in indices]
+        Q = [i for each in units for i in each]
+        dead = list(np.flatnonzero(~kept[t].ravel()[indices]))
+        new = w.copy()
+        if Q and method in ("obert", "mfac") and update == "joint":
+            new = joint(F, w, dead + [i for i in Q if i not in dead])
+        elif method in ("obert", "mfac") and update == "independent":
+            for G in units:
+                new = new - H[:, G] @ np.linalg.solve(H[np.ix_(G, G)], w[G])
+        new[Q + dead] = 0.0
+        out[t].ravel()[indices] = new
+        kept[t].ravel()[np.array(indices)[Q]] = False
+    return kept, out
+
+
+def unit_cost(method: str, F: Array, H: Array, w: Array, g: Array, G: list[int]) -> float:
+    """What removing unit G alone costs (specs/second-order.md, section 2)."""
+    if method == "obd":
+        return float(sum(w[i] ** 2 * F[i, i] / 2 for i in G))
+    if method == "grad_weight":
+        return float(sum(abs(w[i] * gradient[i]) for i in G for gradient in g))
+    return float(w[G] @ np.linalg.solve(H[np.ix_(G, G)], w[G]) / 2)
+
+
+def mfac_inverse(gradients: Array, damp: float) -> Array:
+    """H from the recursion of M-FAC: H x = x / damp - sum_j (Hg_j . x) / denominator_j Hg_j."""
+    H = np.eye(gradients.shape[1]) / damp
+    seen: list[tuple[Array, float]] = []
+    for g in gradients:
+        Hg = g / damp
+        for other, denominator in seen:
+            Hg = Hg - other * (other @ g) / denominator
+        seen.append((Hg, len(gradients) + g @ Hg))
+    for Hg, denominator in seen:
+        H = H - np.outer(Hg, Hg) / denominator
+    return H
+
+
+def _lowest_of_groups(entries: list, kept: list, pattern: str) -> list:
+    """Under keep:group, what each group of consecutive weights still has to lose."""
+    keep, group = map(int, pattern.split(":"))
+    gone = []
+    for t, mask in enumerate(kept):
+        order = layout(mask.shape, pattern)
+        for start in range(0, len(order), group):
+            members = order[start : start + group]
+            mine = sorted(entry for entry in entries if entry[2] == t and entry[3][0] in members)
+            gone += mine[: max(0, len(mine) - keep)]
+    return gone
+
+
 def _allocate(parts: list, kept: list, sparsity: float | None, scope: str, rule: str, unit: int) -> list[int]:
     """Units each block loses: sort (rank, block, step), take the first."""
     assert sparsity is not None

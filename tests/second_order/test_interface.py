@@ -15,7 +15,7 @@ from ovit_engine.second_order import METHODS, Pruned, prune_streamed, prune_tens
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"method": "obert"}, "method must be one of ovit, magnitude, is 'obert'"),
+        ({"method": "obirt"}, "method must be one of ovit, obert, obd, mfac, grad_weight, magnitude, is 'obirt'"),
         ({"scope": "row"}, "scope must be one of global, layer, is 'row'"),
         ({"rule": "hull"}, "rule must be one of cumulative, marginal, is 'hull'"),
         ({"update": "independent"}, "update must be one of joint, none, is 'independent'"),

@@ -6,9 +6,8 @@ import pytest
 import torch
 from cases import prune64, random_problem, zeros
 
-from ovit_engine.second_order import prune_streamed
+from ovit_engine.second_order import METHODS, prune_streamed
 
-METHODS = ["ovit", "magnitude"]
 SHAPES = [(6, 8), (4, 8, 3, 2), (2, 4)]
 
 

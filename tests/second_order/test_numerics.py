@@ -10,7 +10,7 @@ import reference
 import torch
 from cases import prune64, random_problem
 
-from ovit_engine.second_order import fisher, ovit, prune_streamed, prune_tensors
+from ovit_engine.second_order import METHODS, blocks, fisher, ovit, prune_streamed, prune_tensors
 from ovit_engine.second_order.eliminate import eliminate
 from ovit_engine.second_order.update import joint_change
 
@@ -52,7 +52,7 @@ SETTINGS = {
 }
 FLAGS = """
 import math, torch
-from ovit_engine.second_order import ovit, prune_tensors
+from ovit_engine.second_order import block_inverse, prune_tensors
 def read(get):
     try:
         return get()
@@ -63,11 +63,11 @@ def flags():
     old = read(torch.get_float32_matmul_precision), read(lambda: matmul[0].allow_tf32)
     return *old, *(each.fp32_precision for each in matmul)
 torch.manual_seed(0)
-weights, gradients, seen, real = [torch.randn(8, 32)], [torch.randn(40, 8, 32)], set(), ovit.absorb
+weights, gradients, seen, real = [torch.randn(8, 32)], [torch.randn(40, 8, 32)], set(), block_inverse.absorb
 def spy(*arguments):
     seen.add(flags())
     real(*arguments)
-ovit.absorb = spy
+block_inverse.absorb = spy
 options = dict(sparsity=0.5, block=32, damp=1e-5)
 expected = prune_tensors(weights, gradients, **options)[1][0]
 for setting in SETTINGS:
@@ -119,7 +119,7 @@ def test_18_broken_gradients_are_named(value: float) -> None:
         prune_tensors(weights, gradients, sparsity=0.5)
 
 
-@pytest.mark.parametrize("method", ["ovit", "magnitude"])
+@pytest.mark.parametrize("method", METHODS)
 def test_broken_weights_are_named(method: str) -> None:
     weights, gradients = random_problem((3, 8), (2, 8))
     weights[1][0, 0] = math.nan
@@ -205,8 +205,8 @@ def test_9_chunks_of_blocks_and_gradients_do_not_matter(monkeypatch: pytest.Monk
     weights, gradients = random_problem((24, 16), (9, 7), count=37, seed=7)
     options: Any = {"sparsity": 0.6, "block": 16, "damp": 1e-3, "dtype": torch.float64}
     expected = prune_streamed(weights, [gradients], 37, **options)
-    for blocks, size in [(1, 1), (5, 3), (7, 16), (100, 20), (3, 37)]:
-        monkeypatch.setattr(ovit, "blocks_a_chunk", lambda *_, blocks=blocks: blocks)
+    for step, size in [(1, 1), (5, 3), (7, 16), (100, 20), (3, 37)]:
+        monkeypatch.setattr(blocks, "blocks_a_chunk", lambda *_, step=step: step)
         chunks = list(zip(*(torch.split(gradient, size) for gradient in gradients), strict=True))
         got = prune_streamed(weights, chunks, 37, **options)
         for index in range(2):

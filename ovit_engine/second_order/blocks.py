@@ -1,0 +1,69 @@
+"""The weights of a problem cut into Fisher blocks, and the way back once it is known what goes and who moves."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ovit_engine.second_order.partition import blocks_a_chunk, segments
+from ovit_engine.second_order.problem import Problem
+
+# What to add to the weights of a slice of blocks of a segment when `removed` [c, B] of them go: [c, B].
+Change = Callable[[int, slice, Tensor], Tensor]
+
+
+class Blocks:
+    """Runs of equally large blocks (`segments`), and which of their weights are there, in the pattern's layout."""
+
+    def __init__(self, problem: Problem) -> None:
+        options = problem.options
+        self.problem = problem
+        self.segments = segments([weight.shape for weight in problem.weights], options.pattern, options.block)
+        self.kept = [options.pattern.to_layout(mask) for mask in problem.masks]
+        self.has_pruned = [not bool(mask.all()) for mask in problem.masks]
+
+    def chunks(self, number: int) -> Iterator[slice]:
+        """The blocks of a segment, as many at once as is fast and small."""
+        segment = self.segments[number]
+        on_cpu = self.problem.weights[segment.tensor].device.type == "cpu"
+        step = blocks_a_chunk(self.segments, segment, on_cpu)
+        return (slice(start, min(start + step, segment.count)) for start in range(0, segment.count, step))
+
+    def weights(self, number: int) -> Tensor:
+        """Weights of a segment [blocks, B] in their own type."""
+        segment = self.segments[number]
+        return segment.cut(self.problem.options.pattern.to_layout(self.problem.weights[segment.tensor]))
+
+    def release(self, number: int) -> None:
+        """Free what is held for a segment that is done."""
+
+    def move(self, masks: Sequence[Tensor], change: Change | None) -> list[Tensor]:
+        """New weights under new masks, survivors moved by `change` where a block loses something."""
+        pattern, dtype = self.problem.options.pattern, self.problem.options.dtype
+        flat = [
+            pattern.to_layout(weight).to(torch.promote_types(weight.dtype, dtype), copy=True)
+            for weight in self.problem.weights
+        ]
+        kept = [pattern.to_layout(mask) for mask in masks]
+        if change is not None:
+            for number in range(len(self.segments)):
+                self._move(number, flat, kept, change)
+                self.release(number)
+        return [
+            pattern.from_layout(torch.where(mask, new, 0).to(weight.dtype), weight.shape)
+            for weight, new, mask in zip(self.problem.weights, flat, kept, strict=True)
+        ]
+
+    def _move(self, number: int, flat: list[Tensor], kept: list[Tensor], change: Change) -> None:
+        """Move the weights of one segment, in place in `flat`."""
+        segment = self.segments[number]
+        removed = segment.cut(self.kept[segment.tensor]) & ~segment.cut(kept[segment.tensor])
+        for here in self.chunks(number):
+            if removed[here].any():
+                part = segment.cut(flat[segment.tensor])[here]
+                part += change(number, here, removed[here]).to(part.dtype)
+
+
+def a_few(indices: Tensor, size: int = 4) -> Iterator[Tensor]:
+    """Indices of blocks that need float64, a few at a time; nothing for none."""
+    return (indices[start : start + size] for start in range(0, len(indices), size))

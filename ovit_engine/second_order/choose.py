@@ -1,0 +1,60 @@
+"""Which units go when each has one cost of its own: the lowest of a scope, as many as are asked for.
+
+Shared by every method that ranks weights once (all but oViT, whose costs change while it removes).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ovit_engine.pattern import NM
+from ovit_engine.second_order.allocate import take_lowest
+from ovit_engine.second_order.problem import Problem, Pruned
+
+
+def lowest_go(problem: Problem, costs: Sequence[Tensor]) -> list[Tensor]:
+    """Masks (True = kept) without the units of lowest cost; ties go by position, tensor after tensor.
+
+    `costs` are [units] in the pattern's layout, one a tensor; those of units pruned before do not matter.
+    Raises FloatingPointError, with the tensor's name, for a cost that is NaN.
+    """
+    for name, cost in zip(problem.names, costs, strict=True):
+        if bool(cost.isnan().any()):
+            raise FloatingPointError(f"{name}: a score is NaN; are weights or gradients beyond the range of floats?")
+    pattern = problem.options.pattern
+    if isinstance(pattern, NM):
+        return [_lowest_of_groups(problem, index, cost) for index, cost in enumerate(costs)]
+    masks = list(problem.masks)
+    for scope, count in problem.quotas():
+        ranking = [_bounded(costs[i]).masked_fill(~problem.alive_units(i), torch.inf).cpu() for i in scope]
+        for index, taken in zip(scope, take_lowest(ranking, count), strict=True):
+            goes = taken.to(masks[index].device).repeat_interleave(pattern.unit)
+            masks[index] = masks[index] & ~pattern.from_layout(goes, masks[index].shape)
+    return masks
+
+
+def prune_lowest(problem: Problem, scores: Sequence[Tensor]) -> Pruned:
+    """Prune by one score a weight (shaped as the weight), summed over a tile; survivors stay where they are.
+
+    The errors are the scores of what went.
+    """
+    pattern = problem.options.pattern
+    units = [pattern.to_layout(score).reshape(-1, pattern.unit).sum(1) for score in scores]
+    masks = lowest_go(problem, units)
+    weights = [torch.where(mask, weight, 0) for mask, weight in zip(masks, problem.weights, strict=True)]
+    gone = [before & ~after for before, after in zip(problem.masks, masks, strict=True)]
+    errors = [float(score[went].sum(dtype=torch.float64)) for score, went in zip(scores, gone, strict=True)]
+    return Pruned(masks, weights, errors)
+
+
+def _lowest_of_groups(problem: Problem, index: int, costs: Tensor) -> Tensor:
+    """The mask of one tensor under N:M, which is a matter of each group."""
+    pattern, mask = problem.options.pattern, problem.masks[index]
+    return pattern.mask(pattern.from_layout(_bounded(costs), mask.shape).masked_fill(~mask, -torch.inf))
+
+
+def _bounded(costs: Tensor) -> Tensor:
+    """Finite, so that nothing that is there ranks with what has gone."""
+    largest = torch.finfo(costs.dtype).max
+    return costs.clamp(-largest, largest)

@@ -1,0 +1,113 @@
+"""oBERT (arXiv 2203.07259) and M-FAC (arXiv 2107.03356): each unit scored as if it went alone.
+
+A unit G (one weight, or the tile of a block pattern) costs 1/2 w_G^T (H_GG)^-1 w_G. The lowest go, all at once.
+Survivors move by the exact group formula ("joint"), or as published by the sum of what each removal alone asks
+("independent"), which at high sparsity is often worse than moving nobody. The published 1e-7 in denominators is left
+out: H_jj is never below 1 / F_jj.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from ovit_engine.second_order.block_inverse import BlockInverse
+from ovit_engine.second_order.blocks import Change
+from ovit_engine.second_order.choose import lowest_go
+from ovit_engine.second_order.eliminate import lower_factors
+from ovit_engine.second_order.matrix_free import MatrixFree
+from ovit_engine.second_order.options import Options
+from ovit_engine.second_order.partition import Segment
+from ovit_engine.second_order.problem import EVERY_UPDATE, Problem, Pruned
+
+
+class Curvature(Protocol):
+    """What is asked of the inverse Fisher H, however it is held; a slice is of the blocks of a segment."""
+
+    segments: list[Segment]
+
+    def __init__(self, problem: Problem, count: int) -> None: ...
+    @staticmethod
+    def memory(shapes: Sequence[torch.Size], options: Options, count: int) -> int: ...
+    def observe(self, chunk: Sequence[Tensor]) -> None: ...
+    def finish(self) -> None: ...
+    def chunks(self, number: int) -> Iterator[slice]: ...
+    def weights(self, number: int) -> Tensor: ...
+    def tiles(self, number: int, here: slice) -> tuple[Tensor, Tensor]: ...
+    def multiply(self, number: int, here: slice, vectors: Tensor) -> Tensor: ...
+    def joint_change(self, number: int, here: slice, removed: Tensor) -> Tensor: ...
+    def move(self, masks: Sequence[Tensor], change: Change | None) -> list[Tensor]: ...
+
+
+class Obert:
+    """Score, choose, move; a subclass states how the inverse Fisher is held."""
+
+    needs_gradients: ClassVar[bool] = True
+    updates: ClassVar[tuple[str, ...]] = EVERY_UPDATE
+    advice: ClassVar[str] = "use a smaller block or fewer targets"
+    held_as: ClassVar[type[Curvature]] = BlockInverse
+
+    def __init__(self, problem: Problem, count: int) -> None:
+        self._problem = problem
+        self._fisher = self.held_as(problem, count)
+
+    @classmethod
+    def memory(cls, shapes: Sequence[torch.Size], options: Options, count: int) -> int:
+        """That of the inverse Fisher."""
+        return cls.held_as.memory(shapes, options, count)
+
+    def observe(self, chunk: Sequence[Tensor]) -> None:
+        """Take gradients [k, *shape]."""
+        self._fisher.observe(chunk)
+
+    def solve(self) -> Pruned:
+        """Masks, weights, and the sum of the scores of what went."""
+        self._fisher.finish()
+        pattern = self._problem.options.pattern
+        costs = self._costs()
+        masks = lowest_go(self._problem, costs)
+        errors = []
+        for cost, before, after in zip(costs, self._problem.masks, masks, strict=True):
+            went = pattern.to_layout(before & ~after).reshape(-1, pattern.unit).any(1)
+            errors.append(float(cost[went].sum(dtype=torch.float64)))
+        moves = {"joint": self._fisher.joint_change, "independent": self._independent_change, "none": None}
+        return Pruned(masks, self._fisher.move(masks, moves[self._problem.options.update]), errors)
+
+    def _costs(self) -> list[Tensor]:
+        """Cost of each unit alone, [units] a tensor."""
+        unit, dtype = self._problem.options.pattern.unit, self._problem.options.dtype
+        costs = [
+            torch.zeros(weight.numel() // unit, dtype=dtype, device=weight.device) for weight in self._problem.weights
+        ]
+        for number, segment in enumerate(self._fisher.segments):
+            in_units = Segment(segment.tensor, segment.offset // unit, segment.count, segment.size // unit)
+            for here in self._fisher.chunks(number):
+                cost, _ = self._alone(number, here)
+                in_units.cut(costs[segment.tensor])[here] = cost.clamp(max=torch.finfo(dtype).max).to(dtype)
+        return costs
+
+    def _alone(self, number: int, here: slice) -> tuple[Tensor, Tensor]:
+        """Cost of each unit [c, units], and (H_GG)^-1 w_G of all of them [c, B]."""
+        tiles, floor = self._fisher.tiles(number, here)
+        weights = self._fisher.weights(number)[here].to(tiles.dtype)
+        if tiles.shape[-1] == 1:
+            solution = weights / torch.maximum(tiles.flatten(1), floor)
+            return weights * solution / 2, solution
+        lower = lower_factors(tiles, floor)
+        parts = weights.reshape(*tiles.shape[:3], 1)
+        whitened = torch.linalg.solve_triangular(lower, parts, upper=False)
+        solution = torch.linalg.solve_triangular(lower.mT, whitened, upper=True)
+        return whitened.square().sum((2, 3)) / 2, solution.reshape(weights.shape)
+
+    def _independent_change(self, number: int, here: slice, removed: Tensor) -> Tensor:
+        """Minus the sum over removed units of H E_G (H_GG)^-1 w_G."""
+        _, solution = self._alone(number, here)
+        return -self._fisher.multiply(number, here, solution * removed)
+
+
+class Mfac(Obert):
+    """M-FAC: the same without ever forming H; memory is numel * N numbers."""
+
+    advice: ClassVar[str] = "use fewer gradients or fewer targets"
+    held_as: ClassVar[type[Curvature]] = MatrixFree
