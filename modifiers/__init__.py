@@ -1,5 +1,29 @@
 """Built-in modifiers: one idea, one file; importing one registers it."""
 
-from ovit_engine.modifiers import cyclic_lr, magnitude_prune, ovit_prune, quantize
+from ovit_engine.modifiers import (
+    acdc,
+    constant_mask,
+    cyclic_lr,
+    grad_weight_prune,
+    magnitude_prune,
+    mfac_prune,
+    movement_prune,
+    obd_prune,
+    obert_prune,
+    ovit_prune,
+    quantize,
+)
 
-__all__ = ["cyclic_lr", "magnitude_prune", "ovit_prune", "quantize"]
+__all__ = [
+    "acdc",
+    "constant_mask",
+    "cyclic_lr",
+    "grad_weight_prune",
+    "magnitude_prune",
+    "mfac_prune",
+    "movement_prune",
+    "obd_prune",
+    "obert_prune",
+    "ovit_prune",
+    "quantize",
+]

@@ -1,4 +1,4 @@
-"""What every pruner shares: when it acts, on what, how much."""
+"""What every pruner shares: on what it acts, when, how much."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
@@ -84,15 +84,9 @@ Amount = Annotated[
 ]
 
 
-class PruningModifier(Modifier):
-    """Prunes targets step by step. A subclass states how masks and weights are found: `solve`."""
+class MaskingModifier(Modifier):
+    """Makes weights of its targets zero. A subclass states when, and which."""
 
-    start: Time = Field("0ep", description="time of the first pruning step")
-    end: Time | None = Field(None, description="time of the last one, with a sparsity range")
-    every: Time | None = Field(None, description="time between pruning steps, with a sparsity range")
-    sparsity: Amount | None = Field(
-        None, description="share of zeros: a number, {from, to, curve}, or {time: number, ...}; N:M implies its own"
-    )
     targets: list[Target] = Field(min_length=1, description='weights by name, or "re:" and a regular expression')
     scope: Literal["global", "layer"] = Field(
         "global", description="share the sparsity out over all targets, or in each"
@@ -102,6 +96,55 @@ class PruningModifier(Modifier):
     )
 
     _slots: list[Slot] = PrivateAttr(default_factory=list)
+
+    def prepare(self, run: Run) -> None:
+        try:
+            self._slots = find_slots(run.model, self.targets)
+        except ValueError as error:
+            raise self.error(str(error), "targets") from None
+        for slot in self._slots:
+            try:
+                self.pattern.check(slot.tensor.shape)
+            except ValueError as error:
+                raise self.error(f"{slot.name}: {error}", "pattern") from None
+
+    def write(self, run: Run, masks: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+        """Put masks (True = kept) in force and write the weights under them."""
+        for slot, mask, weight in zip(self._slots, masks, weights, strict=True):
+            slot.write(weight)
+            run.masks.set(slot, mask, self.pattern.describe())
+        zeros = sum(int((~mask).sum()) for mask in masks)
+        run.log(f"{self.name}/sparsity", zeros / sum(mask.numel() for mask in masks))
+
+    def training_gradients(self, run: Run) -> list[Tensor]:
+        """Gradients of the training loss at STEP_BEGIN, one a slot; a slot without one is a RecipeError."""
+        found = []
+        for slot in self._slots:
+            grad = run.gradient(slot)
+            if grad is None:
+                raise self.error(f"{slot.name!r} gets no gradient from the training loss", "targets")
+            found.append(grad)
+        return found
+
+    def present_masks(self, run: Run) -> list[Tensor]:
+        """The masks in force, all True where a slot is dense."""
+        return [_mask(run, slot) for slot in self._slots]
+
+    def describe(self, sparsity: float | None) -> str:
+        """A sparsity as the timeline shows it."""
+        return f"{self.pattern.resolve(sparsity):.2%} {self.pattern} ({self.name})"
+
+
+class PruningModifier(MaskingModifier):
+    """Prunes targets step by step. A subclass states how masks and weights are found: `solve`."""
+
+    start: Time = Field("0ep", description="time of the first pruning step")
+    end: Time | None = Field(None, description="time of the last one, with a sparsity range")
+    every: Time | None = Field(None, description="time between pruning steps, with a sparsity range")
+    sparsity: Amount | None = Field(
+        None, description="share of zeros: a number, {from, to, curve}, or {time: number, ...}; N:M implies its own"
+    )
+
     _events: dict[int, float | None] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
@@ -166,19 +209,11 @@ class PruningModifier(Modifier):
 
     def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
         for step, sparsity in self.events(clock).items():
-            yield step, "sparsity", f"{self.pattern.resolve(sparsity):.2%} {self.pattern} ({self.name})"
+            yield step, "sparsity", self.describe(sparsity)
 
     def prepare(self, run: Run) -> None:
         self._events = self.events(run.clock)
-        try:
-            self._slots = find_slots(run.model, self.targets)
-        except ValueError as error:
-            raise self.error(str(error), "targets") from None
-        for slot in self._slots:
-            try:
-                self.pattern.check(slot.tensor.shape)
-            except ValueError as error:
-                raise self.error(f"{slot.name}: {error}", "pattern") from None
+        super().prepare(run)
 
     def claims(self, run: Run) -> Iterable[Claim]:
         for slot in self._slots:
@@ -203,15 +238,7 @@ class PruningModifier(Modifier):
 
     def _prune(self, run: Run, sparsity: float | None) -> None:
         masks, weights = self.solve(run, self._slots, sparsity)
-        for slot, mask, weight in zip(self._slots, masks, weights, strict=True):
-            slot.write(weight)
-            run.masks.set(slot, mask, self.pattern.describe())
-        zeros = sum(int((~mask).sum()) for mask in masks)
-        run.log(f"{self.name}/sparsity", zeros / sum(mask.numel() for mask in masks))
-
-    def present_masks(self, run: Run) -> list[Tensor]:
-        """The masks in force, all True where a slot is dense."""
-        return [_mask(run, slot) for slot in self._slots]
+        self.write(run, masks, weights)
 
 
 def _mask(run: Run, slot: Slot) -> Tensor:

@@ -15,12 +15,27 @@ from tests.loops import X, Y, hooks_on, mlp, plain, recipe
 
 # options with which each does something to the model of tests/loops.py in ten steps
 SETTINGS = {
+    "acdc": "{every: 2st, start: 1st, last_sparse: 3st, sparsity: 0.5, targets: [0.weight]}",
+    "constant_mask": "{targets: [2.weight]}",
     "magnitude_prune": "{start: 2st, end: 6st, every: 2st, sparsity: {from: 0.2, to: 0.5}, targets: [0.weight]}",
     "ovit_prune": "{start: 4st, sparsity: 0.5, targets: [0.weight], block: 16, gradients: 4, images_per_gradient: 4}",
+    "obert_prune": "{start: 4st, sparsity: 0.5, targets: [0.weight], block: 16, gradients: 4, images_per_gradient: 4}",
+    "mfac_prune": "{start: 4st, sparsity: 0.5, targets: [0.weight], block: 32, gradients: 4, images_per_gradient: 4}",
+    "obd_prune": "{start: 4st, sparsity: 0.5, targets: [0.weight], gradients: 4, images_per_gradient: 4}",
+    "grad_weight_prune": "{start: 4st, sparsity: 0.5, targets: [0.weight], gradients: 4, images_per_gradient: 4}",
+    "movement_prune": "{start: 3st, end: 7st, every: 2st, sparsity: {from: 0.2, to: 0.5}, targets: [0.weight]}",
     "cyclic_lr": "{max: 0.1, min: 0.01, period: 5st}",
     "quantize": "{start: 4st}",
 }
 NAMES = sorted(modifiers())
+
+
+def with_zeros() -> nn.Sequential:
+    """The model of tests/loops.py as a sparse checkpoint might be."""
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight[:, ::2] = 0.0
+    return model
 
 
 def build(name: str) -> Modifier:
@@ -28,7 +43,7 @@ def build(name: str) -> Modifier:
 
 
 def started(name: str) -> tuple[nn.Module, torch.optim.Optimizer, Engine, Calibration]:
-    model = mlp()
+    model = with_zeros()
     engine = Engine(model, recipe(f"{name}: {SETTINGS[name]}"), steps_per_epoch=10, epochs=1).prepare()
     data = torch.utils.data.TensorDataset(X, Y)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
@@ -111,7 +126,7 @@ def test_it_trains_resumes_and_leaves_no_hook(name: str) -> None:
 def test_the_engine_works_on_copies(name: str) -> None:
     shared = recipe(f"{name}: {SETTINGS[name]}")
     before, state = shared.dump(), repr(shared.modifiers[0].__pydantic_private__)
-    model = mlp()
+    model = with_zeros()
     engine = Engine(model, shared, steps_per_epoch=10, epochs=1).prepare()
     data = torch.utils.data.TensorDataset(X, Y)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -1,0 +1,122 @@
+"""AC/DC (Peste et al. 2021, arXiv 2106.12379): training that alternates sparse and dense phases and ends sparse."""
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from pydantic import Field, PrivateAttr, model_validator
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ovit_engine.modifier import Claim, Run, Time
+from ovit_engine.modifiers._base import MaskingModifier, Sparsity
+from ovit_engine.registry import register
+from ovit_engine.schedule import Clock
+from ovit_engine.second_order import prune_tensors
+from ovit_engine.targets import Slot
+
+Phase = Literal["sparse", "dense"]
+
+
+@register("acdc")
+class Acdc(MaskingModifier):
+    """Alternates magnitude-pruned phases with dense ones, in which pruned weights start again from zero.
+
+    Sparse first, `every` long each; then one more sparse phase, a last dense and a last sparse one. What does not
+    divide lengthens the last.
+    """
+
+    start: Time = Field("0ep", description="time of the first sparse phase; before it training is dense")
+    end: Time = Field("100%", description="end of the last sparse phase; its mask stays")
+    every: Time = Field(description="length of a phase")
+    last_dense: Time | None = Field(None, description="length of the last dense phase; as the others if left out")
+    last_sparse: Time | None = Field(None, description="length of the last sparse phase; as the others if left out")
+    sparsity: Sparsity | None = Field(None, description="share of zeros in sparse phases; N:M implies its own")
+
+    _phases: dict[int, Phase] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Acdc":
+        self.pattern.resolve(self.sparsity)
+        return self
+
+    def phases(self, clock: Clock) -> dict[int, Phase]:
+        """First step of each phase, in the order of time."""
+        start, end, every = clock.steps(self.start), clock.steps(self.end), clock.steps(self.every)
+        self.check_end(clock, end, "end")
+        if every < 1:
+            raise self.error(f"{self.every!r} is less than a step of {clock.steps_per_epoch} steps an epoch", "every")
+        last_dense = every if self.last_dense is None else clock.steps(self.last_dense)
+        last_sparse = every if self.last_sparse is None else clock.steps(self.last_sparse)
+        pairs, _ = divmod(end - start - every - last_dense - last_sparse, 2 * every)
+        if pairs < 0:
+            raise self.error(
+                f"{end - start} steps from start to end do not hold a sparse phase of {every}, a dense one of "
+                f"{last_dense} and a last sparse one of {last_sparse}",
+                "every",
+            )
+        starts = [start + number * every for number in range(2 * pairs + 2)]
+        phases: dict[int, Phase] = {step: "dense" if number % 2 else "sparse" for number, step in enumerate(starts)}
+        return {**phases, starts[-1] + last_dense: "sparse"}
+
+    def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
+        for step, phase in self.phases(clock).items():
+            yield step, "sparsity", self.describe(self.sparsity) if phase == "sparse" else f"dense ({self.name})"
+
+    def prepare(self, run: Run) -> None:
+        self._phases = self.phases(run.clock)
+        super().prepare(run)
+
+    def claims(self, run: Run) -> Iterable[Claim]:
+        for slot in self._slots:
+            yield Claim(f"the mask of {slot.name}", min(self._phases), run.clock.steps(self.end))
+
+    def attach(self, run: Run) -> None:
+        if run.step == 0:
+            self._act(run)
+
+    def step_end(self, run: Run) -> None:
+        self._act(run)
+
+    def detach(self, run: Run) -> None:
+        late = [step for step in self._phases if step > run.step]
+        if late:
+            self.finish_late(run, f"the last sparse phase at step {late[-1]}")
+            self._compress(run)
+
+    def _act(self, run: Run) -> None:
+        phase = self._phases.get(run.step)
+        if phase == "sparse":
+            self._compress(run)
+        elif phase == "dense":
+            self._decompress(run)
+
+    def _compress(self, run: Run) -> None:
+        """Prune by magnitude, whatever was pruned in earlier phases."""
+        masks, weights = prune_tensors(
+            [slot.gather() for slot in self._slots],
+            None,
+            method="magnitude",
+            sparsity=self.sparsity,
+            scope=self.scope,
+            pattern=self.pattern,
+        )
+        self.write(run, masks, weights)
+
+    def _decompress(self, run: Run) -> None:
+        """Free all weights; those that were zero have no past in the optimizer."""
+        for slot, mask in zip(self._slots, self.present_masks(run), strict=True):
+            forget(run.optimizers, slot, ~mask)
+            run.masks.set(slot, torch.ones_like(mask))
+        run.log(f"{self.name}/sparsity", 0.0)
+
+
+@torch.no_grad()
+def forget(optimizers: Iterable[Optimizer], slot: Slot, revived: Tensor) -> None:
+    """Zero what optimizers remember of single weights: momentum, exp_avg, exp_avg_sq, max_exp_avg_sq and the like."""
+    parameter = slot.tensor
+    where = slot.scatter(revived)
+    for optimizer in optimizers:
+        for memory in optimizer.state.get(parameter, {}).values():
+            if isinstance(memory, Tensor) and memory.shape == parameter.shape:
+                memory.masked_fill_(where.to(memory.device), 0)

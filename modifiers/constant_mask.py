@@ -1,0 +1,69 @@
+"""Hold the zeros that a checkpoint already has, as when a sparse model is fine-tuned or quantized."""
+
+import warnings
+from collections.abc import Iterable
+
+from pydantic import Field, PrivateAttr
+
+from ovit_engine.modifier import Claim, Modifier, Run
+from ovit_engine.modifiers._base import Target
+from ovit_engine.registry import register
+from ovit_engine.schedule import Clock
+from ovit_engine.targets import Slot, find_slots, parameter_slots
+
+
+@register("constant_mask")
+class ConstantMask(Modifier):
+    """Keeps zeros zero. They are read when training starts (ATTACH): load the sparse checkpoint before."""
+
+    targets: list[Target] | None = Field(
+        None,
+        min_length=1,
+        description='weights by name, or "re:" and a regular expression; all matrices and convolutions with zeros '
+        "if left out",
+    )
+
+    _named: list[Slot] = PrivateAttr(default_factory=list)
+
+    def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
+        yield 0, "mask", f"present zeros are held ({self.name})"
+
+    def prepare(self, run: Run) -> None:
+        if self.targets is not None:
+            try:
+                self._named = find_slots(run.model, self.targets)
+            except ValueError as error:
+                raise self.error(str(error), "targets") from None
+
+    def claims(self, run: Run) -> Iterable[Claim]:
+        for slot in self._named or _sparse(run):
+            yield Claim(f"the mask of {slot.name}", 0, run.total_steps)
+
+    def attach(self, run: Run) -> None:
+        if run.step > 0:
+            return  # resumed: the masks came with the state
+        for slot in self._named or self._found(run):
+            mask = slot.gather() != 0
+            if bool(mask.all()):
+                raise self.error(f"{slot.name!r} has no zeros: load the sparse checkpoint before attach", "targets")
+            run.masks.set(slot, mask)
+        run.log(f"{self.name}/sparsity", run.masks.sparsity())
+
+    def _found(self, run: Run) -> list[Slot]:
+        slots = _sparse(run)
+        empty = [slot for slot in slots if not bool(slot.gather().any())]
+        if empty:
+            warnings.warn(
+                f"{self.name}: {empty[0].name!r} is all zeros, which looks like a fresh layer: it stays free "
+                "(name it in 'targets' to hold it)",
+                stacklevel=4,
+            )
+        slots = [slot for slot in slots if slot not in empty]
+        if not slots:
+            raise self.error("no matrix or convolution has zeros to hold: load the sparse checkpoint before attach")
+        return slots
+
+
+def _sparse(run: Run) -> list[Slot]:
+    """Parameters of two dimensions or more that hold zeros."""
+    return [slot for slot in parameter_slots(run.model) if slot.tensor.ndim >= 2 and bool((slot.gather() == 0).any())]

@@ -1,0 +1,17 @@
+"""GrW: gradient times weight (oViT, arXiv 2210.09223, eq. 9)."""
+
+from typing import ClassVar
+
+from ovit_engine.modifiers._base_gradient import GradientPruningModifier
+from ovit_engine.registry import register
+from ovit_engine.second_order import PruneOptions
+
+
+@register("grad_weight_prune")
+class GradWeightPrune(GradientPruningModifier):
+    """Prunes by the sum of |weight x gradient| over mini-batches; what stays is not moved."""
+
+    method: ClassVar[str] = "grad_weight"
+
+    def options(self) -> PruneOptions:
+        return {}

@@ -1,0 +1,17 @@
+"""M-FAC (Frantar et al. 2021): oBERT on large Fisher blocks, whose inverse is never formed."""
+
+from typing import ClassVar
+
+from pydantic import Field, PositiveInt
+
+from ovit_engine.modifiers._base_gradient import BrainSurgeonModifier
+from ovit_engine.registry import register
+
+
+@register("mfac_prune")
+class MfacPrune(BrainSurgeonModifier):
+    """Prunes as obert_prune does, from all gradients kept in memory instead of an inverse Fisher matrix."""
+
+    method: ClassVar[str] = "mfac"
+
+    block: PositiveInt = Field(2048, description="size of a Fisher block; memory is weights x gradients all the same")

@@ -1,0 +1,63 @@
+"""Movement pruning: weights that training moves towards zero go first.
+
+The score of a weight is -sum of weight x gradient over all training steps so far, one term before each optimizer step,
+as SparseML has it: scores are not learned through the mask, and what is pruned does not return (unlike Sanh et al.
+2020).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from pydantic import PrivateAttr
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ovit_engine.modifier import Run
+from ovit_engine.modifiers._base import PruningModifier, SparsitySteps
+from ovit_engine.registry import register
+from ovit_engine.schedule import Clock
+from ovit_engine.second_order import prune_by_scores
+from ovit_engine.targets import Slot
+
+
+@register("movement_prune")
+class MovementPrune(PruningModifier):
+    """Prunes the weights that moved least away from zero since training began; what stays is not moved."""
+
+    _scores: dict[str, Tensor] = PrivateAttr(default_factory=dict)
+
+    def events(self, clock: Clock) -> dict[int, float | None]:
+        events = super().events(clock)
+        if 0 in events:
+            option = "sparsity" if isinstance(self.sparsity, SparsitySteps) else "start"
+            raise self.error("at step 0 nothing has moved yet: prune later", option)
+        return events
+
+    def step_begin(self, run: Run) -> None:
+        if run.step >= max(self._events):
+            return
+        for slot, gradient in zip(self._slots, self.training_gradients(run), strict=True):
+            whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+            if slot.name not in self._scores:
+                self._scores[slot.name] = torch.zeros_like(whole, dtype=torch.float32)
+            self._scores[slot.name].addcmul_(slot.gather().float(), whole.float(), value=-1)
+
+    def solve(self, run: Run, slots: Sequence[Slot], sparsity: float | None) -> tuple[list[Tensor], list[Tensor]]:
+        pruned = prune_by_scores(
+            [slot.gather() for slot in slots],
+            [self._scores[slot.name] for slot in slots],
+            names=[slot.name for slot in slots],
+            masks=self.present_masks(run),
+            sparsity=sparsity,
+            scope=self.scope,
+            pattern=self.pattern,
+        )
+        return pruned.masks, pruned.weights
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scores": {name: score.clone() for name, score in self._scores.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        devices = {slot.name: slot.tensor.device for slot in self._slots}
+        self._scores = {name: score.to(devices[name], copy=True) for name, score in state["scores"].items()}

@@ -1,0 +1,13 @@
+"""oBERT, or WoodFisher (Kurtic et al. 2022, Singh and Alistarh 2020): every weight scored as if it went alone."""
+
+from typing import ClassVar
+
+from ovit_engine.modifiers._base_gradient import BrainSurgeonModifier
+from ovit_engine.registry import register
+
+
+@register("obert_prune")
+class ObertPrune(BrainSurgeonModifier):
+    """Prunes by second-order scores of single weights, or of the tiles of a block pattern, and updates what stays."""
+
+    method: ClassVar[str] = "obert"
