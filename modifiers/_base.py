@@ -88,8 +88,9 @@ class MaskingModifier(Modifier):
     """Makes weights of its targets zero. A subclass states when, and which."""
 
     targets: list[Target] = Field(min_length=1, description='weights by name, or "re:" and a regular expression')
-    scope: Literal["global", "layer"] = Field(
-        "global", description="share the sparsity out over all targets, or in each"
+    scope: Literal["global", "layer", "erk"] = Field(
+        "global",
+        description="share the sparsity out over all targets, alike in each, or with small ones denser",
     )
     pattern: PatternField = Field(
         default_factory=Unstructured, description='unstructured, "keep:group" or {block: [r, c]}'

@@ -7,7 +7,7 @@ import torch
 
 from ovit_engine.pattern import Pattern, Unstructured
 
-Scope = Literal["global", "layer"]
+Scope = Literal["global", "layer", "erk"]
 Rule = Literal["cumulative", "marginal"]
 Update = Literal["joint", "independent", "none"]
 
@@ -23,7 +23,7 @@ class Options:
     pattern: Pattern = Unstructured()  # noqa: RUF009 (frozen and stateless)
     # Share of all weights that is zero afterwards; None only where the pattern implies it.
     sparsity: float | None = None
-    # Count over all tensors together, or in each tensor.
+    # Count over all tensors together, in each tensor alike, or in each by the Erdos-Renyi-kernel rule.
     scope: Scope = "global"
     # Largest Fisher block.
     block: int = 48

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ovit_engine.pattern import NM
+from ovit_engine.second_order.erk import share_out
 from ovit_engine.second_order.options import Options, Update
 
 EVERY_UPDATE: tuple[str, ...] = get_args(Update)
@@ -29,15 +30,18 @@ class Problem:
 
     def quotas(self) -> list[tuple[list[int], int]]:
         """Scopes as (indices of tensors, how many more of their units go); never negative. Not for N:M."""
+        alive = [int(self.alive_units(index).sum()) for index in range(len(self.weights))]
+        units = [weight.numel() // self.options.pattern.unit for weight in self.weights]
         every = list(range(len(self.weights)))
-        scopes = [every] if self.options.scope == "global" else [[index] for index in every]
+        scopes = [[index] for index in every] if self.options.scope == "layer" else [every]
         sparsity = self.options.pattern.resolve(self.options.sparsity)
         quotas = []
         for scope in scopes:
-            alive = [self.alive_units(index) for index in scope]
-            units = sum(len(each) for each in alive)
-            gone = units - sum(int(each.sum()) for each in alive)
-            quotas.append((scope, max(0, round(sparsity * units) - gone)))
+            total, left = sum(units[index] for index in scope), sum(alive[index] for index in scope)
+            quotas.append((scope, max(0, round(sparsity * total) - (total - left))))
+        if self.options.scope == "erk":
+            kept = share_out([weight.shape for weight in self.weights], alive, sum(alive) - quotas[0][1])
+            return [([index], alive[index] - kept[index]) for index in every]
         return quotas
 
     def group_quotas(self, index: int) -> Tensor:

@@ -59,7 +59,7 @@ def prune_tensors(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Prune weights to a sparsity at the least predicted cost; returns (masks, weights), nothing is changed in place.
 
-    Counts are exact: unstructured round(sparsity * weights), global or in each tensor; whole blocks; N:M as the
+    Counts are exact: unstructured round(sparsity * weights), in all or in each tensor; whole blocks; N:M as the
     pattern says. A target that is already reached changes nothing.
 
     Args:
@@ -68,7 +68,7 @@ def prune_tensors(
         method: ovit; obert (scores each weight alone), mfac (obert without forming the inverse, for large blocks);
             obd (diagonal, reads damp), grad_weight and magnitude (neither moves survivors nor reads the options below).
         sparsity: share of zeros afterwards; may be left out only where the pattern implies it.
-        scope: "global" or "layer".
+        scope: "global" (over all tensors), "layer" (alike in each) or "erk" (small tensors stay denser).
         pattern: "unstructured", "2:4" (keep:group), {"block": [rows, cols]} or a `Pattern`.
         masks: what was pruned before (True = kept); it stays pruned and counts.
         block: largest Fisher block. Memory is numel * block numbers; for mfac numel * N instead.

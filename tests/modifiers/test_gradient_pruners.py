@@ -22,6 +22,7 @@ OPTIONS = {  # in the recipe, and the same for prune_tensors
     "mfac_prune": ("block: 64, damp: 1.0e-4", {"method": "mfac", "block": 64, "damp": 1e-4}),
     "obd_prune": ("damp: 1.0e-4", {"method": "obd", "damp": 1e-4}),
     "grad_weight_prune": ("scope: layer", {"method": "grad_weight", "scope": "layer"}),
+    "ovit_prune": ("block: 16, damp: 1.0e-4, scope: erk", {"block": 16, "damp": 1e-4, "scope": "erk"}),
 }
 DEFAULTS = {
     "ovit_prune": {"block": 192, "damp": 1e-8},

@@ -16,7 +16,7 @@ from ovit_engine.second_order import METHODS, Pruned, prune_streamed, prune_tens
     ("options", "words"),
     [
         ({"method": "obirt"}, "method must be one of ovit, obert, obd, mfac, grad_weight, magnitude, is 'obirt'"),
-        ({"scope": "row"}, "scope must be one of global, layer, is 'row'"),
+        ({"scope": "row"}, "scope must be one of global, layer, erk, is 'row'"),
         ({"rule": "hull"}, "rule must be one of cumulative, marginal, is 'hull'"),
         ({"update": "independent"}, "update must be one of joint, none, is 'independent'"),
         ({"sparsity": 1.2}, r"between 0 and 1, is 1\.2"),
