@@ -180,15 +180,17 @@ def test_magnitude_reports_half_the_squared_length() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "options", [{"sparsity": 0.7}, {"pattern": "2:4"}, {"pattern": {"block": [1, 4]}, "sparsity": 0.5}]
 )
-def test_cuda_gives_what_the_cpu_gives(options: dict[str, Any]) -> None:
+def test_cuda_gives_what_the_cpu_gives(options: dict[str, Any], method: str) -> None:
     weights, gradients = random_problem((16, 32), (8, 16, 3, 3), count=30)
-    expected = prune_tensors(weights, gradients, block=32, damp=1e-3, dtype=torch.float64, **options)
+    options = {"block": 32, "damp": 1e-3, "dtype": torch.float64, "method": method, **options}
+    expected = prune_tensors(weights, gradients, **options)
     for moved in (gradients, [gradient.cuda() for gradient in gradients]):
         cuda = [weight.cuda() for weight in weights]
-        got = prune_tensors(cuda, moved, block=32, damp=1e-3, dtype=torch.float64, **options)
+        got = prune_tensors(cuda, moved, **options)
         assert all(mask.is_cuda for mask in got[0])
         for index in range(2):
             assert got[0][index].cpu().equal(expected[0][index])
