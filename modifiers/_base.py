@@ -1,7 +1,7 @@
 """What every pruner shares: on what it acts, when, how much."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -15,12 +15,14 @@ from pydantic import (
     PrivateAttr,
     model_validator,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from ovit_engine.modifier import Claim, Modifier, Run, Time
 from ovit_engine.pattern import NM, Block, Unstructured, parse_pattern
 from ovit_engine.schedule import Clock, CurveName, Schedule
 from ovit_engine.targets import Slot, check_target, find_slots
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # weights [in, out, ...]
 
 
 def _check_sparsity(value: Any) -> float:
@@ -97,6 +99,7 @@ class MaskingModifier(Modifier):
     )
 
     _slots: list[Slot] = PrivateAttr(default_factory=list)
+    _done: int = PrivateAttr(default=-1)  # the last of its times at which it acted
 
     def prepare(self, run: Run) -> None:
         try:
@@ -108,6 +111,21 @@ class MaskingModifier(Modifier):
                 self.pattern.check(slot.tensor.shape)
             except ValueError as error:
                 raise self.error(f"{slot.name}: {error}", "pattern") from None
+            if self.pattern.group > 1 and isinstance(slot.module, _TRANSPOSED):
+                kind = type(slot.module).__name__
+                raise self.error(
+                    f"{slot.name}: {self.pattern} in a {kind}, whose axes no sparse kernel reads", "pattern"
+                )
+
+    def due(self, run: Run, times: Iterable[int]) -> int | None:
+        """The latest of `times` that has come and was not acted on: one that was interrupted is made up for."""
+        return max((time for time in times if self._done < time <= run.step), default=None)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self._done}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._done = state["done"]
 
     def write(self, run: Run, masks: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
         """Put masks (True = kept) in force and write the weights under them."""
@@ -221,25 +239,26 @@ class PruningModifier(MaskingModifier):
             yield Claim(f"the mask of {slot.name}", min(self._events), max(self._events))
 
     def attach(self, run: Run) -> None:
-        if run.step == 0:
-            self._act(run)
+        self._act(run)
 
     def step_end(self, run: Run) -> None:
         self._act(run)
 
     def detach(self, run: Run) -> None:
-        late = [step for step in self._events if step > run.step]
+        late = [step for step in self._events if step > self._done]
         if late:
             self.finish_late(run, f"pruning at step {late[-1]}")
-            self._prune(run, self._events[late[-1]])
+            self._prune(run, late[-1])
 
     def _act(self, run: Run) -> None:
-        if run.step in self._events:
-            self._prune(run, self._events[run.step])
+        event = self.due(run, self._events)
+        if event is not None:
+            self._prune(run, event)
 
-    def _prune(self, run: Run, sparsity: float | None) -> None:
-        masks, weights = self.solve(run, self._slots, sparsity)
+    def _prune(self, run: Run, event: int) -> None:
+        masks, weights = self.solve(run, self._slots, self._events[event])
         self.write(run, masks, weights)
+        self._done = event
 
 
 def _mask(run: Run, slot: Slot) -> Tensor:

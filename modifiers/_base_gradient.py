@@ -7,12 +7,20 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, PrivateAttr
+from pydantic import Field, PositiveFloat, PositiveInt, PrivateAttr, model_validator
 from torch import Tensor
 
 from ovit_engine.modifier import Run
 from ovit_engine.modifiers._base import PruningModifier
-from ovit_engine.second_order import METHODS, Pruned, PruneOptions, estimate_memory, preflight, prune_streamed
+from ovit_engine.second_order import (
+    LARGEST_BLOCK,
+    METHODS,
+    Pruned,
+    PruneOptions,
+    estimate_memory,
+    preflight,
+    prune_streamed,
+)
 from ovit_engine.targets import Slot
 
 log = logging.getLogger(__name__)
@@ -30,6 +38,13 @@ class GradientPruningModifier(PruningModifier):
     recomputations: PositiveInt = Field(1, description="a pruning step in as many parts, each with fresh gradients")
 
     _recent: deque[list[Tensor]] = PrivateAttr(default_factory=deque)
+
+    @model_validator(mode="after")
+    def _block_holds_a_group(self) -> "GradientPruningModifier":
+        block = self.options().get("block", LARGEST_BLOCK)
+        if block < self.pattern.group:
+            raise ValueError(f"a Fisher block of {block} can't hold the {self.pattern.group} weights of {self.pattern}")
+        return self
 
     @abstractmethod
     def options(self) -> PruneOptions:
@@ -140,7 +155,7 @@ class GradientPruningModifier(PruningModifier):
 class BrainSurgeonModifier(GradientPruningModifier):
     """Scores by the inverse Fisher every unit as if it went alone: oBERT, and M-FAC."""
 
-    block: PositiveInt = Field(192, description="size of a Fisher block")
+    block: int = Field(192, ge=1, le=LARGEST_BLOCK, description="size of a Fisher block")
     damp: PositiveFloat = Field(1e-6, description="dampening; more of it than oViT wants")
     update: Literal["joint", "independent", "none"] = Field(
         "joint", description="of what stays: exact for all that goes together, the published sum, or none"

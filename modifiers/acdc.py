@@ -72,24 +72,26 @@ class Acdc(MaskingModifier):
             yield Claim(f"the mask of {slot.name}", min(self._phases), run.clock.steps(self.end))
 
     def attach(self, run: Run) -> None:
-        if run.step == 0:
-            self._act(run)
+        self._act(run)
 
     def step_end(self, run: Run) -> None:
         self._act(run)
 
     def detach(self, run: Run) -> None:
-        late = [step for step in self._phases if step > run.step]
+        late = [step for step in self._phases if step > self._done]
         if late:
             self.finish_late(run, f"the last sparse phase at step {late[-1]}")
             self._compress(run)
 
     def _act(self, run: Run) -> None:
-        phase = self._phases.get(run.step)
-        if phase == "sparse":
+        step = self.due(run, self._phases)
+        if step is None:
+            return
+        if self._phases[step] == "sparse":
             self._compress(run)
-        elif phase == "dense":
+        else:
             self._decompress(run)
+        self._done = step
 
     def _compress(self, run: Run) -> None:
         """Prune by magnitude, whatever was pruned in earlier phases."""

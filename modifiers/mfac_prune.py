@@ -2,10 +2,11 @@
 
 from typing import ClassVar
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from ovit_engine.modifiers._base_gradient import BrainSurgeonModifier
 from ovit_engine.registry import register
+from ovit_engine.second_order import LARGEST_BLOCK
 
 
 @register("mfac_prune")
@@ -14,4 +15,6 @@ class MfacPrune(BrainSurgeonModifier):
 
     method: ClassVar[str] = "mfac"
 
-    block: PositiveInt = Field(2048, description="size of a Fisher block; memory is weights x gradients all the same")
+    block: int = Field(
+        2048, ge=1, le=LARGEST_BLOCK, description="size of a Fisher block; memory is weights x gradients all the same"
+    )

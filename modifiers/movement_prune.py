@@ -56,8 +56,9 @@ class MovementPrune(PruningModifier):
         return pruned.masks, pruned.weights
 
     def state_dict(self) -> dict[str, Any]:
-        return {"scores": {name: score.clone() for name, score in self._scores.items()}}
+        return {**super().state_dict(), "scores": {name: score.clone() for name, score in self._scores.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
         devices = {slot.name: slot.tensor.device for slot in self._slots}
         self._scores = {name: score.to(devices[name], copy=True) for name, score in state["scores"].items()}

@@ -2,11 +2,11 @@
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 
 from ovit_engine.modifiers._base_gradient import GradientPruningModifier
 from ovit_engine.registry import register
-from ovit_engine.second_order import PruneOptions
+from ovit_engine.second_order import LARGEST_BLOCK, PruneOptions
 
 
 @register("ovit_prune")
@@ -15,7 +15,7 @@ class OvitPrune(GradientPruningModifier):
 
     method: ClassVar[str] = "ovit"
 
-    block: PositiveInt = Field(192, description="size of a Fisher block")
+    block: int = Field(192, ge=1, le=LARGEST_BLOCK, description="size of a Fisher block")
     damp: PositiveFloat = Field(1e-8, description="dampening, lambda in eq. 3")
     rule: Literal["cumulative", "marginal"] = Field("cumulative", description="allocation over blocks: Alg. 1, or §3.2")
 

@@ -63,7 +63,7 @@ BAD = {
     PRUNE % "start: 3epochs": "r.yaml:2:59: magnitude_prune.start: '3epochs' is no time: write steps '300st'",
     PRUNE % "start: 3": "r.yaml:2:59: magnitude_prune.start: 3 is no time",
     PRUNE % "start: 120%": "r.yaml:2:59: magnitude_prune.start: '120%' is no time",
-    PRUNE % "scope: row": "r.yaml:2:59: magnitude_prune.scope: input should be 'global' or 'layer': 'row'",
+    PRUNE % "scope: row": "r.yaml:2:59: magnitude_prune.scope: input should be 'global', 'layer' or 'erk': 'row'",
     PRUNE % "end: 3ep": "r.yaml:2:22: magnitude_prune: 'end' and 'every' go with a sparsity range",
     "modifiers: [{magnitude_prune: {targets: [a]}}]": "r.yaml:1:31: magnitude_prune: pattern unstructured needs a sparsity",
     "modifiers: [{magnitude_prune: {sparsity: 1.2, targets: [a]}}]": "r.yaml:1:42: magnitude_prune.sparsity: sparsity 1.2 is not in",
@@ -97,6 +97,12 @@ BAD = {
     # variables
     'name: "${y}"\nmodifiers: []\n': "r.yaml:1:7: no variable 'y' in vars; there are none",
     'vars: {x: 1}\nname: "a ${y} b"\nmodifiers: []\n': "r.yaml:2:7: no variable 'y' in vars; there are x",
+    "modifiers:\n  - ovit_prune: {sparsity: 0.5, targets: [a], block: 40000}\n": (
+        "r.yaml:2:54: ovit_prune.block: input should be less than or equal to 32767: 40000"
+    ),
+    'modifiers:\n  - ovit_prune: {pattern: "2:4", targets: [a], block: 3}\n': (
+        "r.yaml:2:18: ovit_prune: a Fisher block of 3 can't hold the 4 weights of 2:4"
+    ),
     "vars: [x]\nmodifiers: []\n": "r.yaml:1:7: vars must be a mapping of names to values",
     "vars: {x: [1]}\nmodifiers: []\n": "r.yaml:1:11: variable 'x' must be one word or number",
     'vars: {1: 2}\nname: "${y}"\nmodifiers: []\n': "r.yaml:1:8: the name of a variable must be a word, not 1",

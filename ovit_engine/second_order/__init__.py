@@ -2,6 +2,7 @@
 
 from ovit_engine.second_order.memory import available_memory as available_memory
 from ovit_engine.second_order.memory import preflight as preflight
+from ovit_engine.second_order.options import LARGEST_BLOCK as LARGEST_BLOCK
 from ovit_engine.second_order.problem import Pruned as Pruned
 from ovit_engine.second_order.prune import METHODS as METHODS
 from ovit_engine.second_order.prune import PruneOptions as PruneOptions

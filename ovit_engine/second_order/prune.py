@@ -130,6 +130,8 @@ def prune_streamed(
     if not solver_type.needs_gradients:
         with exact_arithmetic():
             return solver_type(problem, count).solve()
+    if count < 1:
+        raise ValueError(f"{method} needs gradients, and there are none")
     preflight(_needs(problem, solver_type, count), solver_type.advice)
     with exact_arithmetic():
         solver = solver_type(problem, count)

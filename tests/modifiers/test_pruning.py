@@ -1,12 +1,13 @@
 """What every pruner shares: steps, counts, scopes and patterns, through magnitude_prune."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from ovit_engine import Clock, Engine, Modifier, RecipeError
+from ovit_engine import Clock, Engine, Modifier, Recipe, RecipeError
 from tests.loops import mlp, plain, recipe, zeros
 
 CLOCK = Clock(steps_per_epoch=10, total_steps=100)
@@ -146,3 +147,41 @@ def test_the_timeline_tells_the_sparsity() -> None:
     (pruner,) = recipe("magnitude_prune: {pattern: '1:4', start: 1ep, targets: [a]}").modifiers
     assert isinstance(pruner, Modifier)
     assert list(pruner.timeline(CLOCK)) == [(10, "sparsity", "75.00% 1:4 (magnitude_prune)")]
+
+
+class FailsOnce:
+    """A `solve` that is interrupted the first time, as by Ctrl-C in a notebook."""
+
+    def __init__(self, solve: Any) -> None:
+        self._solve, self._failed = solve, False
+
+    def __call__(self, *arguments: Any) -> Any:
+        if not self._failed:
+            self._failed = True
+            raise KeyboardInterrupt
+        return self._solve(*arguments)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["made up for at the next step", "or noticed at detach"])
+def test_an_interrupted_pruning_step_is_not_lost(last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp()
+    start = 10 if last else 5
+    text = f"modifiers: [{{magnitude_prune: {{start: {start}st, sparsity: 0.5, targets: ['0.weight']}}}}]"
+    engine = Engine(model, Recipe.parse(text), steps_per_epoch=10, epochs=1)
+    (pruner,) = engine.modifiers
+    monkeypatch.setattr(type(pruner), "solve", FailsOnce(pruner.solve))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    engine.attach(optimizer)
+    for step in range(1, 11):
+        with pytest.raises(KeyboardInterrupt) if step == start else nullcontext():
+            plain(model, optimizer)
+    with pytest.warns(UserWarning, match="pruning at step 10 is done now") if last else nullcontext():
+        engine.detach()
+    assert engine.run.masks.sparsity() == 0.5
+
+
+def test_a_pattern_in_a_transposed_convolution_is_refused() -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(8, 8, 3))
+    text = "modifiers: [{magnitude_prune: {pattern: '2:4', targets: ['0.weight']}}]"
+    with pytest.raises(RecipeError, match="0.weight: 2:4 in a ConvTranspose2d, whose axes no sparse kernel reads"):
+        Engine(model, Recipe.parse(text), steps_per_epoch=10, epochs=1).prepare()
