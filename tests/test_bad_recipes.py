@@ -101,7 +101,7 @@ BAD = {
         "r.yaml:2:54: ovit_prune.block: input should be less than or equal to 32767: 40000"
     ),
     'modifiers:\n  - ovit_prune: {pattern: "2:4", targets: [a], block: 3}\n': (
-        "r.yaml:2:18: ovit_prune: a Fisher block of 3 can't hold the 4 weights of 2:4"
+        "r.yaml:2:17: ovit_prune: a Fisher block of 3 can't hold the 4 weights of 2:4"
     ),
     "vars: [x]\nmodifiers: []\n": "r.yaml:1:7: vars must be a mapping of names to values",
     "vars: {x: [1]}\nmodifiers: []\n": "r.yaml:1:11: variable 'x' must be one word or number",

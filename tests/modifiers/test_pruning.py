@@ -183,5 +183,5 @@ def test_an_interrupted_pruning_step_is_not_lost(last: bool, monkeypatch: pytest
 def test_a_pattern_in_a_transposed_convolution_is_refused() -> None:
     model = nn.Sequential(nn.ConvTranspose2d(8, 8, 3))
     text = "modifiers: [{magnitude_prune: {pattern: '2:4', targets: ['0.weight']}}]"
-    with pytest.raises(RecipeError, match="0.weight: 2:4 in a ConvTranspose2d, whose axes no sparse kernel reads"):
+    with pytest.raises(RecipeError, match=r"0\.weight: 2:4 in a ConvTranspose2d, whose axes no sparse kernel reads"):
         Engine(model, Recipe.parse(text), steps_per_epoch=10, epochs=1).prepare()
