@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ovit_engine.pattern import Pattern
-from ovit_engine.second_order.blocks import Blocks, a_few
+from ovit_engine.second_order.blocks import Blocks
 from ovit_engine.second_order.eliminate import diagonal_tiles
-from ovit_engine.second_order.fisher import RANK, absorb, initial_inverse, sound_inverse
+from ovit_engine.second_order.fisher import RANK, absorb, initial_inverse
 from ovit_engine.second_order.options import Options
 from ovit_engine.second_order.partition import blocks_a_chunk, segments
 from ovit_engine.second_order.problem import Problem
@@ -77,11 +77,7 @@ class BlockInverse(Blocks):
 
     def tiles(self, number: int, here: slice) -> tuple[Tensor, Tensor]:
         """H_GG of every unit G of some blocks [c, units, unit, unit], and the floor of their diagonal [c, B]."""
-        inverse, floor = self.inverse[number][here], self.floor(number)[here]
-        indefinite = (inverse.diagonal(dim1=1, dim2=2) < floor).any(1).nonzero().squeeze(1)
-        for few in a_few(indefinite):  # of a condition beyond float32
-            inverse[few] = sound_inverse(inverse[few], self.lowest(number)[here][few]).to(inverse)
-        return diagonal_tiles(inverse, self._pattern.unit), floor
+        return diagonal_tiles(self.inverse[number][here], self._pattern.unit), self.floor(number)[here]
 
     def multiply(self, number: int, here: slice, vectors: Tensor) -> Tensor:
         """H x for vectors x [c, B], one a block."""

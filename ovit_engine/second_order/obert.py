@@ -84,7 +84,7 @@ class Obert:
             in_units = Segment(segment.tensor, segment.offset // unit, segment.count, segment.size // unit)
             for here in self._fisher.chunks(number):
                 cost, _ = self._alone(number, here)
-                in_units.cut(costs[segment.tensor])[here] = cost.clamp(max=torch.finfo(dtype).max).to(dtype)
+                in_units.cut(costs[segment.tensor])[here] = cost.to(dtype)
         return costs
 
     def _alone(self, number: int, here: slice) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ovit_engine import Calibration, Engine, RecipeError
-from ovit_engine.second_order import memory, prune_tensors
+from ovit_engine.second_order import estimate_memory, memory, prune_tensors
 from ovit_engine.targets import find_slots
 from tests.loops import X, Y, mlp, plain, recipe, zeros
 
@@ -100,3 +100,13 @@ def test_too_little_memory_is_said_before_training(monkeypatch: pytest.MonkeyPat
         started("mfac_prune", "sparsity: 0.5, start: 5st")
     with pytest.raises(MemoryError, match="use a smaller block or fewer targets"):
         started("obert_prune", "sparsity: 0.5, start: 5st")
+
+
+def test_memory_is_that_of_the_gradients_which_come() -> None:
+    _, _, engine = started("mfac_prune", "sparsity: 0.5, start: 5st, block: 4")
+    expected = estimate_memory([(16, 8), (1, 16)], method="mfac", block=4, gradients=8) / 2**30
+    assert engine.run.history == [(0, "mfac_prune/memory_gib", expected)]
+    with pytest.warns(UserWarning, match="the last 4 training steps"):
+        _, _, engine = started("mfac_prune", "sparsity: 0.5, start: 5st, block: 4", calibrated=False)
+    expected = (estimate_memory([(16, 8), (1, 16)], method="mfac", block=4, gradients=4) + 4 * 144 * 4) / 2**30
+    assert engine.run.history == [(0, "mfac_prune/memory_gib", expected)]

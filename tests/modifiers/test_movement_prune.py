@@ -87,8 +87,22 @@ def test_it_goes_on_from_its_state() -> None:
     modifier: Any = engine.modifiers[0]
     restored: Any = fresh.modifiers[0]
     assert restored._scores["0.weight"].equal(modifier._scores["0.weight"])
+    state = engine.state_dict()["modifiers"][0]["scores"]["0.weight"]
     plain(model, optimizer)
-    assert not restored._scores["0.weight"].equal(modifier._scores["0.weight"])  # a copy
+    assert not restored._scores["0.weight"].equal(modifier._scores["0.weight"])
+    assert restored._scores["0.weight"].equal(state)  # copies both
+
+
+def test_what_was_pruned_stays_pruned_whatever_its_score() -> None:
+    model, optimizer, engine = started(mlp(), "sparsity: {1st: 0.25, 3st: 0.5}", targets="0.weight")
+    plain(model, optimizer)
+    gone = model[0].weight == 0
+    modifier: Any = engine.modifiers[0]
+    modifier._scores["0.weight"][gone] = 1e9
+    plain(model, optimizer)
+    plain(model, optimizer)
+    assert bool((model[0].weight == 0)[gone].all())
+    assert zeros(model[0]) == 64
 
 
 def test_there_is_nothing_to_prune_by_at_step_0() -> None:

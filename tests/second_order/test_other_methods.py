@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ovit_engine.second_order import estimate_memory, matrix_free, prune_by_scores, prune_streamed, prune_tensors
+from ovit_engine.second_order import (
+    estimate_memory,
+    matrix_free,
+    memory,
+    prune_by_scores,
+    prune_streamed,
+    prune_tensors,
+)
 from ovit_engine.second_order.update import joint_change
 
 ONCE = ["obert", "mfac", "obd", "grad_weight"]
@@ -224,7 +231,7 @@ def test_broken_gradients_are_named(method: str) -> None:
         prune_streamed(weights, [gradients], 20, names=["head", "fc"], sparsity=0.5, method=method)
 
 
-def test_memory_by_method() -> None:
+def test_memory_by_method(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes, numel = [(1024, 192)], 1024 * 192
     for method in ("obd", "grad_weight", "magnitude"):
         assert estimate_memory(shapes, method=method) <= 32 * numel
@@ -233,6 +240,10 @@ def test_memory_by_method() -> None:
     many = estimate_memory(shapes, method="mfac", block=192, gradients=128)
     assert few >= 64 * numel * 4
     assert many - few >= 64 * numel * 4
+    monkeypatch.setattr(memory, "available_memory", lambda device: 100)
+    weights, gradients = random_problem((4, 8))
+    with pytest.raises(MemoryError, match="use fewer gradients or fewer targets"):
+        prune_tensors(weights, gradients, method="mfac", sparsity=0.5)
     with pytest.raises(ValueError, match="method must be one of"):
         estimate_memory(shapes, method="nope")
 
@@ -245,6 +256,11 @@ def test_by_scores() -> None:
     assert [weight.tolist() for weight in pruned.weights] == [[1.0, 0.0, 3.0, 0.0], [0.0, 6.0]]
     again = prune_by_scores(weights, [-score for score in scores], masks=pruned.masks, sparsity=0.5)
     assert all(one.equal(other) for one, other in zip(again.masks, pruned.masks, strict=True))
+    infinite, masks = torch.tensor([0.0, float("inf"), float("inf"), 1.0]), [torch.tensor([False, True, True, True])]
+    for sign in (1, -1):  # what has gone already is not taken a second time, and one more goes than there are cheap
+        pruned = prune_by_scores(weights[:1], [sign * infinite], masks=masks, sparsity=0.75)
+        assert zeros(pruned.masks) == 3
+        assert not pruned.masks[0][0]
     with pytest.raises(ValueError, match="2 weights but 1 scores"):
         prune_by_scores(weights, scores[:1], sparsity=0.5)
     with pytest.raises(ValueError, match=r"b: scores must be floating point of shape \(2,\)"):
