@@ -65,7 +65,7 @@ class BlockInverse(Blocks):
 
     def fisher_diagonal(self, number: int) -> Tensor:
         """F_jj of a segment, [blocks, B]."""
-        return self._squares[number] / max(self._count, 1) + self.problem.options.damp
+        return self._squares[number] / self._count + self.problem.options.damp
 
     def floor(self, number: int) -> Tensor:
         """1 / F_jj bounds the diagonal of H from below; half of it, so that rounding never decides. [blocks, B]."""

@@ -57,7 +57,7 @@ class Obd(Accumulated):
     power = 2
 
     def score(self, weight: Tensor, total: Tensor) -> Tensor:
-        curvature = self._problem.options.damp + total / max(self._count, 1)
+        curvature = self._problem.options.damp + total / self._count
         return weight.square() * curvature / 2
 
 

@@ -33,7 +33,7 @@ class MatrixFree(Blocks):
 
     def __init__(self, problem: Problem, count: int) -> None:
         super().__init__(problem)
-        self._count = max(count, 1)  # no gradient at all is one that is zero
+        self._count = count
         self._seen = 0
         dtype = problem.options.dtype
         self._gradients = [

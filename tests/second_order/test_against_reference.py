@@ -45,7 +45,7 @@ def test_matrices_and_convolutions(pattern: Any, sparsity: float | None, scope: 
 @given(
     sizes=st.lists(st.integers(1, 23), min_size=1, max_size=3),
     block=st.integers(1, 16),
-    count=st.integers(0, 40),
+    count=st.integers(1, 40),
     sparsity=st.sampled_from([0.0, 0.1, 0.5, 0.77, 1.0]),
     scope=st.sampled_from(["global", "layer"]),
     seed=st.integers(0, 1000),

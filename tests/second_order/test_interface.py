@@ -51,6 +51,8 @@ def test_tensors_that_make_no_sense() -> None:
         prune_tensors(weights, gradients * 2, sparsity=0.5)
     with pytest.raises(ValueError, match="ovit needs gradients"):
         prune_tensors(weights, None, sparsity=0.5)
+    with pytest.raises(ValueError, match="obd needs gradients, and there are none"):
+        prune_tensors(weights, [gradients[0][:0]], sparsity=0.5, method="obd")
     with pytest.raises(ValueError, match="1 weights but 2 names"):
         prune_streamed(weights, [gradients], 20, names=["a", "b"], sparsity=0.5)
 

@@ -64,7 +64,7 @@ def test_17_matrices_and_convolutions(method: str, pattern: Any, sparsity: float
     method=st.sampled_from(ONCE),
     sizes=st.lists(st.integers(1, 23), min_size=1, max_size=3),
     block=st.integers(1, 16),
-    count=st.integers(0, 40),
+    count=st.integers(1, 40),
     sparsity=st.sampled_from([0.0, 0.1, 0.5, 0.77, 1.0]),
     scope=st.sampled_from(["global", "layer"]),
     update=st.sampled_from(["joint", "independent", "none"]),
@@ -114,10 +114,10 @@ def test_11_blocks_of_one_are_all_optimal_brain_damage() -> None:
 
 
 @pytest.mark.parametrize("method", ["obert", "mfac", "obd"])
-def test_11_much_damping_or_no_gradient_is_magnitude(method: str) -> None:
+def test_11_much_damping_or_zero_gradients_are_magnitude(method: str) -> None:
     weights, gradients = random_problem((4, 10), seed=6)
     expected, kept = prune64(weights, None, method="magnitude", sparsity=0.6)
-    for options in ({"gradients": gradients, "damp": 1e14}, {"gradients": [g[:0] for g in gradients], "damp": 1e-2}):
+    for options in ({"gradients": gradients, "damp": 1e14}, {"gradients": [0 * g for g in gradients], "damp": 1e-2}):
         masks, updated = prune64(weights, sparsity=0.6, block=10, method=method, **options)
         assert masks[0].equal(expected[0])
         torch.testing.assert_close(updated[0], kept[0], rtol=1e-10, atol=1e-10)
