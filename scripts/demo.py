@@ -84,7 +84,7 @@ def compress(output: Path, *, seed: int, say: Callable[[str], None]) -> Result:
 
     say(f"1/4  train a dense ViT on {len(data.train)} scanned digits, {dense_recipe.training.epochs} epochs")
     model = make_model(dense_recipe, seed)
-    train(model, dense_recipe, data, seed)
+    train(model, dense_recipe, data, seed, after_epoch=progress(dense_recipe, say))
     dense = write(copy.deepcopy(model), "dense.onnx", Promise())
     say(f"     {dense.accuracy.file:.2%} of the {len(data.val)} held-out images are right")
 
@@ -92,7 +92,10 @@ def compress(output: Path, *, seed: int, say: Callable[[str], None]) -> Result:
     say(f"2/4  recipe {recipe.name}: oViT from 40 % to 75 %, int8 training from {quantize.start}")
     sparse: list[nn.Module] = []
 
+    tell = progress(recipe, say)
+
     def keep_sparse(epoch: int) -> None:
+        tell(epoch)
         if f"{epoch + 1}ep" == quantize.start:  # the pruned model before int8 training, for comparison
             sparse.append(copy.deepcopy(model).eval())
 
@@ -111,6 +114,19 @@ def compress(output: Path, *, seed: int, say: Callable[[str], None]) -> Result:
     files = [output / name for name in ("sparse.onnx", "model.onnx")]
     report = bench(files, baseline=output / "dense.onnx", batch_sizes=(1, 64), threads=1)
     return Result(dense, floats, int8, report)
+
+
+def progress(recipe: Recipe, say: Callable[[str], None]) -> Callable[[int], None]:
+    """A line every eight epochs, with what is still to come at the present speed."""
+    started = time.perf_counter()
+
+    def tell(epoch: int) -> None:
+        done, epochs = epoch + 1, recipe.training.epochs
+        if done % 8 == 0:
+            left = (time.perf_counter() - started) / done * (epochs - done)
+            say(f"     epoch {done} of {epochs}, about {left:.0f} s left")
+
+    return tell
 
 
 def summary(result: Result) -> Table:
@@ -161,4 +177,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted: nothing is lost but this run; start it again")
