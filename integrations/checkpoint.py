@@ -90,6 +90,8 @@ def _read(file: Path) -> Any:
         if file.suffix == ".safetensors":
             return load_file(file)
         return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
+    except pickle.UnpicklingError as error:  # torch's own words advise to load it unsafely
+        raise ValueError(f"{str(file)!r} is damaged, or no checkpoint") from error
+    except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{str(file)!r} is damaged, or no checkpoint: {reason}") from error

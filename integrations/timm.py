@@ -31,6 +31,7 @@ from ovit_engine.integrations.checkpoint import LAST, load_checkpoint, load_weig
 from ovit_engine.integrations.data import ImageData, load_data, model_data_config
 from ovit_engine.integrations.images import UnreadableImageError
 from ovit_engine.recipe import Recipe, Training
+from ovit_engine.schedule import Clock
 
 log = logging.getLogger(__name__)
 
@@ -147,8 +148,18 @@ def train(
             raise FileExistsError(
                 f"{str(trainer.output)!r} holds a run already: resume it (--resume auto), or choose another --output"
             )
+        if checkpoint is None and not pretrained and _prunes_at_once(recipe):
+            log.warning(
+                "the recipe prunes at step 0, and the weights are random: did you mean --checkpoint or --pretrained?"
+            )
         trainer.prepare(pretrained=pretrained, checkpoint=None if checkpoint is None else Path(checkpoint))
     return trainer.fit(progress)
+
+
+def _prunes_at_once(recipe: Recipe) -> bool:
+    clock = Clock(100, 100 * recipe.training.epochs)
+    rows = (row for modifier in recipe.modifiers for row in modifier.timeline(clock))
+    return any(step == 0 and what == "sparsity" for step, what, _ in rows)
 
 
 @dataclass(frozen=True)

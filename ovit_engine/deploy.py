@@ -33,8 +33,10 @@ def deploy(
         RuntimeError: training under the recipe is not over.
         ExportError: the file is not what the recipe promised.
     """
-    if not engine.finished:
+    if engine.modifiers and not engine.finished:
         where = f"the recipe is at step {engine.run.step} of {engine.run.total_steps}"
+        if engine.run.step == 0 and not engine.run.optimizers:
+            raise RuntimeError(f"{where}: attach an optimizer and train first")
         if engine.is_attached:
             raise RuntimeError(f"{where}: call engine.detach() before export")
         raise RuntimeError(f"{where}, and training was cut short: the file could not be what the recipe promises")

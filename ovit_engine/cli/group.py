@@ -16,9 +16,11 @@ class OvitGroup(click.Group):
 
     def __init__(self, *, name: str, commands: Sequence[click.Command], help: str) -> None:
         debug = click.Option(["--debug"], is_flag=True, help="Show the traceback of an error.")
+        version = click.version_option(package_name="ovit-engine", prog_name="ovit")
         super().__init__(
             name, commands={command.name or "": command for command in commands}, help=help, params=[debug]
         )
+        version(self)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order of a user's work, not of the alphabet."""

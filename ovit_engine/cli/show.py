@@ -33,7 +33,8 @@ def show(recipe: str, epochs: int | None, steps_per_epoch: int | None, variables
     for column in ("what", "value"):
         table.add_column(column)
     rows = [row for modifier in read.modifiers for row in modifier.timeline(clock)]
-    if not any(what == "learning rate" for _, what, _ in rows):
+    trained = bool(read.training.model_fields_set)
+    if trained and not any(what == "learning rate" for _, what, _ in rows):
         rows.insert(0, (0, "learning rate", f"{read.training.lr:.3g} (constant, of the training section)"))
     rows.sort(key=lambda row: row[0])
     for step, what, value in rows[:MOST_ROWS]:
@@ -42,6 +43,9 @@ def show(recipe: str, epochs: int | None, steps_per_epoch: int | None, variables
         table.add_row("", "", f"... {len(rows) - MOST_ROWS:,} more", "")
     table.add_row(f"{length}", str(clock.total_steps), "end", "")
     console = Console(highlight=False)
-    assumed = "" if steps_per_epoch else "; --steps-per-epoch says how many yours has"
-    console.print(f"{read.name}: {length} epochs of {steps} steps{assumed}")
+    assumed = [f"{length} epochs (--epochs)"] if not (epochs or trained) else []
+    assumed += [] if steps_per_epoch else [f"{steps} steps an epoch (--steps-per-epoch)"]
+    console.print(f"{read.name}: {length} epochs of {steps} steps")
+    if assumed:
+        console.print(f"assumed: {', '.join(assumed)}")
     console.print(table)

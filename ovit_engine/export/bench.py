@@ -170,12 +170,12 @@ def _measure(runs: Sequence[Callable[[], object]], repeats: int, generator: np.r
     for run in runs:
         for _ in range(_WARM_UP):
             run()
-    # as many runs a timing for each file: a longer one would be struck by other work more often
-    loops = max(1, round(_MIN_SECONDS / max(min(_timed(run, 3) for run in runs), 1e-7)))
+    # timings of equal length: a longer one would be struck by other work more often; the least of five is the quiet one
+    loops = [max(1, round(_MIN_SECONDS / max(min(_timed(run, 3) for _ in range(5)), 1e-7))) for run in runs]
     seconds = np.empty((len(runs), repeats))
     for index in range(repeats):
         for which in generator.permutation(len(runs)):
-            seconds[which, index] = _timed(runs[which], loops)
+            seconds[which, index] = _timed(runs[which], loops[which])
     return seconds
 
 

@@ -139,6 +139,15 @@ class Certificate(_Facts):
         """Read ``to_json``'s text; raises ValueError (pydantic's) for anything else."""
         return cls.model_validate_json(text)
 
+    def __str__(self) -> str:
+        """The same table as plain text."""
+        from rich.console import Console as RichConsole
+
+        console = RichConsole(width=100, color_system=None)
+        with console.capture() as capture:
+            self.render(console)
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
     def render(self, console: Console | None = None) -> None:
         """Print for people: in colour on a terminal, plain elsewhere."""
         from rich.console import Console as RichConsole

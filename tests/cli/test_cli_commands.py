@@ -61,8 +61,15 @@ def test_show_prints_the_timeline(ovit: Ovit) -> None:
 
 def test_show_assumes_a_length_and_says_so(ovit: Ovit) -> None:
     lines = ok(ovit("show", "digits_vit_dense"))
-    assert lines[0].endswith("epochs of 100 steps; --steps-per-epoch says how many yours has")
+    assert lines[:2] == ["digits_vit_dense: 40 epochs of 100 steps", "assumed: 100 steps an epoch (--steps-per-epoch)"]
     assert not any("constant" in line for line in lines)
+
+
+def test_show_invents_nothing_of_a_recipe_for_another_loop(ovit: Ovit) -> None:
+    Path("own.yaml").write_text("modifiers: [{quantize: {start: 2ep}}]")
+    lines = ok(ovit("show", "own.yaml"))
+    assert lines[1] == "assumed: 10 epochs (--epochs), 100 steps an epoch (--steps-per-epoch)"
+    assert not any("learning rate" in line for line in lines)
 
 
 def test_recipes(ovit: Ovit) -> None:

@@ -127,3 +127,24 @@ def test_a_half_precision_model_is_told_what_to_do(tmp_path):
 def test_a_folder_as_the_output_is_told_so(tmp_path):
     with pytest.raises(ValueError, match="is a folder: name the file"):
         exported(nn.Linear(4, 3), tmp_path)
+
+
+def test_a_renamed_file_is_the_same_file(file):
+    for suffix in (".onnx", ".certificate.json", ".reference.npz"):
+        file.with_name(f"model{suffix}").rename(file.with_name(f"deployed{suffix}"))
+    assert verify_file(file.with_name("deployed.onnx")).sparsity == 0.75
+
+
+def test_an_empty_recipe_exports_the_dense_file_without_training(tmp_path):
+    engine = Engine(nn.Linear(4, 3), Recipe.parse("modifiers: []"), steps_per_epoch=1, epochs=1)
+    certificate = engine.export(tmp_path / "dense.onnx", torch.randn(1, 4))
+    assert "0 integer kernels" in str(certificate)
+    assert "dense.onnx" in str(certificate)
+
+
+def test_a_recipe_without_an_optimizer_is_told_to_train(tmp_path):
+    engine = Engine(
+        nn.Sequential(nn.Linear(4, 3)), Recipe.parse(RECIPE.replace("'2", "'0")), steps_per_epoch=1, epochs=1
+    )
+    with pytest.raises(RuntimeError, match="step 0 of 1: attach an optimizer and train first"):
+        engine.export(tmp_path / "model.onnx", torch.randn(1, 4))
