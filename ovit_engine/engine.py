@@ -158,9 +158,8 @@ class Engine:
         if self._stage is not Event.ATTACH:
             raise RuntimeError("engine.detach() without engine.attach()")
         self._remove_hooks()
-        self.run.masks.project()
+        self.run.masks.project()  # a wrapper such as Lookahead may have brought weights back since the last step
         self._fire(Event.DETACH)
-        self.run.masks.project()
         self._follow()
         self._finished = True
         if self.modifiers and not self.run.nearly_done:

@@ -382,3 +382,16 @@ def test_export_says_why_it_is_too_early_or_too_late(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="step 0 of 10, and training was cut short"):
         engine.export(tmp_path / "model.onnx", torch.randn(1, 4))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_detach_holds_the_masks_a_last_time() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    text = "modifiers: [{magnitude_prune: {sparsity: 0.5, targets: ['0.weight']}}]"
+    engine = Engine(model, Recipe.parse(text), steps_per_epoch=1, epochs=1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    engine.attach(optimizer)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    model[0].weight.data.fill_(1.0)  # as Lookahead's slow weights do
+    engine.detach()
+    assert int((model[0].weight == 0).sum()) == 8
