@@ -117,6 +117,16 @@ class MaskingModifier(Modifier):
                     f"{slot.name}: {self.pattern} in a {kind}, whose axes no sparse kernel reads", "pattern"
                 )
 
+    def attach(self, run: Run) -> None:
+        self._act(run)
+
+    def step_end(self, run: Run) -> None:
+        self._act(run)
+
+    @abstractmethod
+    def _act(self, run: Run) -> None:
+        """Do what is due, at ATTACH and after every step."""
+
     def due(self, run: Run, times: Iterable[int]) -> int | None:
         """The latest of `times` that has come and was not acted on: one that was interrupted is made up for."""
         return max((time for time in times if self._done < time <= run.step), default=None)
@@ -237,12 +247,6 @@ class PruningModifier(MaskingModifier):
     def claims(self, run: Run) -> Iterable[Claim]:
         for slot in self._slots:
             yield Claim(f"the mask of {slot.name}", min(self._events), max(self._events))
-
-    def attach(self, run: Run) -> None:
-        self._act(run)
-
-    def step_end(self, run: Run) -> None:
-        self._act(run)
 
     def detach(self, run: Run) -> None:
         late = [step for step in self._events if step > self._done]

@@ -71,12 +71,6 @@ class Acdc(MaskingModifier):
         for slot in self._slots:
             yield Claim(f"the mask of {slot.name}", min(self._phases), run.clock.steps(self.end))
 
-    def attach(self, run: Run) -> None:
-        self._act(run)
-
-    def step_end(self, run: Run) -> None:
-        self._act(run)
-
     def detach(self, run: Run) -> None:
         late = [step for step in self._phases if step > self._done]
         if late:
