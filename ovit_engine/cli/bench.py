@@ -22,7 +22,7 @@ class BatchSizes(click.ParamType):  # type: ignore[type-arg]  # generic in newer
         return tuple(int(part) for part in parts)
 
 
-@click.command()
+@click.command(short_help="Measure latency, paired with a baseline.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--baseline", type=click.Path(path_type=Path), help="Another file, measured in turn with FILE.")
 @click.option("--batch-size", "batch_sizes", type=BatchSizes(), default="1,8", show_default=True, help="Images a run.")

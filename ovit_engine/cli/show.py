@@ -10,7 +10,7 @@ STEPS_PER_EPOCH = 100
 MOST_ROWS = 500
 
 
-@click.command()
+@click.command(short_help="Print the timeline of RECIPE.")
 @click.argument("recipe")
 @options.epochs
 @click.option("--steps-per-epoch", type=click.IntRange(min=1), help="Optimizer steps an epoch.")

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 
-@click.command()
+@click.command(short_help="Measure a certificate again, from the file alone.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--data", help="Measure parity and accuracy on these images again, not on those kept beside the file.")
 @click.option("--data-root", type=click.Path(path_type=Path), help="Where downloaded datasets are kept.")
