@@ -41,6 +41,7 @@ def _check_sparsity(value: Any) -> float:
 
 Sparsity = Annotated[float, BeforeValidator(_check_sparsity)]
 Target = Annotated[str, BeforeValidator(lambda value: check_target(value) if isinstance(value, str) else value)]
+Targets = Annotated[list[Target], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 PatternField = Annotated[
     Unstructured | NM | Block, BeforeValidator(parse_pattern), PlainSerializer(lambda pattern: pattern.describe())
 ]
@@ -89,7 +90,9 @@ Amount = Annotated[
 class MaskingModifier(Modifier):
     """Makes weights of its targets zero. A subclass states when, and which."""
 
-    targets: list[Target] = Field(min_length=1, description='weights by name, or "re:" and a regular expression')
+    targets: Targets = Field(
+        min_length=1, description='weights: names, "re:" and regular expressions, or presets such as preset:vit'
+    )
     scope: Literal["global", "layer", "erk"] = Field(
         "global",
         description="share the sparsity out over all targets, alike in each, or with small ones denser",

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pydantic import Field, PrivateAttr
 
 from ovit_engine.modifier import Claim, Modifier, Run
-from ovit_engine.modifiers._base import Target
+from ovit_engine.modifiers._base import Targets
 from ovit_engine.registry import register
 from ovit_engine.schedule import Clock
 from ovit_engine.targets import Slot, find_slots, parameter_slots
@@ -16,7 +16,7 @@ from ovit_engine.targets import Slot, find_slots, parameter_slots
 class ConstantMask(Modifier):
     """Keeps zeros zero. They are read when training starts (ATTACH): load the sparse checkpoint before."""
 
-    targets: list[Target] | None = Field(
+    targets: Targets | None = Field(
         None,
         min_length=1,
         description='weights by name, or "re:" and a regular expression; all matrices and convolutions with zeros '

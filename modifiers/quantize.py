@@ -8,7 +8,7 @@ from torch import nn
 
 from ovit_engine import quant
 from ovit_engine.modifier import Claim, Modifier, Run, Time
-from ovit_engine.modifiers._base import Target
+from ovit_engine.modifiers._base import Targets
 from ovit_engine.registry import register
 from ovit_engine.schedule import Clock
 from ovit_engine.targets import select
@@ -50,10 +50,10 @@ class Quantize(Modifier):
     freeze_batch_norm: Time | None = Field(
         None, description="time at which batch-norm statistics freeze; never if left out"
     )
-    targets: list[Target] | None = Field(
+    targets: Targets | None = Field(
         None, min_length=1, description='layers by name, or "re:" and a regular expression'
     )
-    exclude: list[Target] = Field(default_factory=list, description="layers that stay float")
+    exclude: Targets = Field(default_factory=list, description="layers that stay float")
     weights: Weights = Field(default_factory=Weights, description="how weights are quantized")
     activations: Activations = Field(default_factory=Activations, description="how inputs are quantized")
 

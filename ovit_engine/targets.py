@@ -3,12 +3,14 @@
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ovit_engine.presets import is_preset, is_prunable, match_preset, preset_of
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module)\.")
 _REGEX = "re:"
@@ -75,7 +77,9 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def check_target(value: str) -> str:
-    """Return `value` if it is a well-formed target; raises ValueError for a broken regular expression."""
+    """Return `value` if it is a well-formed target; raises ValueError for a broken expression or an unknown preset."""
+    if is_preset(value):
+        preset_of(value)
     if value.startswith(_REGEX):
         try:
             re.compile(value[len(_REGEX) :])
@@ -94,6 +98,8 @@ def select(names: Sequence[str], targets: Iterable[str], *, what: str, owner: st
     """
     chosen: set[str] = set()
     for target in targets:
+        if is_preset(target):
+            raise ValueError(f"{target!r} is for pruners: it names weights, not what is chosen here ({what})")
         found = {name for name in names if matches(target, name)}
         if not found:
             raise ValueError(f"target {target!r} matches no {what} of {owner}{_nearest(target, names)}")
@@ -110,28 +116,51 @@ def _nearest(target: str, names: Sequence[str]) -> str:
 
 
 def find_slots(model: nn.Module, targets: Iterable[str]) -> list[Slot]:
-    """The parameters that `targets` choose.
+    """The parameters that `targets` choose: names, regular expressions ("re:...") and presets ("preset:vit").
 
     Raises:
-        ValueError: a target that matches no parameter (nearest names shown), or one that takes 1-D tensors by a
-            regular expression: norm gains and biases are pruned only when named in full.
+        ValueError: a target that matches no parameter (nearest names shown), one that takes 1-D tensors by a regular
+            expression (norm gains and biases are pruned only when named in full), or a preset that does not fit.
     """
-    targets = list(targets)
-    slots = parameter_slots(model)
-    by_name = {slot.name: slot for slot in slots}
+    chosen = {slot.name for slots in match_targets(model, targets).values() for slot in slots}
+    return [slot for slot in parameter_slots(model) if slot.name in chosen]
+
+
+def match_targets(model: nn.Module, targets: Iterable[str]) -> dict[str, list[Slot]]:
+    """The parameters that each target chooses, for a preset those of each part ("preset:vit qkv"); raises as above."""
+    targets = list(dict.fromkeys(targets))
+    slots = {slot.name: slot for slot in parameter_slots(model)}
+    presets = [target for target in targets if is_preset(target)]
+    written = [target for target in targets if target not in presets]
+    _refuse_tied(model, slots, written)
+    groups = {target: select(list(slots), [target], what="parameter", owner=type(model).__name__) for target in written}
+    _refuse_flat(slots, groups)
+    sizes = {name: slot.tensor.numel() for name, slot in slots.items() if is_prunable(slot.module, slot.attribute)}
+    for target in presets:
+        others = {name for each in written for name in groups[each]}
+        others |= {name for each in presets if each != target for name in preset_of(each).take(sizes)}
+        parts = match_preset(target, sizes, others=others, owner=type(model).__name__)
+        groups |= {f"{target} {part}": names for part, names in parts.items() if names}
+    return {target: [slots[name] for name in names] for target, names in groups.items()}
+
+
+def _refuse_tied(model: nn.Module, slots: Mapping[str, Slot], targets: Sequence[str]) -> None:
+    """A tied weight answers to its first name only."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if (other := clean_name(name)) in targets and other not in by_name:
-            first = next(slot.name for slot in slots if slot.tensor is parameter)
+        if (other := clean_name(name)) in targets and other not in slots:
+            first = next(slot.name for slot in slots.values() if slot.tensor is parameter)
             raise ValueError(f"target {other!r} is tied to {first!r}: name that")
-    names = select(list(by_name), targets, what="parameter", owner=type(model).__name__)
-    flat = [n for n in names if by_name[n].tensor.ndim < 2 and n not in targets]
-    if flat:
-        greedy = next(t for t in targets if matches(t, flat[0]))
-        raise ValueError(
-            f"target {greedy!r} also takes {len(flat)} one-dimensional tensor{'s' * (len(flat) > 1)} such as "
-            f"{flat[0]!r} (norm gains, biases): narrow it, or name them in full if you mean them"
-        )
-    return [by_name[name] for name in names]
+
+
+def _refuse_flat(slots: Mapping[str, Slot], groups: Mapping[str, Sequence[str]]) -> None:
+    """One-dimensional tensors are taken only by a name in full."""
+    for target, names in groups.items():
+        flat = [name for name in names if slots[name].tensor.ndim < 2 and name not in groups]
+        if flat:
+            raise ValueError(
+                f"target {target!r} also takes {len(flat)} one-dimensional tensor{'s' * (len(flat) > 1)} such as "
+                f"{flat[0]!r} (norm gains, biases): narrow it, or name them in full if you mean them"
+            )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # Each layer may import from itself only where it is a package, and from any layer above it.
 LAYERS = [
     ["event", "schedule", "pattern", "quant", "files"],
-    ["second_order"],
+    ["second_order", "presets"],
     ["targets"],
     ["masks"],
     ["calibration"],

@@ -56,13 +56,13 @@ def validate(
         args = {**read.training.model_args, **args}
     changed = with_training(read, model=model, model_args=args, epochs=epochs)
     engine = Engine(
-        _empty_model(changed.training), changed, steps_per_epoch=steps_per_epoch, epochs=changed.training.epochs
+        empty_model(changed.training), changed, steps_per_epoch=steps_per_epoch, epochs=changed.training.epochs
     ).prepare()
     _print_matches(console, engine)
     console.print(f"{read.name}: ok on {changed.training.model}")
 
 
-def _empty_model(training: "Training") -> "nn.Module":
+def empty_model(training: "Training") -> "nn.Module":
     """The model without memory for its weights, where it can be made so."""
     import torch
 
@@ -92,7 +92,8 @@ def _print_matches(console: Any, engine: "Engine") -> None:
 
 def match_rows(engine: "Engine") -> Iterable[tuple[str, str, str, str]]:
     """(modifier, target, tensors, weights) for each target of each modifier, from what the modifiers claim."""
-    from ovit_engine.targets import matches, parameter_slots
+    from ovit_engine.presets import is_preset
+    from ovit_engine.targets import match_targets, matches, parameter_slots
 
     sizes = {slot.name: slot.tensor.numel() for slot in parameter_slots(engine.model)}
     sizes |= {name.removesuffix(".weight"): size for name, size in sizes.items() if name.endswith(".weight")}
@@ -100,10 +101,14 @@ def match_rows(engine: "Engine") -> Iterable[tuple[str, str, str, str]]:
         claimed = [claim.what.rpartition(" ")[2] for claim in modifier.claims(engine.run)]
         claimed = [name for name in dict.fromkeys(claimed) if name in sizes]
         targets = getattr(modifier, "targets", None)
-        groups = {
-            target: [name for name in claimed if matches(target, name) or matches(target, f"{name}.weight")]
-            for target in targets or ()
-        }
+        if any(is_preset(target) for target in targets or ()):
+            chosen = match_targets(engine.model, targets)
+            groups = {target: [slot.name for slot in slots] for target, slots in chosen.items()}
+        else:
+            groups = {
+                target: [name for name in claimed if matches(target, name) or matches(target, f"{name}.weight")]
+                for target in targets or ()
+            }
         if not targets and claimed:
             groups = {"(its own choice)": claimed}
         for target, names in groups.items():
