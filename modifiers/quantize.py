@@ -50,9 +50,7 @@ class Quantize(Modifier):
     freeze_batch_norm: Time | None = Field(
         None, description="time at which batch-norm statistics freeze; never if left out"
     )
-    targets: Targets | None = Field(
-        None, min_length=1, description='layers by name, or "re:" and a regular expression'
-    )
+    targets: Targets | None = Field(None, min_length=1, description='layers by name, or "re:" and a regular expression')
     exclude: Targets = Field(default_factory=list, description="layers that stay float")
     weights: Weights = Field(default_factory=Weights, description="how weights are quantized")
     activations: Activations = Field(default_factory=Activations, description="how inputs are quantized")

@@ -225,7 +225,7 @@ def match_preset(
         owner: the model's class, for messages.
 
     Raises:
-        ValueError: a required part that matches nothing; a preset that takes less than what the targets leave dense;
+        ValueError: a required part that matches nothing; a preset where more stays dense than all targets take;
             another preset that takes all of it and more, as where `vit` meets a Swin. The one that fits is named.
     """
     preset = preset_of(target)
@@ -237,11 +237,11 @@ def match_preset(
         )
     taken = preset.take(sizes)
     left = [name for name in sizes if name not in taken and name not in others]
-    count, rest = _total(sizes, taken), _total(sizes, left)
-    if count < rest:
+    rest = _total(sizes, left)
+    if 2 * rest > _total(sizes, sizes):
         biggest = max(left, key=sizes.__getitem__)
         raise ValueError(
-            f"{target} takes {count:,} weights of {owner} and leaves {rest:,} dense, such as {biggest!r}"
+            f"{target} takes {_total(sizes, taken):,} weights of {owner}, and {rest:,} stay dense, such as {biggest!r}"
             f"{_that_fit(target, sizes)}"
         )
     for name, wider in _fitting(sizes).items():

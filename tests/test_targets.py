@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from ovit_engine.targets import Slot, check_target, clean_name, find_slots, matches, parameter_slots, select
+from ovit_engine.targets import (
+    Slot,
+    check_target,
+    clean_name,
+    find_slots,
+    match_targets,
+    matches,
+    parameter_slots,
+    select,
+)
+from tests.loops import recipe
 
 
 class Block(nn.Module):
@@ -79,6 +89,14 @@ def test_targets_come_in_the_order_of_the_model_and_once() -> None:
     assert names(Block(), "conv.weight", "qkv.weight", "re:(qkv|conv).weight") == ["qkv.weight", "conv.weight"]
 
 
+def test_each_target_is_told_what_it_takes() -> None:
+    found = match_targets(Block(), [r"re:(qkv|conv)\.weight", "qkv.weight", "qkv.weight"])
+    assert {target: [slot.name for slot in slots] for target, slots in found.items()} == {
+        r"re:(qkv|conv)\.weight": ["qkv.weight", "conv.weight"],
+        "qkv.weight": ["qkv.weight"],
+    }
+
+
 def test_a_target_matches_whole_names() -> None:
     assert matches("qkv.weight", "qkv.weight")
     assert not matches("qkv", "qkv.weight")
@@ -140,3 +158,8 @@ def test_a_broken_regular_expression() -> None:
 def test_select_names_what_it_selects_from() -> None:
     with pytest.raises(ValueError, match="target 'x' matches no layer of Net; it has none"):
         select([], ["x"], what="layer", owner="Net")
+
+
+def test_one_target_needs_no_list() -> None:
+    one, listed = (recipe(f"magnitude_prune: {{sparsity: 0.5, targets: {text}}}") for text in ("a.b", "[a.b]"))
+    assert one.modifiers == listed.modifiers

@@ -1,10 +1,15 @@
 """ovit show: what a recipe does, and when."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ovit_engine.cli import options
+
+if TYPE_CHECKING:
+    from ovit_engine.modifier import Modifier
+    from ovit_engine.recipe import Recipe
 
 STEPS_PER_EPOCH = 100
 MOST_ROWS = 500
@@ -49,3 +54,33 @@ def show(recipe: str, epochs: int | None, steps_per_epoch: int | None, variables
     if assumed:
         console.print(f"assumed: {', '.join(assumed)}")
     console.print(table)
+    for line in preset_lines(read):
+        console.print(line, soft_wrap=True)
+
+
+def preset_lines(recipe: "Recipe") -> Iterable[str]:
+    """What the presets of a recipe take: of the model that it names with figures, or else in words."""
+    from ovit_engine.presets import is_preset, preset_of
+
+    for modifier in recipe.modifiers:
+        targets = getattr(modifier, "targets", None) or []
+        presets = [target for target in targets if is_preset(target)]
+        weights = _weights(recipe, modifier, targets) if presets and recipe.training.model else None
+        for preset in presets:
+            parts: Iterable[str] = preset_of(preset).parts
+            if weights is not None:
+                counts = {part: weights.get(f"{preset} {part}") for part in parts}
+                parts = (f"{part} {count:,}" for part, count in counts.items() if count is not None)
+            yield f"{modifier.name} on {preset}: {', '.join(parts)}; dense: {preset_of(preset).dense}"
+
+
+def _weights(recipe: "Recipe", modifier: "Modifier", targets: list[str]) -> dict[str, int]:
+    """How many weights each target takes of the recipe's model, by part in presets; raises RecipeError."""
+    from ovit_engine.cli.validate import empty_model
+    from ovit_engine.targets import match_targets
+
+    try:
+        found = match_targets(empty_model(recipe.training), targets)
+    except ValueError as error:
+        raise modifier.error(str(error), "targets") from None
+    return {target: sum(slot.tensor.numel() for slot in slots) for target, slots in found.items()}

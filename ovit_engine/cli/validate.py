@@ -100,14 +100,14 @@ def match_rows(engine: "Engine") -> Iterable[tuple[str, str, str, str]]:
     for modifier in engine.modifiers:
         claimed = [claim.what.rpartition(" ")[2] for claim in modifier.claims(engine.run)]
         claimed = [name for name in dict.fromkeys(claimed) if name in sizes]
-        targets = getattr(modifier, "targets", None)
-        if any(is_preset(target) for target in targets or ()):
+        targets = getattr(modifier, "targets", None) or []
+        if any(is_preset(target) for target in targets):
             chosen = match_targets(engine.model, targets)
             groups = {target: [slot.name for slot in slots] for target, slots in chosen.items()}
         else:
             groups = {
                 target: [name for name in claimed if matches(target, name) or matches(target, f"{name}.weight")]
-                for target in targets or ()
+                for target in targets
             }
         if not targets and claimed:
             groups = {"(its own choice)": claimed}
