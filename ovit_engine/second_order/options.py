@@ -1,6 +1,7 @@
 """The options of one pruning event, checked once."""
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal, get_args
 
 import torch
@@ -17,7 +18,7 @@ LARGEST_BLOCK = 32767
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What `prune_tensors` was asked to do. Raises ValueError for a value that makes no sense."""
+    """What `prune_tensors` was asked to do. Raises ValueError or TypeError for what makes no sense."""
 
     # Which weights may go together.
     pattern: Pattern = Unstructured()  # noqa: RUF009 (frozen and stateless)
@@ -38,6 +39,10 @@ class Options:
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
+        if self.sparsity is not None:
+            _number("sparsity", self.sparsity, Real, "a number between 0 and 1")
+        _number("block", self.block, Integral, "a whole number")
+        _number("damp", self.damp, Real, "a number")
         self.pattern.resolve(self.sparsity)
         one_of("scope", self.scope, get_args(Scope))
         one_of("rule", self.rule, get_args(Rule))
@@ -54,3 +59,9 @@ def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of those allowed."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, is {value!r}")
+
+
+def _number(name: str, value: object, kind: type, words: str) -> None:
+    """Raise TypeError for text, tensors, truth values and what else is no number."""
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f"{name} must be {words}, is {value!r}")

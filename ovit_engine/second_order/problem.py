@@ -97,7 +97,10 @@ class Solver(Protocol):
 def make_problem(
     weights: Sequence[Tensor], masks: Sequence[Tensor] | None, names: Sequence[str] | None, options: Options
 ) -> Problem:
-    """Check weights and masks against each other and the pattern. Raises ValueError naming the tensor."""
+    """Check weights and masks against each other and the pattern. Raises ValueError or TypeError naming the tensor."""
+    check_tensors("weights", weights)
+    if masks is not None:
+        check_tensors("masks", masks)
     if not weights:
         raise ValueError("no weights to prune")
     names = [f"weights[{index}]" for index in range(len(weights))] if names is None else list(names)
@@ -106,6 +109,8 @@ def make_problem(
     if masks is not None and len(masks) != len(weights):
         raise ValueError(f"{len(weights)} weights but {len(masks)} masks")
     plain = [weight.detach() for weight in weights]
+    for name, weight in zip(names, plain, strict=True):
+        _check_weight(name, weight)
     kept = [torch.ones_like(weight, dtype=torch.bool) for weight in plain] if masks is None else list(masks)
     for name, weight, mask in zip(names, plain, kept, strict=True):
         _check(name, weight, mask, options)
@@ -114,17 +119,41 @@ def make_problem(
     return Problem(names, zeroed, kept, options)
 
 
-def _check(name: str, weight: Tensor, mask: Tensor, options: Options) -> None:
-    if not weight.is_floating_point():
-        raise ValueError(f"{name}: weights must be floating point, are {weight.dtype}")
+def check_tensors(what: str, tensors: object) -> None:
+    """Raise TypeError unless `tensors` is a list or tuple of them."""
+    if not isinstance(tensors, Sequence) or isinstance(tensors, str):
+        raise TypeError(f"{what} must be a list of tensors, are a {type(tensors).__name__}")
+    for index, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{what}[{index}] must be a tensor, is a {type(tensor).__name__}")
+
+
+def check_gradients(gradients: Sequence[Tensor]) -> None:
+    """Raise TypeError unless `gradients` are a list of floating tensors that stack one gradient or more."""
+    check_tensors("gradients", gradients)
+    for index, gradient in enumerate(gradients):
+        if not gradient.is_floating_point():
+            raise TypeError(f"gradients[{index}] must be floating point, are {gradient.dtype}")
+        if gradient.ndim == 0:
+            raise TypeError(f"gradients[{index}] must be stacked as [N, *shape of the weight], is a single number")
+
+
+def _check_weight(name: str, weight: Tensor) -> None:
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        raise ValueError(f"{name}: weights must be floating point (16 bits or more), are {weight.dtype}")
+    if weight.layout != torch.strided or weight.is_meta:
+        raise ValueError(f"{name}: weights must be dense tensors with values, not {weight.layout} on {weight.device}")
     if weight.numel() == 0:
         raise ValueError(f"{name}: no elements, shape {tuple(weight.shape)}")
+    if not bool(weight.isfinite().all()):
+        raise ValueError(f"{name}: non-finite weight")
+
+
+def _check(name: str, weight: Tensor, mask: Tensor, options: Options) -> None:
     if mask.dtype != torch.bool or mask.shape != weight.shape:
         raise ValueError(
             f"{name}: a mask must be boolean of shape {tuple(weight.shape)}, is {mask.dtype} of {tuple(mask.shape)}"
         )
-    if not bool(weight.isfinite().all()):
-        raise ValueError(f"{name}: non-finite weight")
     try:
         options.pattern.check(weight.shape)
     except ValueError as error:

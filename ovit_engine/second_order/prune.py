@@ -15,7 +15,7 @@ from ovit_engine.second_order.obert import Mfac, Obert
 from ovit_engine.second_order.options import Options, Rule, Scope, Update, one_of
 from ovit_engine.second_order.ovit import Ovit
 from ovit_engine.second_order.precision import exact_arithmetic
-from ovit_engine.second_order.problem import Problem, Pruned, Solver, make_problem
+from ovit_engine.second_order.problem import Problem, Pruned, Solver, check_gradients, make_problem
 
 METHODS: dict[str, type[Solver]] = {
     "ovit": Ovit,
@@ -79,10 +79,13 @@ def prune_tensors(
 
     Raises:
         ValueError: options, shapes, or a non-finite weight or gradient, with the name of the tensor.
+        TypeError: options that are no numbers, weights, gradients or masks that are no list of tensors.
         MemoryError: the solver would not fit, said before it starts.
     """
     if gradients is None and _method(method).needs_gradients:
         raise ValueError(f"{method} needs gradients")
+    if gradients is not None:
+        check_gradients(gradients)
     count = 0 if not gradients else len(gradients[0])
     pruned = prune_streamed(
         weights,
@@ -197,7 +200,7 @@ def estimate_memory(
 
 
 def _method(name: str) -> type[Solver]:
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, is {name!r}")
     return METHODS[name]
 
@@ -219,6 +222,7 @@ def _needs(problem: Problem, solver_type: type[Solver], count: int) -> dict[torc
 
 def _check_chunk(problem: Problem, chunk: Sequence[Tensor], seen: int) -> None:
     """Raise ValueError if gradients do not fit the weights or are not finite; `seen` came before."""
+    check_gradients(chunk)
     if len(chunk) != len(problem.weights):
         raise ValueError(f"{len(problem.weights)} weights but {len(chunk)} gradients")
     for name, weight, gradient in zip(problem.names, problem.weights, chunk, strict=True):

@@ -43,7 +43,7 @@ def test_tensors_that_make_no_sense() -> None:
         prune_tensors([], [], sparsity=0.5)
     with pytest.raises(ValueError, match=r"weights\[0\]: no elements"):
         prune_tensors([torch.ones(0, 3)], [torch.ones(2, 0, 3)], sparsity=0.5)
-    with pytest.raises(ValueError, match=r"floating point, are torch\.int64"):
+    with pytest.raises(ValueError, match=r"floating point \(16 bits or more\), are torch\.int64"):
         prune_tensors([torch.ones(3, dtype=torch.int64)], None, sparsity=0.5, method="magnitude")
     with pytest.raises(ValueError, match=r"must have shape \(20, 2, 8\), have \(20, 8, 2\)"):
         prune_tensors(weights, [gradients[0].mT], sparsity=0.5)
@@ -55,6 +55,47 @@ def test_tensors_that_make_no_sense() -> None:
         prune_tensors(weights, [gradients[0][:0]], sparsity=0.5, method="obd")
     with pytest.raises(ValueError, match="1 weights but 2 names"):
         prune_streamed(weights, [gradients], 20, names=["a", "b"], sparsity=0.5)
+
+
+WEIGHT, STACK = torch.ones(2, 8), torch.ones(3, 2, 8)
+ODD: list[tuple[dict[str, Any], str]] = [
+    ({"sparsity": "0.5"}, "sparsity must be a number between 0 and 1, is '0.5'"),
+    ({"sparsity": True}, "sparsity must be a number between 0 and 1, is True"),
+    ({"sparsity": torch.tensor(0.5)}, r"sparsity must be a number between 0 and 1, is tensor\(0\.5"),
+    ({"block": 8.0}, r"block must be a whole number, is 8\.0"),
+    ({"block": None}, "block must be a whole number, is None"),
+    ({"damp": "1e-6"}, "damp must be a number, is '1e-6'"),
+    ({"weights": WEIGHT}, "weights must be a list of tensors, are a Tensor"),
+    ({"weights": {"fc": WEIGHT}}, "weights must be a list of tensors, are a dict"),
+    ({"weights": [WEIGHT.numpy()]}, r"weights\[0\] must be a tensor, is a ndarray"),
+    ({"gradients": STACK}, "gradients must be a list of tensors, are a Tensor"),
+    ({"gradients": iter([STACK])}, "gradients must be a list of tensors, are a list_iterator"),
+    ({"gradients": [STACK.int()]}, r"gradients\[0\] must be floating point, are torch\.int32"),
+    ({"gradients": [STACK.to(torch.complex64)]}, r"gradients\[0\] must be floating point, are torch\.complex64"),
+    ({"gradients": [torch.tensor(1.0)]}, r"gradients\[0\] must be stacked as \[N, \*shape of the weight\]"),
+    ({"masks": WEIGHT > 0}, "masks must be a list of tensors, are a Tensor"),
+    ({"masks": [(WEIGHT > 0).numpy()]}, r"masks\[0\] must be a tensor, is a ndarray"),
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("options", "words"), ODD, ids=lambda value: value if isinstance(value, str) else "")
+def test_odd_types_are_named(method: str, options: dict[str, Any], words: str) -> None:
+    given = {"weights": [WEIGHT], "gradients": [STACK], "sparsity": 0.5, "method": method, **options}
+    with pytest.raises(TypeError, match=f"^{words}"):
+        prune_tensors(given.pop("weights"), given.pop("gradients"), **given)
+
+
+def test_odd_chunks_and_weights_are_named() -> None:
+    with pytest.raises(TypeError, match=r"gradients\[0\] must be floating point, are torch\.int64"):
+        prune_streamed([WEIGHT], [[STACK.long()]], 3, sparsity=0.5)
+    for weight in (WEIGHT.to_sparse(), WEIGHT.to("meta")):
+        with pytest.raises(ValueError, match=r"weights\[0\]: weights must be dense tensors with values, not torch\."):
+            prune_tensors([weight], [STACK], sparsity=0.5)
+    with pytest.raises(ValueError, match=r"16 bits or more\), are torch\.float8_e4m3fn"):
+        prune_tensors([WEIGHT.to(torch.float8_e4m3fn)], None, method="magnitude", sparsity=0.5)
+    with pytest.raises(ValueError, match=r"method must be one of .*, is \['ovit'\]"):
+        prune_tensors([WEIGHT], [STACK], sparsity=0.5, method=["ovit"])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("count", [19, 21])
