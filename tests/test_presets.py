@@ -29,6 +29,8 @@ def test_a_preset_that_leaves_most_of_a_model_dense_is_no_match() -> None:
     message = "preset:vit takes 442,368 weights of ModuleDict, and 782,456 stay dense, such as 'rest.weight'"
     with pytest.raises(ValueError, match=message):
         find_slots(both, ["preset:vit"])
+    with pytest.raises(ValueError, match="no other preset fits"):  # nor is it recommended
+        find_slots(both, ["preset:resnet"])
     assert total(both, "preset:vit", "rest.weight") == 442_368 + 443_000  # whoever names the rest means it
 
 

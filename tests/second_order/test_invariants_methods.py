@@ -142,7 +142,7 @@ def test_17_ties_and_natural_zeros_go_by_position(
 @settings(derandomize=True, max_examples=25)
 @given(sparsity=st.floats(0, 1), seed=st.integers(0, 1000), block=st.sampled_from([5, 8, 31, 97]))
 def test_ties_of_correlated_weights_are_broken_for_good(method: str, sparsity: float, seed: int, block: int) -> None:
-    """Equal weights with equal gradients: which go is a matter of rounding, how many is not, nor that it is repeatable."""
+    """Equal weights, equal gradients: which of them go is a matter of rounding; how many is not, and it repeats."""
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randint(-1, 2, (97,), generator=generator).double(), torch.ones(4, 8, dtype=torch.float64)]
     gradients = [torch.ones(6, 97, dtype=torch.float64), torch.randn(6, 1, 1, generator=generator).expand(6, 4, 8)]

@@ -20,10 +20,11 @@ from tests.loops import mlp, plain, recipe, zeros
 # Section 3, gradual ViT: 40 % at once, then a step every 20 of 300 epochs up to 90 % at 280.
 TIMES, SPARSITIES = [0, 20, 40, 100, 280], [0.4, 0.5, 0.6, 0.75, 0.9]
 TARGET = "targets: [0.weight]"
+FIRST = 0.75 + 0.15 / 9  # at 120
 PUBLISHED = [
     f"magnitude_prune: {{sparsity: {{0ep: 0.4, 20ep: 0.5, 40ep: 0.6}}, {TARGET}}}",
     f"magnitude_prune: {{start: 60ep, end: 100ep, every: 20ep, sparsity: {{from: 0.65, to: 0.75}}, {TARGET}}}",
-    f"magnitude_prune: {{sparsity: {{from: {0.75 + 0.15 / 9}, to: 0.9}}, start: 120ep, end: 280ep, every: 20ep, {TARGET}}}",
+    f"magnitude_prune: {{start: 120ep, end: 280ep, every: 20ep, sparsity: {{from: {FIRST}, to: 0.9}}, {TARGET}}}",
     "cyclic_lr: {max: 5.0e-4, min: 1.0e-5, period: 20ep}",
 ]
 

@@ -211,7 +211,7 @@ def test_12_every_form_of_the_inverse_gives_the_same_costs(size: int, count: int
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.75])
 @pytest.mark.parametrize("numel", [64 * 40 + 8, 64 * 40 + 1, 64 * 40 + 63, 2557])
 def test_15_no_block_is_pruned_harder_than_its_neighbours(numel: int, sparsity: float) -> None:
-    """Remainders and a prime size, cumulative rule; a short block of 8 at the end would lose 76 % where others lose 47."""
+    """Remainders and a prime size, cumulative rule: a short block at the end would lose 76 % where others lose 47 %."""
     last, others = [], []
     for seed in range(10):
         generator = torch.Generator().manual_seed(seed)
