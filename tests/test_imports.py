@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # Each layer may import from itself only where it is a package, and from any layer above it.
 LAYERS = [
     ["event", "schedule", "pattern", "quant", "files"],
-    ["second_order", "presets"],
+    ["second_order", "presets", "plots"],
     ["targets"],
     ["masks"],
     ["calibration"],
@@ -28,7 +28,7 @@ LAYERS = [
 ]
 
 CORE = [name for layer in LAYERS for name in layer]
-LAZY = ["timm", "onnx", "onnxruntime", "neural_compressor", "torch_pruning", "transformers", "lightning"]
+LAZY = ["timm", "onnx", "onnxruntime", "neural_compressor", "torch_pruning", "transformers", "lightning", "matplotlib"]
 HEAVY = [*LAZY, "onnxscript", "sklearn", "click", "rich", "torchvision"]
 
 
