@@ -16,7 +16,7 @@ LAYERS = [
     ["second_order", "presets", "plots"],
     ["targets"],
     ["masks"],
-    ["calibration"],
+    ["calibration", "flops"],
     ["modifier"],
     ["registry"],
     ["reader"],
