@@ -68,19 +68,20 @@ class _Masked:
     """A pruned weight while operations are counted."""
 
     slot: Slot
-    kept: Tensor  # float, laid out in memory as the weight is: a view of the weight is the same view of this
+    kept: Tensor  # boolean, laid out in memory as the weight is: a view of the weight is the same view of this
     recognised: bool = False  # an operation took the weight itself, not something made from it
 
     def holds(self, view: Tensor) -> bool:
         """Whether `view` is the weight, or a slice or transpose of it."""
         weight = self.slot.tensor
         same = StorageWeakRef(view.untyped_storage()) == StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
-        return same and 0 <= view.storage_offset() - weight.storage_offset() < weight.numel()
+        offset = int(view.storage_offset()) - int(weight.storage_offset())
+        return same and 0 <= offset < weight.numel()
 
     def density(self, view: Tensor) -> float:
         """Share kept of such a view."""
         offset = view.storage_offset() - self.slot.tensor.storage_offset()
-        return float(self.kept.as_strided(view.shape, view.stride(), offset).mean())
+        return int(self.kept.as_strided(view.shape, view.stride(), offset).sum()) / view.numel()
 
 
 class _Counter(TorchDispatchMode):
@@ -110,7 +111,7 @@ class _Counter(TorchDispatchMode):
             if self._running and each.slot.module is self._running[-1] and not each.recognised:
                 shape = sorted(each.slot.tensor.shape)
                 if any(sorted(operand.shape) == shape for operand in operands):
-                    return float(each.kept.mean())
+                    return int(each.kept.sum()) / each.kept.numel()
         return 1.0
 
     @contextmanager
@@ -142,7 +143,7 @@ def _densities(model: nn.Module, masks: Masks | Mapping[str, Tensor] | None) -> 
         weight = slots[name].tensor
         if mask.shape != weight.shape:
             raise ValueError(f"the mask of {name!r} is {list(mask.shape)}, the weight {list(weight.shape)}")
-        kept = torch.empty_strided(weight.shape, weight.stride(), device=mask.device).copy_(mask)
+        kept = torch.empty_strided(weight.shape, weight.stride(), dtype=torch.bool, device=mask.device).copy_(mask)
         found.append(_Masked(slots[name], kept))
     return found
 

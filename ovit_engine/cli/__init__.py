@@ -3,6 +3,7 @@
 from ovit_engine.cli.bench import bench
 from ovit_engine.cli.export import export
 from ovit_engine.cli.group import OvitGroup
+from ovit_engine.cli.oneshot import oneshot
 from ovit_engine.cli.recipes import recipes
 from ovit_engine.cli.show import show
 from ovit_engine.cli.train import train
@@ -11,6 +12,6 @@ from ovit_engine.cli.verify import verify
 
 main = OvitGroup(
     name="ovit",
-    commands=[validate, show, train, export, verify, bench, recipes],
+    commands=[validate, show, oneshot, train, export, verify, bench, recipes],
     help="Compress PyTorch models by recipe: prune, train int8, export a verified ONNX file.",
 )

@@ -1,0 +1,259 @@
+"""ovit oneshot: accuracy over sparsity, without training."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ovit_engine.cli import options
+
+if TYPE_CHECKING:
+    from ovit_engine.integrations.oneshot import Step
+    from ovit_engine.integrations.oneshot_report import OneShot
+    from ovit_engine.integrations.oneshot_timm import Bench
+    from ovit_engine.integrations.tune import TuneStep
+    from ovit_engine.recipe import Recipe
+
+
+class Sparsities(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases only
+    """ "0.5,0.75,0.9" as shares of zeros."""
+
+    name = "S,S,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            found = tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of sparsities such as 0.5,0.75,0.9", param, ctx)
+        for sparsity in found:
+            if not 0 <= sparsity < 1:
+                hint = f": did you mean {sparsity / 100:g}?" if 2 <= sparsity < 100 else ""
+                self.fail(f"sparsity {sparsity:g} is not in [0, 1){hint}", param, ctx)
+        return found
+
+
+class Names(click.ParamType):  # type: ignore[type-arg]  # as above
+    """ "ovit,obert" as names."""
+
+    name = "NAME,NAME,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        return value if isinstance(value, tuple) else tuple(part.strip() for part in str(value).split(","))
+
+
+@click.command(short_help="Prune without training: accuracy over sparsity.")
+@click.option("--recipe", help="Recipe whose pruner is run; a file, or the name of one of ours.")
+@click.option("--targets", multiple=True, help="Without --recipe: weights to prune by oViT, as preset:vit.")
+@click.option("--data", required=True, help="'digits', an image folder with train/ and val/, or a timm dataset name.")
+@click.option("--data-root", type=click.Path(path_type=Path), help="Where downloaded datasets are kept.")
+@options.model
+@options.model_args
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Trained weights: a file, or a run's folder.")
+@click.option("--pretrained", is_flag=True, help="Take timm's weights (downloads them).")
+@click.option("--sparsity", "sparsities", type=Sparsities(), default=(), help="As 0.5,0.75,0.9; none with N:M.")
+@click.option(
+    "--compare", type=Names(), default=(), help="Pruners to compare, as ovit,obert,obd,grad_weight,magnitude."
+)
+@click.option("--tune", is_flag=True, help="Try dampening, gradients and block of the pruner at one sparsity.")
+@click.option("--seed", type=click.IntRange(min=0), help="Of the gradients' images.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Folder of the results; runs/<recipe>-oneshot if left out."
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that read images.")
+@options.variables
+def oneshot(
+    recipe: str | None,
+    targets: tuple[str, ...],
+    data: str,
+    data_root: Path | None,
+    model: str | None,
+    model_args: tuple[tuple[str, Any], ...],
+    checkpoint: Path | None,
+    pretrained: bool,
+    sparsities: tuple[float, ...],
+    compare: tuple[str, ...],
+    tune: bool,
+    seed: int | None,
+    output: Path | None,
+    device: str,
+    workers: int,
+    variables: tuple[tuple[str, Any], ...],
+) -> None:
+    """Prune a trained model at once to each sparsity, without training, and measure what is left of its accuracy.
+
+    --compare draws the oViT paper's Figure 3 for your model; --tune finds a pruner's dampening.
+    """
+    if checkpoint is not None and pretrained:
+        raise click.UsageError("weights come from --checkpoint or --pretrained, not both")
+    if tune and len(compare) > 1:
+        raise click.UsageError("--tune is for one pruner: name one with --compare, or none")
+    if tune and len(sparsities) > 1:
+        raise click.UsageError("--tune compares settings at one sparsity: give one")
+    from ovit_engine.integrations.oneshot_pruners import choose_pruners
+    from ovit_engine.integrations.oneshot_timm import set_up
+    from ovit_engine.integrations.timm import with_training
+
+    read = _recipe(recipe, targets, options.as_mapping(variables), sparsities)
+    args = options.as_mapping(model_args)
+    if model is None or model == read.training.model:  # the recipe's arguments go with the recipe's model
+        args = {**read.training.model_args, **args}
+    read = with_training(read, model=model, model_args=args, seed=seed)
+    for pruner in choose_pruners(read, compare):  # before the model and the images are read
+        pruner.check_sparsities(sparsities)
+    folder = output or Path("runs") / f"{read.name}-{'tune' if tune else 'oneshot'}"
+    if any((folder / name).exists() for name in ("oneshot.json", "tune.json")):
+        raise FileExistsError(f"{str(folder)!r} holds results already: choose another --output")
+    bench = set_up(
+        read,
+        data=data,
+        checkpoint=checkpoint,
+        pretrained=pretrained,
+        device=device,
+        workers=workers,
+        root=data_root,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    if tune:
+        _tune(bench, read, sparsities, compare, folder)
+    else:
+        _oneshot(bench, read, sparsities, compare, folder)
+
+
+def _recipe(recipe: str | None, targets: tuple[str, ...], variables: Any, sparsities: tuple[float, ...]) -> "Recipe":
+    import yaml
+
+    from ovit_engine.recipe import Recipe
+
+    if recipe is not None and targets:
+        raise click.UsageError("--targets goes without --recipe, whose pruner names its own")
+    if recipe is not None:
+        return Recipe.load(recipe, **variables)
+    if not targets:
+        raise click.UsageError("give --recipe, or the weights to prune with --targets")
+    sparsity = {"sparsity": sparsities[0]} if sparsities else {"pattern": "2:4"}
+    text = yaml.safe_dump({"name": "oneshot", "modifiers": [{"ovit_prune": {**sparsity, "targets": list(targets)}}]})
+    return Recipe.parse(text, file="--targets")
+
+
+def _oneshot(
+    bench: "Bench", recipe: "Recipe", sparsities: tuple[float, ...], compare: tuple[str, ...], folder: Path
+) -> None:
+    from ovit_engine.integrations.oneshot import oneshot as run
+
+    def kept(step: "Step") -> str | None:
+        if not step.result.points:
+            return f"dense  accuracy {step.result.dense:.2%}"
+        step.result.save(folder)  # after every point: what is measured is not lost
+        point = step.result.points[-1]
+        return f"{point.pruner}  sparsity {point.sparsity:.2%}  accuracy {point.accuracy:.2%}  {point.seconds:.1f} s"
+
+    with _Bar(kept) as bar:
+        found = run(
+            bench.model,
+            recipe,
+            calibration=bench.calibration,
+            evaluate=bench.evaluate,
+            sparsities=sparsities,
+            compare=compare,
+            example_inputs=bench.example_inputs,
+            about=bench.about,
+            progress=bar.tell,
+        )
+    found.render()
+    _say_saved([*found.save(folder), *_plotted(found, folder)])
+
+
+def _plotted(found: "OneShot", folder: Path) -> list[Path]:
+    try:
+        return found.plot(folder)
+    except ModuleNotFoundError as error:
+        click.echo(f"ovit: warning: no plot: {error}", err=True)
+        return []
+
+
+def _tune(
+    bench: "Bench", recipe: "Recipe", sparsities: tuple[float, ...], compare: tuple[str, ...], folder: Path
+) -> None:
+    from ovit_engine.integrations.tune import tune as run
+
+    def kept(step: "TuneStep") -> str | None:
+        if not step.result.settings:
+            return f"dense  held-out loss {step.result.dense_loss:.4f}"
+        step.result.save(folder)
+        if step.result.accuracy is not None:
+            return None
+        setting = step.result.settings[-1]
+        values = "  ".join(f"{name} {value:g}" for name, value in setting.options.items())
+        return f"{values}  held-out loss {setting.loss:.4f}  {setting.seconds:.1f} s"
+
+    calibration, held_out = bench.split()
+    with _Bar(kept) as bar:
+        found = run(
+            bench.model,
+            recipe,
+            calibration=calibration,
+            held_out=held_out,
+            evaluate=bench.evaluate,
+            sparsity=sparsities[0] if sparsities else None,
+            pruner=compare[0] if compare else None,
+            about=bench.about,
+            progress=bar.tell,
+        )
+    found.render()
+    _say_saved(found.save(folder))
+
+
+def _say_saved(files: list[Path]) -> None:
+    click.echo(f"saved {', '.join(map(str, files))}")
+
+
+class _Bar:
+    """One bar over the whole grid on a terminal, and a line a step everywhere; both with the time left."""
+
+    def __init__(self, line: Any) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self._line = line  # what to print of a step's result
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[left]}"),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=None, left="")
+        self._first: tuple[float, int] | None = None
+
+    def __enter__(self) -> "_Bar":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def tell(self, step: "Step | TuneStep") -> None:
+        """Print what the last step found, and show what comes."""
+        now = time.monotonic()
+        first, done = self._first = self._first or (now, step.done)
+        left = ""
+        if step.total > step.done > done:
+            left = f"about {_duration((now - first) / (step.done - done) * (step.total - step.done))} left"
+        line = self._line(step)
+        if line is not None:
+            self._console.print("  ".join(part for part in (line, left and f"({left})") if part))
+        self._bar.update(self._task, description=step.what, completed=step.done, total=step.total, left=left)
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as people say them: 40 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
