@@ -101,10 +101,10 @@ class OneShot:
         for point in self.points:
             asked = "implied" if point.asked is None else f"{100 * point.asked:g}%"
             flops = "" if point.flops_reduction is None else f"{point.flops_reduction:.1%}"
-            drop = f"{100 * point.drop:.2f}"
+            drop = f"{100 * point.drop:.2f}"  # in percentage points
             measured = (f"{point.sparsity:.2%}", f"{point.accuracy:.2%}", drop, flops, f"{point.seconds:.1f}")
             rows.append((point.pruner, asked, *measured))
-        header = ("pruner", "asked", "sparsity", "accuracy", "drop (points)", "FLOP reduction", "seconds")
+        header = ("pruner", "asked", "sparsity", "accuracy", "drop", "FLOP reduction", "seconds")
         return plain_table(header, rows)
 
     def _used(self) -> list[str]:
@@ -133,7 +133,7 @@ def plain_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> "Ta
     """A table without lines, names on the left and numbers on the right."""
     from rich.table import Table
 
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for index, column in enumerate(header):
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in rows:
