@@ -11,7 +11,6 @@ from ovit_engine.modifier import Modifier, Origin
 from ovit_engine.pattern import NM, parse_pattern
 from ovit_engine.recipe import Recipe
 from ovit_engine.registry import modifiers
-from ovit_engine.schedule import Clock
 
 SUFFIX = "_prune"
 # What the pruners of a comparison have in common; the rest (block, damp ...) is each one's own.
@@ -46,7 +45,6 @@ class Pruner:
             message = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise ValueError(f"{self.label}: {message[:1].lower()}{message[1:]}") from None
         modifier._origins = dict(self.origins)
-        list(modifier.timeline(Clock(1, 1)))  # some can't prune before training: they say so here
         return modifier
 
     def all_options(self, sparsity: float | None) -> dict[str, Any]:

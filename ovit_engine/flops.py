@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -150,13 +149,13 @@ def _densities(model: nn.Module, masks: Masks | Mapping[str, Tensor] | None) -> 
 
 @contextmanager
 def _plain_forward(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no fused kernels: all products are visible as such."""
+    """Eval mode, no gradients, and no fused transformer layers, whose products can't be seen."""
     flags = [(module, module.training) for module in model.modules()]
     fused = torch.backends.mha.get_fastpath_enabled()
     model.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.no_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

@@ -234,6 +234,15 @@ def test_what_can_not_be_done_is_said_before_any_work(
         run(recipe, **options)
 
 
+def test_all_pruners_are_checked_before_the_first_one_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Calibration, "gradients", lambda *args, **kwargs: pytest.fail("gradients were taken"))
+    two = RECIPE + "  - obd_prune: {sparsity: 0.9, targets: [4.weight]}\n"
+    with pytest.raises(
+        RecipeError, match=r"r\.yaml:8:\d+: obd_prune\.targets: target '4\.weight' matches no parameter"
+    ):
+        run(two, compare=("ovit", "obd"))
+
+
 def test_a_pattern_that_does_not_fit_is_said_at_its_place() -> None:
     recipe = "modifiers:\n  - magnitude_prune: {sparsity: 0.5, pattern: {block: [1, 5]}, targets: [0.weight]}\n"
     with pytest.raises(RecipeError, match=r"r\.yaml:2:47: magnitude_prune\.pattern: 0\.weight"):

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from ovit_engine import Calibration, Recipe
+from ovit_engine.integrations.oneshot import prune_copy
 from ovit_engine.integrations.oneshot_pruners import choose_pruners
 from ovit_engine.integrations.oneshot_timm import set_up
 from ovit_engine.integrations.tune import Tuned, TuneStep, hold_out, mean_loss, settings, tune
@@ -87,18 +88,29 @@ def test_losses_are_of_the_held_out_images_as_a_whole() -> None:
     )
 
 
-def test_accuracies_are_those_of_the_settings_named() -> None:
-    from ovit_engine.integrations.oneshot import oneshot
-
+@pytest.mark.parametrize("damp", ["1.0e-5", "1.0e-8"])
+def test_accuracies_are_those_of_the_settings_named(damp: str) -> None:
     x, y = points()
-    found = run()
-    for options, measured in ((found.best.options, found.accuracy), (found.own, found.own_accuracy)):
-        text = yaml.safe_dump(
-            {"modifiers": [{"ovit_prune": {**found.pruner.options, **options, "sparsity": 0.8}}]}, sort_keys=False
-        )
-        calibration = Calibration(TensorDataset(x[:48], y[:48]), cross_entropy)
-        again = oneshot(trained(), Recipe.parse(text), calibration=calibration, evaluate=accuracy, sparsities=[0.8])
-        assert again.points[0].accuracy == measured
+    evaluated: list[torch.Tensor] = []
+
+    def evaluate(model: nn.Module) -> float:
+        evaluated.append(next(model.parameters()).detach().clone())
+        return len(evaluated) / 10
+
+    found = run(RECIPE.replace("1.0e-5", damp), evaluate=evaluate)
+    assert (found.dense, found.accuracy, found.own_accuracy) == (0.1, 0.2, 0.3)
+    assert torch.equal(evaluated[0], next(trained().parameters()))
+    calibration = Calibration(TensorDataset(x[:48], y[:48]), cross_entropy)
+    for options, weight in zip((found.best.options, found.own), evaluated[1:], strict=True):
+        again = prune_copy(trained(), found.pruner.at(0.8, **options), calibration)
+        assert torch.equal(next(again.model.parameters()), weight)
+    assert found.own["damp"] == float(damp)
+
+
+def test_losses_are_taken_in_eval_mode() -> None:
+    model = nn.Sequential(nn.Dropout(0.9), *trained()).train()
+    calibration = Calibration(held_out(), cross_entropy)
+    assert mean_loss(model, held_out(), calibration) == mean_loss(trained(), held_out(), calibration)
 
 
 def test_of_equals_the_cheapest_is_best() -> None:
@@ -113,6 +125,9 @@ def test_the_lines_to_paste_are_the_recipe_with_the_best_setting() -> None:
     before = Recipe.parse(RECIPE).modifiers[0].model_dump(mode="json", by_alias=True, exclude_unset=True)
     assert options == {**before, **found.best.options}  # schedule and sparsity are the recipe's
     assert Recipe.parse(f"modifiers:\n{found.lines()}").modifiers[0].name == "ovit_prune"
+    joint = RECIPE + "  - obert_prune: {sparsity: 0.8, targets: [0.weight], gradients: 4, update: joint}\n"
+    ((_, options),) = yaml.safe_load(run(joint, pruner="obert_independent").lines())[0].items()
+    assert (options["update"], options["targets"]) == ("independent", ["0.weight"])
     other = run(pruner="obert_independent")
     ((name, options),) = yaml.safe_load(other.lines())[0].items()
     assert (name, options["update"], options["sparsity"]) == ("obert_prune", "independent", 0.8)
