@@ -108,8 +108,9 @@ def test_targets_instead_of_a_recipe(ovit: Ovit, dense: Path) -> None:
     args = [part for key, value in training["model_args"].items() for part in ("--model-arg", f"{key}={value}")]
     weights = ("--checkpoint", dense, "--model", training["model"], *args)
     common = ("oneshot", "--data", "digits", "--device", "cpu", *weights)
-    result = ovit(*common, "--targets", "re:blocks.*fc1\\.weight", "--sparsity", "0.5", "--compare", "magnitude")
+    result = ovit(*common, "--targets", "preset:vit", "--sparsity", "0.5", "--compare", "magnitude")
     assert lines(result)[1].startswith("magnitude sparsity 50.00%")
+    assert "targets preset:vit, scope global" in result.stdout
     pattern = ovit(*common, "--targets", "re:blocks.*fc1\\.weight", "--compare", "magnitude", "--output", "b")
     assert lines(pattern)[1].startswith("magnitude sparsity 50.00%")
     assert "pattern 2:4" in pattern.stdout

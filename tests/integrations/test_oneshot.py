@@ -237,9 +237,7 @@ def test_what_can_not_be_done_is_said_before_any_work(
 def test_all_pruners_are_checked_before_the_first_one_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Calibration, "gradients", lambda *args, **kwargs: pytest.fail("gradients were taken"))
     two = RECIPE + "  - obd_prune: {sparsity: 0.9, targets: [4.weight]}\n"
-    with pytest.raises(
-        RecipeError, match=r"r\.yaml:8:\d+: obd_prune\.targets: target '4\.weight' matches no parameter"
-    ):
+    with pytest.raises(RecipeError, match=r"r\.yaml:8:\d+: obd_prune\.targets: target '4\.weight' matches no"):
         run(two, compare=("ovit", "obd"))
 
 
