@@ -9,8 +9,9 @@ from ovit_engine.pattern import Pattern
 from ovit_engine.second_order.blocks import Blocks
 from ovit_engine.second_order.eliminate import diagonal_tiles
 from ovit_engine.second_order.fisher import RANK, absorb, initial_inverse
+from ovit_engine.second_order.memory import Memory
 from ovit_engine.second_order.options import Options
-from ovit_engine.second_order.partition import blocks_a_chunk, segments
+from ovit_engine.second_order.partition import blocks_a_chunk, matrix_entries, segments
 from ovit_engine.second_order.problem import Problem
 from ovit_engine.second_order.update import joint_change
 
@@ -36,14 +37,17 @@ class BlockInverse(Blocks):
         self._waiting_count = 0
 
     @staticmethod
-    def memory(shapes: Sequence[torch.Size], options: Options, count: int) -> int:
-        """H, the bookkeeping (order, costs, lower bounds, waiting gradients), and the temporaries of one chunk."""
-        cuts = segments(list(shapes), options.pattern, options.block)
+    def memory(shapes: Sequence[torch.Size], options: Options, count: int) -> Memory:
+        """Held: H, lower bounds and waiting gradients. Besides: order, costs and ranking, and one chunk's temporaries."""
         item = options.dtype.itemsize
-        numel = sum(cut.count * cut.size for cut in cuts)
-        inverse = sum(cut.count * cut.size**2 for cut in cuts) * item
-        chunk = max((blocks_a_chunk(cuts, cut, on_cpu=True) * cut.size**2 for cut in cuts), default=0) * item
-        return inverse + numel * (2 + 3 * item + RANK * item) + 3 * chunk
+        cuts = segments(shapes, options.pattern, options.block)
+        entries = matrix_entries(shapes, options.pattern, options.block)
+        chunk = max((blocks_a_chunk(entries, cut, on_cpu=False) * cut.size**2 for cut in cuts), default=0) * item
+        numels = [shape.numel() for shape in shapes]
+        held = [(1 + RANK) * item * numel for numel in numels]
+        for cut in cuts:
+            held[cut.tensor] += cut.count * cut.size**2 * item
+        return Memory(held, sum(numels) * (2 + 2 * item) + 3 * chunk)
 
     def observe(self, chunk: Sequence[Tensor]) -> None:
         """Take gradients [k, *shape]; fewer than `RANK` wait in a buffer for others."""

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ovit_engine.second_order.partition import blocks_a_chunk, segments
-from ovit_engine.second_order.problem import Problem
+from ovit_engine.second_order.partition import blocks_a_chunk, matrix_entries, segments
+from ovit_engine.second_order.problem import Advance, Problem
 
 # What to add to the weights of a slice of blocks of a segment when `removed` [c, B] of them go: [c, B].
 Change = Callable[[int, slice, Tensor], Tensor]
@@ -19,6 +19,7 @@ class Blocks:
         options = problem.options
         self.problem = problem
         self.segments = segments([weight.shape for weight in problem.weights], options.pattern, options.block)
+        self._entries = matrix_entries(problem.shapes, options.pattern, options.block)
         self.kept = [options.pattern.to_layout(mask) for mask in problem.masks]
         self.has_pruned = [not bool(mask.all()) for mask in problem.masks]
 
@@ -26,7 +27,7 @@ class Blocks:
         """The blocks of a segment, as many at once as is fast and small."""
         segment = self.segments[number]
         on_cpu = self.problem.weights[segment.tensor].device.type == "cpu"
-        step = blocks_a_chunk(self.segments, segment, on_cpu)
+        step = blocks_a_chunk(self._entries, segment, on_cpu)
         return (slice(start, min(start + step, segment.count)) for start in range(0, segment.count, step))
 
     def weights(self, number: int) -> Tensor:
@@ -37,7 +38,7 @@ class Blocks:
     def release(self, number: int) -> None:
         """Free what is held for a segment that is done."""
 
-    def move(self, masks: Sequence[Tensor], change: Change | None) -> list[Tensor]:
+    def move(self, masks: Sequence[Tensor], change: Change, advance: Advance) -> list[Tensor]:
         """New weights under new masks, survivors moved by `change` where a block loses something."""
         pattern, dtype = self.problem.options.pattern, self.problem.options.dtype
         flat = [
@@ -45,16 +46,15 @@ class Blocks:
             for weight in self.problem.weights
         ]
         kept = [pattern.to_layout(mask) for mask in masks]
-        if change is not None:
-            for number in range(len(self.segments)):
-                self._move(number, flat, kept, change)
-                self.release(number)
+        for number in range(len(self.segments)):
+            self._move(number, flat, kept, change, advance)
+            self.release(number)
         return [
             pattern.from_layout(torch.where(mask, new, 0).to(weight.dtype), weight.shape)
             for weight, new, mask in zip(self.problem.weights, flat, kept, strict=True)
         ]
 
-    def _move(self, number: int, flat: list[Tensor], kept: list[Tensor], change: Change) -> None:
+    def _move(self, number: int, flat: list[Tensor], kept: list[Tensor], change: Change, advance: Advance) -> None:
         """Move the weights of one segment, in place in `flat`."""
         segment = self.segments[number]
         removed = segment.cut(self.kept[segment.tensor]) & ~segment.cut(kept[segment.tensor])
@@ -62,6 +62,7 @@ class Blocks:
             if removed[here].any():
                 part = segment.cut(flat[segment.tensor])[here]
                 part += change(number, here, removed[here]).to(part.dtype)
+            advance((here.stop - here.start) * segment.size)
 
 
 def a_few(indices: Tensor, size: int = 4) -> Iterator[Tensor]:

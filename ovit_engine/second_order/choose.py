@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ovit_engine.pattern import NM
 from ovit_engine.second_order.allocate import take_lowest
-from ovit_engine.second_order.problem import Problem, Pruned
+from ovit_engine.second_order.problem import Problem
 
 
 def lowest_go(problem: Problem, costs: Sequence[Tensor]) -> list[Tensor]:
@@ -26,7 +26,7 @@ def lowest_go(problem: Problem, costs: Sequence[Tensor]) -> list[Tensor]:
     if isinstance(pattern, NM):
         return [_lowest_of_groups(problem, index, cost) for index, cost in enumerate(costs)]
     masks = list(problem.masks)
-    for scope, count in problem.quotas():
+    for scope, count in problem.quotas:
         ranking = [_bounded(costs[i]).masked_fill(~problem.alive_units(i), torch.inf).cpu() for i in scope]
         for index, taken in zip(scope, take_lowest(ranking, count), strict=True):
             goes = taken.to(masks[index].device).repeat_interleave(pattern.unit)
@@ -34,18 +34,19 @@ def lowest_go(problem: Problem, costs: Sequence[Tensor]) -> list[Tensor]:
     return masks
 
 
-def prune_lowest(problem: Problem, scores: Sequence[Tensor]) -> Pruned:
-    """Prune by one score a weight (shaped as the weight), summed over a tile; survivors stay where they are.
-
-    The errors are the scores of what went.
-    """
+def lowest_scores_go(problem: Problem, scores: Sequence[Tensor]) -> tuple[list[Tensor], list[float]]:
+    """Masks by one score a weight (shaped as the weight), summed over a tile, and the sum of the scores of what went."""
     pattern = problem.options.pattern
     units = [pattern.to_layout(score).reshape(-1, pattern.unit).sum(1) for score in scores]
     masks = lowest_go(problem, units)
-    weights = [torch.where(mask, weight, 0) for mask, weight in zip(masks, problem.weights, strict=True)]
     gone = [before & ~after for before, after in zip(problem.masks, masks, strict=True)]
     errors = [float(score[went].sum(dtype=torch.float64)) for score, went in zip(scores, gone, strict=True)]
-    return Pruned(masks, weights, errors)
+    return masks, errors
+
+
+def without(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+    """Weights that stay where they are, with exact zeros where masks say so."""
+    return [torch.where(mask, weight, 0) for mask, weight in zip(masks, weights, strict=True)]
 
 
 def _lowest_of_groups(problem: Problem, index: int, costs: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ovit_engine.second_order.choose import prune_lowest
+from ovit_engine.second_order.choose import lowest_scores_go
+from ovit_engine.second_order.memory import Memory
 from ovit_engine.second_order.options import Options
-from ovit_engine.second_order.problem import EVERY_UPDATE, Problem, Pruned
+from ovit_engine.second_order.problem import EVERY_UPDATE, Advance, Problem
 
 
 class Accumulated(ABC):
@@ -22,6 +23,7 @@ class Accumulated(ABC):
     needs_gradients: ClassVar[bool] = True
     updates: ClassVar[tuple[str, ...]] = EVERY_UPDATE  # none is read
     advice: ClassVar[str] = "use fewer targets"
+    stage: ClassVar[str] = "score"
     power: ClassVar[int]  # sum of |g| ** power
 
     def __init__(self, problem: Problem, count: int) -> None:
@@ -29,10 +31,21 @@ class Accumulated(ABC):
         self._count = count
         self._sums = [torch.zeros_like(weight, dtype=torch.float64) for weight in problem.weights]
 
-    @staticmethod
-    def memory(shapes: Sequence[torch.Size], options: Options, count: int) -> int:
-        """The sum, the scores and their ranking, in float64."""
-        return sum(shape.numel() for shape in shapes) * 4 * 8
+    @classmethod
+    def memory(cls, shapes: Sequence[torch.Size], options: Options, count: int) -> Memory:
+        """Held: the sum. Besides: the scores and their ranking. All in float64."""
+        numels = [shape.numel() for shape in shapes]
+        return Memory([8 * numel for numel in numels], sum(numels) * 3 * 8)
+
+    @classmethod
+    def moves(cls, options: Options) -> bool:
+        """Never."""
+        return False
+
+    @classmethod
+    def choose(cls, problem: Problem, candidates: Sequence[Tensor]) -> tuple[list[Tensor], list[float]]:
+        """The lowest scores go."""
+        return lowest_scores_go(problem, candidates)
 
     def observe(self, chunk: Sequence[Tensor]) -> None:
         """Take gradients [k, *shape]."""
@@ -40,11 +53,17 @@ class Accumulated(ABC):
             norm = torch.linalg.vector_norm(gradients.to(total.device), self.power, dim=0, dtype=torch.float64)
             total += norm**self.power
 
-    def solve(self) -> Pruned:
-        """Masks, and the weights under them."""
-        weights = [weight.double() for weight in self._problem.weights]
-        scores = [self.score(weight, total) for weight, total in zip(weights, self._sums, strict=True)]
-        return prune_lowest(self._problem, scores)
+    def candidates(self, advance: Advance) -> list[Tensor]:
+        """The score of each weight, shaped as the weights, in float64."""
+        scores = []
+        for weight, total in zip(self._problem.weights, self._sums, strict=True):
+            scores.append(self.score(weight.double(), total))
+            advance(weight.numel())
+        return scores
+
+    def move(self, masks: Sequence[Tensor], candidates: Sequence[Tensor], advance: Advance) -> list[Tensor]:
+        """Never called."""
+        raise AssertionError("survivors stay where they are")
 
     @abstractmethod
     def score(self, weight: Tensor, total: Tensor) -> Tensor:

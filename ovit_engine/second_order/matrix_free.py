@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ovit_engine.second_order.blocks import Blocks
+from ovit_engine.second_order.memory import Memory
 from ovit_engine.second_order.options import Options
 from ovit_engine.second_order.partition import segments
 from ovit_engine.second_order.problem import Problem
@@ -41,13 +42,12 @@ class MatrixFree(Blocks):
         ]
 
     @staticmethod
-    def memory(shapes: Sequence[torch.Size], options: Options, count: int) -> int:
-        """All gradients, the bookkeeping, and the temporaries of one chunk of blocks."""
-        cuts = segments(list(shapes), options.pattern, options.block)
-        numel = sum(cut.count * cut.size for cut in cuts)
-        block = max((cut.size for cut in cuts), default=0)
+    def memory(shapes: Sequence[torch.Size], options: Options, count: int) -> Memory:
+        """Held: all gradients. Besides: the bookkeeping, and the temporaries of one chunk of blocks."""
+        item, numels = options.dtype.itemsize, [shape.numel() for shape in shapes]
+        block = max((cut.size for cut in segments(shapes, options.pattern, options.block)), default=0)
         chunk = max(_NUMBERS_CPU, _numbers(count, block)) * 8
-        return numel * (count + 3) * options.dtype.itemsize + chunk
+        return Memory([numel * count * item for numel in numels], sum(numels) * 3 * item + chunk)
 
     def chunks(self, number: int) -> Iterator[slice]:
         segment = self.segments[number]

@@ -1,11 +1,27 @@
 """What a pruning event will need, said before it starts and not by the kernel hours later."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-_GIB = 2**30
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a method needs beside the weights and one chunk of gradients."""
+
+    # For as long as a tensor's gradients come and its weights are worked on, one entry a tensor.
+    held: Sequence[int]
+    # From beginning to end, and in the temporaries of one chunk of blocks.
+    besides: int
+
+    @property
+    def total(self) -> int:
+        """With all tensors held at once."""
+        return sum(self.held) + self.besides
 
 
 def available_memory(device: torch.device) -> int | None:
@@ -17,15 +33,41 @@ def available_memory(device: torch.device) -> int | None:
     return min(limits, default=None)
 
 
-def preflight(needed: Mapping[torch.device, int], advice: str = "use a smaller block or fewer targets") -> None:
-    """Raise MemoryError, with advice, if a device cannot give the bytes needed."""
-    for device, size in needed.items():
-        available = available_memory(device)
-        if available is not None and size > available:
-            raise MemoryError(
-                f"second-order pruning needs {size / _GIB:.2f} GiB on {device}, {available / _GIB:.2f} GiB available: "
-                f"{advice}"
-            )
+def balance(sizes: Sequence[int], bins: int) -> list[list[int]]:
+    """Indices of `sizes` shared out over bins so that their sums are nearly alike; the same everywhere, some empty.
+
+    The largest first, each to the bin with least in it, ties by place.
+    """
+    shared: list[list[int]] = [[] for _ in range(bins)]
+    filled = [0] * bins
+    for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
+        least = filled.index(min(filled))
+        shared[least].append(index)
+        filled[least] += sizes[index]
+    return [sorted(each) for each in shared]
+
+
+def into_groups(memory: Memory, limit: int | None, names: Sequence[str], where: str, advice: str) -> list[list[int]]:
+    """Tensors in few groups of nearly equal size, each of which fits into `limit` bytes (None: one group).
+
+    Raises:
+        MemoryError: a tensor that does not fit alone, with its name, what it needs on `where`, and advice.
+    """
+    every = list(range(len(memory.held)))
+    if limit is None or memory.total <= limit:
+        return [every]
+    room = limit - memory.besides
+    largest = max(every, key=lambda index: memory.held[index])
+    if memory.held[largest] > room:
+        raise MemoryError(
+            f"{names[largest]}: second-order pruning needs {(memory.held[largest] + memory.besides) / GIB:.2f} GiB on "
+            f"{where} for this tensor alone, {limit / GIB:.2f} GiB available: {advice}"
+        )
+    for bins in range(-(-sum(memory.held) // room), len(every)):
+        groups = balance(memory.held, bins)
+        if all(sum(memory.held[index] for index in group) <= room for group in groups):
+            return groups
+    return [[index] for index in every]
 
 
 def _meminfo() -> int | None:

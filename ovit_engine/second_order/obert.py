@@ -17,9 +17,10 @@ from ovit_engine.second_order.blocks import Change
 from ovit_engine.second_order.choose import lowest_go
 from ovit_engine.second_order.eliminate import lower_factors
 from ovit_engine.second_order.matrix_free import MatrixFree
+from ovit_engine.second_order.memory import Memory
 from ovit_engine.second_order.options import Options
 from ovit_engine.second_order.partition import Segment
-from ovit_engine.second_order.problem import EVERY_UPDATE, Problem, Pruned
+from ovit_engine.second_order.problem import EVERY_UPDATE, Advance, Problem
 
 
 class Curvature(Protocol):
@@ -29,7 +30,7 @@ class Curvature(Protocol):
 
     def __init__(self, problem: Problem, count: int) -> None: ...
     @staticmethod
-    def memory(shapes: Sequence[torch.Size], options: Options, count: int) -> int: ...
+    def memory(shapes: Sequence[torch.Size], options: Options, count: int) -> Memory: ...
     def observe(self, chunk: Sequence[Tensor]) -> None: ...
     def finish(self) -> None: ...
     def chunks(self, number: int) -> Iterator[slice]: ...
@@ -37,7 +38,7 @@ class Curvature(Protocol):
     def tiles(self, number: int, here: slice) -> tuple[Tensor, Tensor]: ...
     def multiply(self, number: int, here: slice, vectors: Tensor) -> Tensor: ...
     def joint_change(self, number: int, here: slice, removed: Tensor) -> Tensor: ...
-    def move(self, masks: Sequence[Tensor], change: Change | None) -> list[Tensor]: ...
+    def move(self, masks: Sequence[Tensor], change: Change, advance: Advance) -> list[Tensor]: ...
 
 
 class Obert:
@@ -46,6 +47,7 @@ class Obert:
     needs_gradients: ClassVar[bool] = True
     updates: ClassVar[tuple[str, ...]] = EVERY_UPDATE
     advice: ClassVar[str] = "use a smaller block or fewer targets"
+    stage: ClassVar[str] = "score"
     held_as: ClassVar[type[Curvature]] = BlockInverse
 
     def __init__(self, problem: Problem, count: int) -> None:
@@ -53,29 +55,33 @@ class Obert:
         self._fisher = self.held_as(problem, count)
 
     @classmethod
-    def memory(cls, shapes: Sequence[torch.Size], options: Options, count: int) -> int:
+    def memory(cls, shapes: Sequence[torch.Size], options: Options, count: int) -> Memory:
         """That of the inverse Fisher."""
         return cls.held_as.memory(shapes, options, count)
+
+    @classmethod
+    def moves(cls, options: Options) -> bool:
+        """Unless told not to."""
+        return options.update != "none"
+
+    @classmethod
+    def choose(cls, problem: Problem, candidates: Sequence[Tensor]) -> tuple[list[Tensor], list[float]]:
+        """The lowest go; the sum of what they cost."""
+        pattern = problem.options.pattern
+        masks = lowest_go(problem, candidates)
+        errors = []
+        for cost, before, after in zip(candidates, problem.masks, masks, strict=True):
+            went = pattern.to_layout(before & ~after).reshape(-1, pattern.unit).any(1)
+            errors.append(float(cost[went].sum(dtype=torch.float64)))
+        return masks, errors
 
     def observe(self, chunk: Sequence[Tensor]) -> None:
         """Take gradients [k, *shape]."""
         self._fisher.observe(chunk)
 
-    def solve(self) -> Pruned:
-        """Masks, weights, and the sum of the scores of what went."""
-        self._fisher.finish()
-        pattern = self._problem.options.pattern
-        costs = self._costs()
-        masks = lowest_go(self._problem, costs)
-        errors = []
-        for cost, before, after in zip(costs, self._problem.masks, masks, strict=True):
-            went = pattern.to_layout(before & ~after).reshape(-1, pattern.unit).any(1)
-            errors.append(float(cost[went].sum(dtype=torch.float64)))
-        moves = {"joint": self._fisher.joint_change, "independent": self._independent_change, "none": None}
-        return Pruned(masks, self._fisher.move(masks, moves[self._problem.options.update]), errors)
-
-    def _costs(self) -> list[Tensor]:
+    def candidates(self, advance: Advance) -> list[Tensor]:
         """Cost of each unit alone, [units] a tensor."""
+        self._fisher.finish()
         unit, dtype = self._problem.options.pattern.unit, self._problem.options.dtype
         costs = [
             torch.zeros(weight.numel() // unit, dtype=dtype, device=weight.device) for weight in self._problem.weights
@@ -85,7 +91,14 @@ class Obert:
             for here in self._fisher.chunks(number):
                 cost, _ = self._alone(number, here)
                 in_units.cut(costs[segment.tensor])[here] = cost.to(dtype)
+                advance((here.stop - here.start) * segment.size)
         return costs
+
+    def move(self, masks: Sequence[Tensor], candidates: Sequence[Tensor], advance: Advance) -> list[Tensor]:
+        """New weights, moved as the option `update` says."""
+        self._fisher.finish()
+        is_joint = self._problem.options.update == "joint"
+        return self._fisher.move(masks, self._fisher.joint_change if is_joint else self._independent_change, advance)
 
     def _alone(self, number: int, here: slice) -> tuple[Tensor, Tensor]:
         """Cost of each unit [c, units], and (H_GG)^-1 w_G of all of them [c, B]."""

@@ -5,6 +5,7 @@ by greedy elimination (`eliminate`), decide how many each block loses (`allocate
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -16,76 +17,117 @@ from ovit_engine.second_order.block_inverse import BlockInverse
 from ovit_engine.second_order.blocks import a_few
 from ovit_engine.second_order.eliminate import BEYOND_QUOTA, eliminate
 from ovit_engine.second_order.fisher import sound_inverse
+from ovit_engine.second_order.memory import Memory
 from ovit_engine.second_order.options import Options
-from ovit_engine.second_order.problem import Problem, Pruned
+from ovit_engine.second_order.partition import Segment
+from ovit_engine.second_order.problem import Advance, Problem
 from ovit_engine.second_order.update import joint_change
+
+# Blocks made into a mask at once.
+_FEW = 4096
+
+
+@dataclass(frozen=True)
+class Course:
+    """How the blocks of a segment empty, [blocks, units], in main memory."""
+
+    segment: Segment
+    # Position in its block of the unit that goes at each step, int16.
+    order: Tensor
+    # What the step costs, or what `eliminate` records in its place.
+    cost: Tensor
+    # Whether the precision of the options was enough, [blocks].
+    is_sound: Tensor
 
 
 class Ovit:
-    """Observe all gradients, solve, done: `solve` frees the inverse Fisher."""
+    """Observe all gradients, eliminate, move."""
 
     needs_gradients: ClassVar[bool] = True
     updates: ClassVar[tuple[str, ...]] = ("joint", "none")
     advice: ClassVar[str] = "use a smaller block or fewer targets"
+    stage: ClassVar[str] = "eliminate"
 
     def __init__(self, problem: Problem, count: int) -> None:
         self._problem = problem
         self._fisher = BlockInverse(problem, count)
-        self._is_sound = [
-            torch.ones(segment.count, dtype=torch.bool, device=inverse.device)
-            for segment, inverse in zip(self._fisher.segments, self._fisher.inverse, strict=True)
-        ]
 
-    @staticmethod
-    def memory(shapes: Sequence[torch.Size], options: Options, count: int) -> int:
+    @classmethod
+    def memory(cls, shapes: Sequence[torch.Size], options: Options, count: int) -> Memory:
         """That of the inverse Fisher."""
         return BlockInverse.memory(shapes, options, count)
+
+    @classmethod
+    def moves(cls, options: Options) -> bool:
+        """Unless told not to."""
+        return options.update != "none"
+
+    @classmethod
+    def choose(cls, problem: Problem, candidates: Sequence[list[Course]]) -> tuple[list[Tensor], list[float]]:
+        """As many of the first steps of each block as its share allows; the predicted increase of the loss."""
+        pattern = problem.options.pattern
+        masks, errors = [], []
+        removals = _allocate(problem, candidates)
+        for index, (weight, courses) in enumerate(zip(problem.weights, candidates, strict=True)):
+            kept = pattern.to_layout(problem.masks[index]).clone()
+            error = 0.0
+            for course, removal in zip(courses, removals[index], strict=True):
+                part = course.segment.cut(kept)
+                for start in range(0, len(removal), _FEW):
+                    here = slice(start, start + _FEW)
+                    part[here] &= ~_removed(course.order[here], removal[here], pattern.unit).to(part.device)
+                error += float(course.cost.masked_fill(~removal, 0).sum(dtype=torch.float64))
+            masks.append(pattern.from_layout(kept, weight.shape))
+            errors.append(error)
+        return masks, errors
 
     def observe(self, chunk: Sequence[Tensor]) -> None:
         """Take gradients [k, *shape]."""
         self._fisher.observe(chunk)
 
-    def solve(self) -> Pruned:
-        """Masks, weights and the predicted increase of the loss."""
+    def candidates(self, advance: Advance) -> list[list[Course]]:
+        """The course of every segment, by tensor."""
         self._fisher.finish()
-        orders, costs = self._eliminate_all()
-        removals = self._allocate(costs)
-        errors = [0.0] * len(self._problem.weights)
-        for segment, cost, removal in zip(self._fisher.segments, costs, removals, strict=True):
-            errors[segment.tensor] += float(cost.masked_fill(~removal, 0).sum(dtype=torch.float64))
-        costs.clear()
-        masks = self._masks(orders, removals)
-        moves = self._problem.options.update == "joint"
-        return Pruned(masks, self._fisher.move(masks, self._change if moves else None), errors)
-
-    def _eliminate_all(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Order (int16) and cost [blocks, units] of every segment, in main memory."""
-        unit = self._problem.options.pattern.unit
-        orders, costs = [], []
+        courses: list[list[Course]] = [[] for _ in self._problem.weights]
         for number, segment in enumerate(self._fisher.segments):
-            shape = (segment.count, segment.size // unit)
-            order = torch.zeros(shape, dtype=torch.int16, device="cpu")
-            cost = torch.full(shape, BEYOND_QUOTA, dtype=self._problem.options.dtype, device="cpu")
-            inverse = self._fisher.inverse[number]
-            for here in self._fisher.chunks(number):
-                blocks = torch.arange(here.start, here.stop, device=inverse.device)
-                first, price, sound = self._eliminate(number, blocks, inverse[here])
-                rows = blocks.cpu().unsqueeze(1), torch.arange(first.shape[1]).unsqueeze(0)
-                order[rows], cost[rows] = first.to("cpu", torch.int16), price.cpu()
-                for few in a_few(blocks[~sound]):
-                    self._eliminate_again(number, few, order, cost)
-            orders.append(order)
-            costs.append(cost)
-        return orders, costs
+            courses[segment.tensor].append(self._course(number, segment, advance))
+        return courses
 
-    def _eliminate_again(self, number: int, blocks: Tensor, order: Tensor, cost: Tensor) -> None:
+    def move(self, masks: Sequence[Tensor], candidates: Sequence[list[Course]], advance: Advance) -> list[Tensor]:
+        """New weights, the survivors at the best place."""
+        self._fisher.finish()
+        is_sound = [course.is_sound for courses in candidates for course in courses]
+
+        def change(number: int, here: slice, removed: Tensor) -> Tensor:
+            return self._change(number, here, removed, is_sound[number][here].to(removed.device))
+
+        return self._fisher.move(masks, change, advance)
+
+    def _course(self, number: int, segment: Segment, advance: Advance) -> Course:
+        shape = (segment.count, segment.size // self._problem.options.pattern.unit)
+        order = torch.zeros(shape, dtype=torch.int16, device="cpu")
+        cost = torch.full(shape, BEYOND_QUOTA, dtype=self._problem.options.dtype, device="cpu")
+        course = Course(segment, order, cost, torch.ones(segment.count, dtype=torch.bool, device="cpu"))
+        inverse = self._fisher.inverse[number]
+        for here in self._fisher.chunks(number):
+            blocks = torch.arange(here.start, here.stop, device=inverse.device)
+            first, price, sound = self._eliminate(number, blocks, inverse[here])
+            rows = blocks.cpu().unsqueeze(1), torch.arange(first.shape[1]).unsqueeze(0)
+            order[rows], cost[rows] = first.to("cpu", torch.int16), price.cpu()
+            for few in a_few(blocks[~sound]):
+                self._eliminate_again(number, few, course)
+            advance(len(blocks) * segment.size)
+        return course
+
+    def _eliminate_again(self, number: int, blocks: Tensor, course: Course) -> None:
         """Blocks whose condition is beyond float32, in float64 and with H made positive definite."""
-        self._is_sound[number][blocks] = False
+        course.is_sound[blocks.cpu()] = False
         inverse = sound_inverse(self._fisher.inverse[number][blocks], self._fisher.lowest(number)[blocks])
         first, price, _ = self._eliminate(number, blocks, inverse)
         if not bool(price.isfinite().all()):
-            name = self._problem.names[self._fisher.segments[number].tensor]
+            name = self._problem.names[course.segment.tensor]
             raise FloatingPointError(f"{name}: elimination does not stay finite in float64")
+        cost, order = course.cost, course.order
         cost[blocks.cpu()] = BEYOND_QUOTA
         rows = blocks.cpu().unsqueeze(1), torch.arange(first.shape[1]).unsqueeze(0)
         order[rows], cost[rows] = first.to("cpu", torch.int16), price.clamp(max=torch.finfo(cost.dtype).max).to(cost)
@@ -103,33 +145,7 @@ class Ovit:
         floor = self._fisher.floor(number)[blocks].to(inverse.dtype)
         return eliminate(inverse, weights, alive, floor, unit=unit, quota=quota)
 
-    def _allocate(self, costs: list[Tensor]) -> list[Tensor]:
-        """Which steps [blocks, units] of each segment's order are taken."""
-        options = self._problem.options
-        if isinstance(options.pattern, NM):
-            return [cost >= 0 for cost in costs]
-        removals: list[Tensor] = []
-        for scope, count in self._problem.quotas():
-            members = [
-                cost for segment, cost in zip(self._fisher.segments, costs, strict=True) if segment.tensor in scope
-            ]
-            removals += take_lowest([rank(cost, options.rule) for cost in members], count)
-        return removals
-
-    def _masks(self, orders: list[Tensor], removals: list[Tensor]) -> list[Tensor]:
-        """Masks after the steps that are taken."""
-        pattern = self._problem.options.pattern
-        kept = [flat.clone() for flat in self._fisher.kept]
-        for number, (segment, order, removal) in enumerate(zip(self._fisher.segments, orders, removals, strict=True)):
-            part = segment.cut(kept[segment.tensor])
-            for here in self._fisher.chunks(number):
-                part[here] &= ~_removed(order[here], removal[here], pattern.unit).to(part.device)
-        return [
-            pattern.from_layout(flat, weight.shape) for flat, weight in zip(kept, self._problem.weights, strict=True)
-        ]
-
-    def _change(self, number: int, here: slice, removed: Tensor) -> Tensor:
-        sound = self._is_sound[number][here]
+    def _change(self, number: int, here: slice, removed: Tensor, sound: Tensor) -> Tensor:
         if bool(sound.all()):
             return self._fisher.joint_change(number, here, removed)
         weights = self._fisher.weights(number)[here].to(self._problem.options.dtype)
@@ -140,6 +156,19 @@ class Ovit:
             exact = sound_inverse(inverse[few], lowest[few])
             change[few] = joint_change(exact, weights[few].double(), removed[few], lowest[few]).to(change)
         return change
+
+
+def _allocate(problem: Problem, candidates: Sequence[list[Course]]) -> list[list[Tensor]]:
+    """Which steps [blocks, units] of each course are taken, by tensor."""
+    if isinstance(problem.options.pattern, NM):
+        return [[course.cost >= 0 for course in courses] for courses in candidates]
+    removals: list[list[Tensor]] = [[] for _ in candidates]
+    for scope, count in problem.quotas:
+        members = [(index, course) for index in scope for course in candidates[index]]
+        taken = take_lowest([rank(course.cost, problem.options.rule) for _, course in members], count)
+        for (index, _), each in zip(members, taken, strict=True):
+            removals[index].append(each)
+    return removals
 
 
 def _removed(order: Tensor, removal: Tensor, unit: int) -> Tensor:

@@ -5,12 +5,16 @@ prunes small blocks far harder (a last block of 8 beside blocks of 64 lost 76 % 
 Where the block size divides the rows, as 192 does in every DeiT layer, blocks lie inside rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ovit_engine.pattern import Pattern
+
+# Entries of the matrices worked on at once: 256 MiB of float32, enough for any GPU.
+_LARGEST_CHUNK = 2**26
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def partition(numel: int, block: int, group: int) -> list[tuple[int, int, int]]:
     return [*runs, (large_count * (small + 1) * group, count - large_count, small * group)]
 
 
-def segments(shapes: list[torch.Size], pattern: Pattern, block: int) -> list[Segment]:
+def segments(shapes: Sequence[torch.Size], pattern: Pattern, block: int) -> list[Segment]:
     """The segments of all tensors, in order."""
     return [
         Segment(index, offset, count, size)
@@ -55,12 +59,17 @@ def segments(shapes: list[torch.Size], pattern: Pattern, block: int) -> list[Seg
     ]
 
 
-def blocks_a_chunk(all_segments: list[Segment], segment: Segment, on_cpu: bool) -> int:
-    """How many blocks to work on at once.
+def matrix_entries(shapes: Sequence[torch.Size], pattern: Pattern, block: int) -> int:
+    """Entries of the Fisher matrices of all blocks."""
+    return sum(each.count * each.size**2 for each in segments(shapes, pattern, block))
 
-    A thirty-second of all blocks, so that temporaries stay small beside the inverse Fisher. On a CPU no more than
-    fits its caches; a GPU wants as many as memory allows.
+
+def blocks_a_chunk(entries: int, segment: Segment, on_cpu: bool) -> int:
+    """How many blocks to work on at once, where the matrices of all blocks of an event have so many entries.
+
+    A thirty-second of them, so that temporaries stay small beside the inverse Fisher. On a CPU no more than fits its
+    caches; a GPU wants as many as memory allows. What else is held at the time plays no part, so neither memory nor
+    other processes change a result by rounding.
     """
-    everything = sum(each.count * each.size**2 for each in all_segments)
-    share = max(everything // 32, 2**16) // segment.size**2
+    share = max(min(entries // 32, _LARGEST_CHUNK), 2**16) // segment.size**2
     return max(1, min(segment.count, share, 64 if on_cpu else segment.count))

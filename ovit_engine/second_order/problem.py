@@ -1,17 +1,27 @@
 """The tensors of one pruning event, checked: what is there, what was pruned before, how many more have to go."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Protocol, get_args
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 from ovit_engine.pattern import NM
 from ovit_engine.second_order.erk import share_out
+from ovit_engine.second_order.memory import Memory
 from ovit_engine.second_order.options import Options, Update
 
 EVERY_UPDATE: tuple[str, ...] = get_args(Update)
+
+
+# How many more units go from some tensors together: their indices, and a count that is never negative.
+Quota = tuple[list[int], int]
+
+# Told how many weights more are done.
+Advance = Callable[[int], None]
+
+Candidate = TypeVar("Candidate")
 
 
 @dataclass(frozen=True)
@@ -22,27 +32,21 @@ class Problem:
     weights: Sequence[Tensor]
     masks: Sequence[Tensor]
     options: Options
+    # What has to go, by scope; none for N:M, where each group decides for itself.
+    quotas: Sequence[Quota]
+    # Shapes of all tensors of the event, also where this is a part of it.
+    shapes: Sequence[torch.Size]
+
+    def part(self, indices: Sequence[int]) -> "Problem":
+        """Some of the tensors, with the quotas that concern no others."""
+        place = {index: number for number, index in enumerate(indices)}
+        quotas = [([place[i] for i in scope], count) for scope, count in self.quotas if place.keys() >= set(scope)]
+        chosen = ([each[i] for i in indices] for each in (self.names, self.weights, self.masks))
+        return Problem(*chosen, self.options, quotas, self.shapes)  # type: ignore[arg-type]
 
     def alive_units(self, index: int) -> Tensor:
         """Which units of a tensor still have a weight, [units] in layout order."""
-        pattern = self.options.pattern
-        return pattern.to_layout(self.masks[index]).reshape(-1, pattern.unit).any(1)
-
-    def quotas(self) -> list[tuple[list[int], int]]:
-        """Scopes as (indices of tensors, how many more of their units go); never negative. Not for N:M."""
-        alive = [int(self.alive_units(index).sum()) for index in range(len(self.weights))]
-        units = [weight.numel() // self.options.pattern.unit for weight in self.weights]
-        every = list(range(len(self.weights)))
-        scopes = [[index] for index in every] if self.options.scope == "layer" else [every]
-        sparsity = self.options.pattern.resolve(self.options.sparsity)
-        quotas = []
-        for scope in scopes:
-            total, left = sum(units[index] for index in scope), sum(alive[index] for index in scope)
-            quotas.append((scope, max(0, round(sparsity * total) - (total - left))))
-        if self.options.scope == "erk":
-            kept = share_out([weight.shape for weight in self.weights], alive, sum(alive) - quotas[0][1])
-            return [([index], alive[index] - kept[index]) for index in every]
-        return quotas
+        return _alive_units(self.masks[index], self.options)
 
     def group_quotas(self, index: int) -> Tensor:
         """For N:M: how many more weights each group of a tensor loses, [groups] in layout order."""
@@ -55,7 +59,7 @@ class Problem:
         """Whether the masks already reach the target, so that nothing may change."""
         if isinstance(self.options.pattern, NM):
             return not any(bool(self.group_quotas(index).any()) for index in range(len(self.weights)))
-        return all(count == 0 for _, count in self.quotas())
+        return all(count == 0 for _, count in self.quotas)
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,18 @@ class Pruned:
     # What the method itself predicts: oViT the increase of the loss with survivors moved to the best place; the others
     # the sum of what each removal costs alone, which magnitude takes for half the squared length of what went.
     errors: list[float]
+    # How often the gradients came: more than once where memory did not hold all tensors together.
+    passes: int = 0
+    # Seconds by stage: gradients, exchange (between ranks), fisher, eliminate or score, allocate, move.
+    timings: dict[str, float] = field(default_factory=dict)
 
 
-class Solver(Protocol):
-    """A method: it observes gradients chunk by chunk, solves once, and frees what it held."""
+class Solver(Protocol[Candidate]):
+    """A method on the tensors that are held together: it observes gradients, says what removals cost, and moves.
+
+    Between the two others decide, who may know more tensors. A candidate is what it says of one tensor; it stays in
+    memory when the solver is freed, and a solver that has observed the same gradients again can go on from there.
+    """
 
     # Whether observe() is called at all.
     needs_gradients: ClassVar[bool]
@@ -80,18 +92,31 @@ class Solver(Protocol):
     updates: ClassVar[tuple[str, ...]]
     # What to do where memory is short.
     advice: ClassVar[str]
+    # What finding the candidates is called: "eliminate" or "score".
+    stage: ClassVar[str]
 
     def __init__(self, problem: Problem, count: int) -> None: ...
 
-    @staticmethod
-    def memory(shapes: Sequence[torch.Size], options: Options, count: int) -> int:
-        """Bytes at its peak beside weights of these shapes and one chunk of gradients, of which `count` come."""
+    @classmethod
+    def memory(cls, shapes: Sequence[torch.Size], options: Options, count: int) -> Memory:
+        """What it needs for weights of these shapes and `count` gradients."""
+
+    @classmethod
+    def moves(cls, options: Options) -> bool:
+        """Whether `move` does more than to set zeros, so that the gradients are needed for it."""
+
+    @classmethod
+    def choose(cls, problem: Problem, candidates: Sequence[Candidate]) -> tuple[list[Tensor], list[float]]:
+        """Masks and predicted errors, one a tensor."""
 
     def observe(self, chunk: Sequence[Tensor]) -> None:
         """Take the next gradients [k, *shape], one tensor a weight; they are not kept."""
 
-    def solve(self) -> Pruned:
-        """Masks and weights."""
+    def candidates(self, advance: Advance) -> list[Candidate]:
+        """Once all gradients came: what removals cost, one entry a tensor."""
+
+    def move(self, masks: Sequence[Tensor], candidates: Sequence[Candidate], advance: Advance) -> list[Tensor]:
+        """New weights under new masks; frees what it held."""
 
 
 def make_problem(
@@ -116,7 +141,28 @@ def make_problem(
         _check(name, weight, mask, options)
     kept = [mask.to(weight.device) for mask, weight in zip(kept, plain, strict=True)]
     zeroed = [torch.where(mask, weight, 0) for mask, weight in zip(kept, plain, strict=True)]
-    return Problem(names, zeroed, kept, options)
+    return Problem(names, zeroed, kept, options, _quotas(kept, options), [weight.shape for weight in plain])
+
+
+def _alive_units(mask: Tensor, options: Options) -> Tensor:
+    return options.pattern.to_layout(mask).reshape(-1, options.pattern.unit).any(1)
+
+
+def _quotas(masks: Sequence[Tensor], options: Options) -> list[Quota]:
+    if isinstance(options.pattern, NM):
+        return []
+    alive = [int(_alive_units(mask, options).sum()) for mask in masks]
+    units = [mask.numel() // options.pattern.unit for mask in masks]
+    every = list(range(len(masks)))
+    sparsity = options.pattern.resolve(options.sparsity)
+    quotas = []
+    for scope in [[index] for index in every] if options.scope == "layer" else [every]:
+        total, left = sum(units[index] for index in scope), sum(alive[index] for index in scope)
+        quotas.append((scope, max(0, round(sparsity * total) - (total - left))))
+    if options.scope == "erk":
+        kept = share_out([mask.shape for mask in masks], alive, sum(alive) - quotas[0][1])
+        return [([index], alive[index] - kept[index]) for index in every]
+    return quotas
 
 
 def check_tensors(what: str, tensors: object) -> None:

@@ -1,23 +1,28 @@
 """The two ways in: `prune_tensors` for everything at hand, `prune_streamed` for gradients that come in chunks."""
 
 from collections.abc import Iterable, Sequence
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ovit_engine.pattern import NM, Pattern, parse_pattern
-from ovit_engine.second_order.choose import prune_lowest
+from ovit_engine.second_order.choose import lowest_scores_go, without
 from ovit_engine.second_order.diagonal import GradWeight, Obd
 from ovit_engine.second_order.magnitude import Magnitude
-from ovit_engine.second_order.memory import preflight
+from ovit_engine.second_order.memory import GIB
 from ovit_engine.second_order.obert import Mfac, Obert
 from ovit_engine.second_order.options import Options, Rule, Scope, Update, one_of
 from ovit_engine.second_order.ovit import Ovit
+from ovit_engine.second_order.passes import Event, Source
+from ovit_engine.second_order.plan import Plan, make_plan
 from ovit_engine.second_order.precision import exact_arithmetic
 from ovit_engine.second_order.problem import Problem, Pruned, Solver, check_gradients, make_problem
+from ovit_engine.second_order.ranks import Alone, Ranks, fingerprint, same_everywhere
+from ovit_engine.second_order.stages import Progress
 
-METHODS: dict[str, type[Solver]] = {
+METHODS: dict[str, type[Solver[Any]]] = {
     "ovit": Ovit,
     "obert": Obert,
     "obd": Obd,
@@ -56,6 +61,7 @@ def prune_tensors(
     rule: Rule = "cumulative",
     update: Update = "joint",
     dtype: torch.dtype = torch.float32,
+    memory_limit: int | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Prune weights to a sparsity at the least predicted cost; returns (masks, weights), nothing is changed in place.
 
@@ -76,11 +82,13 @@ def prune_tensors(
         rule: how oViT ranks removals across blocks, "cumulative" or "marginal" (see `allocate`).
         update: "joint" moves the survivors, "none" leaves them; "independent" (obert, mfac) moves them as published.
         dtype: float32 or float64, of the solver's state.
+        memory_limit: bytes that the solver may take on each device; what is available if left out. Where not all
+            tensors fit, they are worked on in groups, one after the other; the result is the same.
 
     Raises:
         ValueError: options, shapes, or a non-finite weight or gradient, with the name of the tensor.
         TypeError: options that are no numbers, weights, gradients or masks that are no list of tensors.
-        MemoryError: the solver would not fit, said before it starts.
+        MemoryError: a single tensor would not fit, said before anything starts.
     """
     if gradients is None and _method(method).needs_gradients:
         raise ValueError(f"{method} needs gradients")
@@ -89,7 +97,7 @@ def prune_tensors(
     count = 0 if not gradients else len(gradients[0])
     pruned = prune_streamed(
         weights,
-        () if gradients is None else (gradients,),
+        lambda indices: () if gradients is None else (_pick(gradients, indices, len(weights)),),
         count,
         method=method,
         masks=masks,
@@ -101,54 +109,60 @@ def prune_tensors(
         rule=rule,
         update=update,
         dtype=dtype,
+        memory_limit=memory_limit,
     )
     return pruned.masks, pruned.weights
 
 
 def prune_streamed(
     weights: Sequence[Tensor],
-    chunks: Iterable[Sequence[Tensor]],
+    chunks: Iterable[Sequence[Tensor]] | Source,
     count: int,
     *,
     names: Sequence[str] | None = None,
     masks: Sequence[Tensor] | None = None,
     method: str = "ovit",
+    memory_limit: int | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    progress: Progress | None = None,
     **options: Unpack[PruneOptions],
 ) -> Pruned:
     """Prune with gradients that arrive in chunks, `count` in all; options as in `prune_tensors`.
 
     A chunk is one tensor [k, *shape] a weight, k as it comes (16 or more is fastest); it is not kept, so its memory
-    may be used again. Chunks are not asked for where the target is already reached. `names` are for error messages.
+    may be used again. Chunks are not asked for where the target is already reached.
+
+    Args:
+        chunks: the chunks; or a function of indices that gives those of the weights with these indices, always from the
+            start and the same. Only with a function can gradients come again, for tensors that do not fit together.
+        names: of the weights, for error messages.
+        process_group: ranks that share the work. All call this with the same weights; `chunks` of rank r gives chunks
+            r, r + ranks, ... of those of one process; each rank holds a share of the tensors (whole ones, balanced by
+            memory). Masks and weights are the same on every rank, bit for bit, and those of one process. What fails on
+            one rank raises on all.
+        progress: called as progress(stage, done, total) for the stages "gradients", "eliminate" or "score", "move".
 
     Raises:
-        ValueError: as `prune_tensors`, or gradients that are not `count`.
-        MemoryError: the solver would not fit, said before the first chunk is asked for.
+        ValueError: as `prune_tensors`; gradients that are not `count`; weights or options that differ between ranks.
+        MemoryError: a single tensor would not fit (or not all, and `chunks` is no function), before the first chunk.
+        RuntimeError: another rank failed.
     """
-    solver_type = _method(method)
-    problem = make_problem(weights, masks, names, _options(options))
-    one_of("update", problem.options.update, solver_type.updates)
+    is_alone = process_group is None or (method in METHODS and not METHODS[method].needs_gradients)
+    ranks = Alone() if process_group is None or is_alone else Ranks(process_group)
+    with ranks.together():
+        solver_type = _method(method)
+        problem = make_problem(weights, masks, names, _options(options))
+        one_of("update", problem.options.update, solver_type.updates)
+    if ranks.count > 1:
+        same_everywhere(ranks, _facts(problem, method, count))
     if problem.is_solved():
         unchanged = [weight.clone() for weight in problem.weights]
         return Pruned([mask.clone() for mask in problem.masks], unchanged, [0.0] * len(unchanged))
-    if not solver_type.needs_gradients:
-        with exact_arithmetic():
-            return solver_type(problem, count).solve()
-    if count < 1:
+    if solver_type.needs_gradients and count < 1:
         raise ValueError(f"{method} needs gradients, and there are none")
-    preflight(_needs(problem, solver_type, count), solver_type.advice)
-    with exact_arithmetic():
-        solver = solver_type(problem, count)
-    seen = 0
-    for chunk in chunks:  # outside of exact_arithmetic: whoever makes gradients needs autograd
-        with exact_arithmetic():
-            _check_chunk(problem, chunk, seen)
-            seen += len(chunk[0])
-            if seen <= count:
-                solver.observe(chunk)
-    if seen != count:
-        raise ValueError(f"{count} gradients were announced, {seen} came")
-    with exact_arithmetic():
-        return solver.solve()
+    plan = make_plan(problem.names, problem.weights, solver_type, problem.options, count, memory_limit, ranks)
+    source = chunks if callable(chunks) else _once(chunks, plan, solver_type.advice)
+    return Event(problem, solver_type, source, count, plan, ranks, progress).run()
 
 
 def prune_by_scores(
@@ -176,7 +190,27 @@ def prune_by_scores(
                 f"are {score.dtype} of {tuple(score.shape)}"
             )
     with exact_arithmetic():
-        return prune_lowest(problem, scores)
+        kept, errors = lowest_scores_go(problem, scores)
+        return Pruned(kept, without(problem.weights, kept), errors)
+
+
+def plan_pruning(
+    weights: Sequence[Tensor],
+    *,
+    method: str = "ovit",
+    gradients: int = 4096,
+    names: Sequence[str] | None = None,
+    memory_limit: int | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    **options: Unpack[PruneOptions],
+) -> Plan:
+    """How `prune_streamed` would go about these weights with so many gradients, if all of them had to lose some.
+
+    Only shapes and devices are read. Raises MemoryError where a single tensor does not fit, on all ranks.
+    """
+    names = [f"weights[{index}]" for index in range(len(weights))] if names is None else names
+    ranks = Alone() if process_group is None else Ranks(process_group)
+    return make_plan(names, weights, _method(method), _options(options), gradients, memory_limit, ranks)
 
 
 def estimate_memory(
@@ -196,10 +230,10 @@ def estimate_memory(
     parsed = parse_pattern(pattern)
     sparsity = None if isinstance(parsed, NM) else 0.5
     options = Options(pattern=parsed, sparsity=sparsity, block=block, dtype=dtype)
-    return _method(method).memory([torch.Size(shape) for shape in shapes], options, gradients)
+    return _method(method).memory([torch.Size(shape) for shape in shapes], options, gradients).total
 
 
-def _method(name: str) -> type[Solver]:
+def _method(name: str) -> type[Solver[Any]]:
     if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, is {name!r}")
     return METHODS[name]
@@ -212,25 +246,28 @@ def _options(given: PruneOptions) -> Options:
     return Options(pattern=pattern, **rest)  # type: ignore[arg-type]
 
 
-def _needs(problem: Problem, solver_type: type[Solver], count: int) -> dict[torch.device, int]:
-    """Bytes by device."""
-    by_device: dict[torch.device, list[torch.Size]] = {}
-    for weight in problem.weights:
-        by_device.setdefault(weight.device, []).append(weight.shape)
-    return {device: solver_type.memory(shapes, problem.options, count) for device, shapes in by_device.items()}
+def _pick(gradients: Sequence[Tensor], indices: Sequence[int], weights: int) -> list[Tensor]:
+    if len(gradients) != weights:
+        raise ValueError(f"{weights} weights but {len(gradients)} gradients")
+    return [gradients[index] for index in indices]
 
 
-def _check_chunk(problem: Problem, chunk: Sequence[Tensor], seen: int) -> None:
-    """Raise ValueError if gradients do not fit the weights or are not finite; `seen` came before."""
-    check_gradients(chunk)
-    if len(chunk) != len(problem.weights):
-        raise ValueError(f"{len(problem.weights)} weights but {len(chunk)} gradients")
-    for name, weight, gradient in zip(problem.names, problem.weights, chunk, strict=True):
-        expected = (len(chunk[0]), *weight.shape)
-        if gradient.shape != expected:
-            raise ValueError(f"{name}: gradients must have shape {expected}, have {tuple(gradient.shape)}")
-        if bool(gradient.sum().isfinite()):  # a sum costs no memory; it may overflow where no entry did
-            continue
-        broken = (~gradient.isfinite()).flatten(1).any(1).nonzero()
-        if len(broken):
-            raise ValueError(f"{name}: non-finite values in gradient {seen + int(broken[0])}")
+def _once(chunks: Iterable[Sequence[Tensor]], plan: Plan, advice: str) -> Source:
+    """A source of chunks that come but once, which will do where all tensors are held together."""
+    if len(plan.rounds) > 1:
+        raise MemoryError(
+            f"second-order pruning needs {plan.needed / GIB:.2f} GiB to hold all tensors together: {advice}, or give "
+            "the gradients as a function, so that they can come again"
+        )
+    return lambda indices: chunks
+
+
+def _facts(problem: Problem, method: str, count: int) -> dict[str, Any]:
+    """What has to be the same on all ranks, by name."""
+    facts: dict[str, Any] = {"method": method, "the number of gradients": count}
+    facts |= {f"option {name}": str(value) for name, value in vars(problem.options).items()}
+    facts["the list of weights"] = tuple(problem.names)
+    for name, weight, mask in zip(problem.names, problem.weights, problem.masks, strict=True):
+        facts[f"the mask of {name}"] = fingerprint(mask)
+        facts[f"the weight {name}"] = fingerprint(weight)
+    return facts

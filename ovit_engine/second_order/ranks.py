@@ -1,0 +1,148 @@
+"""Pruning by several processes: each makes a share of the gradients and holds a share of the tensors.
+
+What one process would see in order, every owner of a tensor sees in the same order, so the result is the same. Work
+that may fail stands in `together`: where it fails on one rank it raises on all, and nobody waits for what never comes.
+"""
+
+import socket
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Alone:
+    """One process, which does everything; a process group is the subclass."""
+
+    rank = 0
+    count = 1
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run the body on every rank; where it raises on one, raise on all: RuntimeError on the others."""
+        yield
+
+    def gather(self, value: T) -> list[T]:
+        """The small values of all ranks."""
+        return [value]
+
+    def collect(self, candidates: dict[int, T]) -> dict[int, T]:
+        """On rank 0 the entries of all ranks, elsewhere any."""
+        return candidates
+
+    def deliver(
+        self, chunk: Sequence[Tensor] | None, sizes: Sequence[int], held: Sequence[Sequence[int]], like: Sequence[Tensor]
+    ) -> Iterator[Sequence[Tensor]]:
+        """Every rank's present chunk, in order of ranks, with the tensors that this rank holds.
+
+        Args:
+            chunk: one tensor [k, *shape] for each tensor of `like` that any rank holds, in order; None for no more.
+            sizes: k of every rank, 0 for no more.
+            held: which tensors each rank holds.
+            like: all tensors, for shapes and device.
+        """
+        if chunk is not None:
+            yield chunk
+
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        """A tensor of rank `source`, bit for bit; others give one of the same shape and type."""
+        return tensor
+
+
+class Ranks(Alone):
+    """The processes of a group, over gloo or NCCL."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self.rank = dist.get_rank(group)
+        self.count = dist.get_world_size(group)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        failure: BaseException | None = None
+        try:
+            yield
+        except BaseException as error:  # also an interrupt: the others must not wait
+            failure = error
+        told = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        for rank, text in enumerate(told):
+            if text is not None:
+                raise RuntimeError(f"rank {rank} failed: {text}")
+
+    def gather(self, value: T) -> list[T]:
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, value, group=self._group)
+        return found
+
+    def collect(self, candidates: dict[int, T]) -> dict[int, T]:
+        found: list[Any] | None = [None] * self.count if self.rank == 0 else None
+        plain = {index: each.cpu() if isinstance(each, Tensor) else each for index, each in candidates.items()}
+        dist.gather_object(plain, found, group=self._group, group_dst=0)
+        return candidates if found is None else dict(chain.from_iterable(each.items() for each in found))
+
+    def deliver(
+        self, chunk: Sequence[Tensor] | None, sizes: Sequence[int], held: Sequence[Sequence[int]], like: Sequence[Tensor]
+    ) -> Iterator[Sequence[Tensor]]:
+        mine = [like[index] for index in held[self.rank]]
+        numels = [sum(like[index].numel() for index in each) for each in held]
+        dtype = torch.float32
+        for each in like:
+            dtype = torch.promote_types(dtype, each.dtype)
+        device = self._device(like[0])
+        if chunk is None:
+            send = torch.empty(0, dtype=dtype, device=device)
+        else:
+            by_tensor = dict(zip(sorted(chain.from_iterable(held)), chunk, strict=True))
+            parts = [by_tensor[index].reshape(-1) for each in held for index in each]
+            send = torch.cat([part.to(device, dtype) for part in parts])
+        arrived = torch.empty(sum(sizes) * numels[self.rank], dtype=dtype, device=device)
+        splits = [size * numels[self.rank] for size in sizes]
+        dist.all_to_all_single(arrived, send, splits, [sizes[self.rank] * numel for numel in numels], group=self._group)
+        for size, flat in zip(sizes, arrived.split(splits), strict=True):
+            if size and mine:
+                tensors = flat.split([size * weight.numel() for weight in mine])
+                yield [t.reshape(size, *w.shape).to(w.device) for t, w in zip(tensors, mine, strict=True)]
+
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        data = tensor.to(self._device(tensor)).flatten().view(torch.uint8)
+        data = data.clone(memory_format=torch.contiguous_format)
+        dist.broadcast(data, group=self._group, group_src=source)
+        return data.view(tensor.dtype).reshape(tensor.shape).to(tensor.device)
+
+    def _device(self, like: Tensor) -> torch.device:
+        """Where the group's backend takes tensors from: NCCL knows GPUs only, gloo is used from main memory."""
+        backends = dict(pair.split(":") for pair in str(dist.get_backend_config(self._group)).split(","))
+        if backends.get(like.device.type, "gloo") != "gloo":
+            return like.device
+        return torch.device("cpu" if "cpu" in backends else f"cuda:{torch.cuda.current_device()}")
+
+
+def same_everywhere(ranks: Alone, facts: Mapping[str, Any]) -> None:
+    """Raise ValueError on all ranks, naming the first of the `facts` that is not the same on each."""
+    found = ranks.gather(dict(facts))
+    for rank, others in enumerate(found):
+        for name, value in found[0].items():
+            if others.get(name) != value:
+                raise ValueError(f"{name} differs between rank 0 and rank {rank}: pruning needs the same on all ranks")
+
+
+def users_of(ranks: Alone, devices: Collection[torch.device]) -> dict[torch.device, int]:
+    """How many ranks share the memory of each of this rank's devices."""
+    host = socket.gethostname()
+    found = list(chain.from_iterable(ranks.gather([(host, str(device)) for device in devices])))
+    return {device: found.count((host, str(device))) for device in devices}
+
+
+def fingerprint(tensor: Tensor) -> tuple[int, int]:
+    """Two sums over the bits of a tensor, of which hardly another one has the same."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor.contiguous().flatten().view(kinds[tensor.dtype.itemsize]).long()
+    return int(bits.sum()), int((bits * torch.arange(len(bits), device=bits.device)).sum())
