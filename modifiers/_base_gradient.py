@@ -5,23 +5,24 @@ import warnings
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import torch.distributed as dist
 from pydantic import Field, PositiveFloat, PositiveInt, PrivateAttr, model_validator
 from torch import Tensor
 
 from ovit_engine.modifier import Run
 from ovit_engine.modifiers._base import PruningModifier
+from ovit_engine.pattern import NM
 from ovit_engine.second_order import (
     LARGEST_BLOCK,
-    METHODS,
     Pruned,
     PruneOptions,
-    estimate_memory,
-    preflight,
+    Source,
+    plan_pruning,
     prune_streamed,
 )
-from ovit_engine.targets import Slot
+from ovit_engine.targets import Slot, unwrapped
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,11 @@ class GradientPruningModifier(PruningModifier):
     gradients: PositiveInt = Field(4096, description="gradients that a pruning step takes")
     images_per_gradient: PositiveInt = Field(16, description="images each of them is a mean over; damp goes with it")
     recomputations: PositiveInt = Field(1, description="a pruning step in as many parts, each with fresh gradients")
+    memory_limit: PositiveFloat | None = Field(
+        None,
+        description="GiB that the solver may take, what is available if left out; with less than it needs, gradients "
+        "are taken several times, for a group of targets each",
+    )
 
     _recent: deque[list[Tensor]] = PrivateAttr(default_factory=deque)
 
@@ -74,16 +80,43 @@ class GradientPruningModifier(PruningModifier):
 
     def _check_memory(self, run: Run) -> None:
         """Say what a pruning step needs, in log and history, and raise MemoryError now rather than hours later."""
-        device = self._slots[0].tensor.device
-        shapes = [slot.tensor.shape for slot in self._slots]
-        block, count = self.options().get("block", 1), self.gradients if run.calibration is not None else self.window
-        needed = estimate_memory(shapes, method=self.method, block=block, pattern=self.pattern, gradients=count)
-        if run.calibration is None:  # the window of training gradients is held besides
-            needed += self.window * sum(shape.numel() for shape in shapes) * 4
-        log.info("%s needs %.2f GiB on %s for each pruning step", self.name, needed / 2**30, device)
+        count = self.gradients if run.calibration is not None else self.window
+        weights = [slot.tensor for slot in self._slots]
+        # the window of training gradients is held besides
+        window = 0 if run.calibration is not None else self.window * sum(weight.numel() for weight in weights) * 4
+        plan = plan_pruning(
+            weights,
+            method=self.method,
+            gradients=count,
+            names=[slot.name for slot in self._slots],
+            memory_limit=self._limit,
+            held_besides=window,
+            process_group=_ranks(),
+            **self._options(next(iter(self._events.values()))),
+        )
+        needed = (plan.needed + window) / 2**30
+        log.info("%s needs %.2f GiB on %s for each pruning step", self.name, needed, weights[0].device)
         if run.step == 0:  # once, and not again where training is resumed
-            run.log(f"{self.name}/memory_gib", needed / 2**30)
-        preflight({device: needed}, METHODS[self.method].advice)
+            run.log(f"{self.name}/memory_gib", needed)
+        if plan.passes > 1:
+            limit = "more than is available" if self.memory_limit is None else f"memory_limit is {self.memory_limit:g}"
+            warnings.warn(
+                f"{self.name}: a pruning step needs {needed:.2f} GiB, {limit}: its targets are taken in "
+                f"{len(plan.rounds)} groups, and gradients {plan.passes} times",
+                stacklevel=5,
+            )
+
+    @property
+    def _limit(self) -> int | None:
+        """`memory_limit` in bytes."""
+        return None if self.memory_limit is None else int(self.memory_limit * 2**30)
+
+    def _options(self, sparsity: float | None) -> PruneOptions:
+        return {**self.options(), "sparsity": sparsity, "scope": self.scope, "pattern": self.pattern}
+
+    def part_sparsity(self, present: float, final: float, part: int) -> float:
+        """The sparsity after a part (1, 2, ...) of a pruning step in `recomputations` parts."""
+        return present + (final - present) * part / self.recomputations
 
     def step_begin(self, run: Run) -> None:
         following = min((step for step in self._events if step > run.step), default=None)
@@ -92,7 +125,8 @@ class GradientPruningModifier(PruningModifier):
         self._recent.append([grad.detach().clone() for grad in self.training_gradients(run)])
 
     def solve(self, run: Run, slots: Sequence[Slot], sparsity: float | None) -> tuple[list[Tensor], list[Tensor]]:
-        parts = self.recomputations if run.calibration is not None and sparsity is not None else 1
+        # the sparsity of N:M has no parts
+        parts = self.recomputations if run.calibration is not None and not isinstance(self.pattern, NM) else 1
         masks = self.present_masks(run)
         before = [slot.gather().clone() for slot in slots]
         present = sum(int((~mask).sum()) for mask in masks) / sum(mask.numel() for mask in masks)
@@ -101,8 +135,9 @@ class GradientPruningModifier(PruningModifier):
             for part in range(1, parts + 1):
                 goal = sparsity
                 if sparsity is not None and part < parts:
-                    goal = present + (sparsity - present) * part / parts
-                pruned = self._solve_once(run, slots, weights, masks, goal, draw=run.step * parts + part - 1)
+                    goal = self.part_sparsity(present, sparsity, part)
+                what = self.name if parts == 1 else f"{self.name} (part {part} of {parts})"
+                pruned = self._solve_once(run, slots, weights, masks, goal, run.step * parts + part - 1, what)
                 masks, weights = pruned.masks, pruned.weights
                 for slot, weight in zip(slots, weights, strict=True):
                     slot.write(weight)  # the next part's gradients are taken at the new weights
@@ -121,35 +156,67 @@ class GradientPruningModifier(PruningModifier):
         masks: list[Tensor],
         sparsity: float | None,
         draw: int,
+        what: str,
     ) -> Pruned:
         chunks, count = self._chunks(run, slots, draw)
-        names = [slot.name for slot in slots]
-        options: PruneOptions = {
-            **self.options(),
-            "sparsity": sparsity,
-            "scope": self.scope,
-            "pattern": self.pattern,
-        }
-        return prune_streamed(weights, chunks, count, names=names, masks=masks, method=self.method, **options)
+        pruned = prune_streamed(
+            weights,
+            chunks,
+            count,
+            names=[slot.name for slot in slots],
+            masks=masks,
+            method=self.method,
+            memory_limit=self._limit,
+            process_group=_ranks(),
+            progress=lambda stage, done, total: run.progress(f"{what}: {stage}", done, total),
+            **self._options(sparsity),
+        )
+        for stage, seconds in pruned.timings.items():
+            name = f"{self.name}/{stage}"
+            run.timings[name] = run.timings.get(name, 0.0) + seconds
+        if pruned.passes:
+            spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in pruned.timings.items())
+            log.info("%s: gradients came %d times; %s", what, pruned.passes, spent)
+        return pruned
 
-    def _chunks(self, run: Run, slots: Sequence[Slot], draw: int) -> tuple[Iterable[Sequence[Tensor]], int]:
-        if run.calibration is None:
+    def _chunks(self, run: Run, slots: Sequence[Slot], draw: int) -> tuple[Source, int]:
+        """Gradients of slots by index, those of this rank, and how many there are on all ranks."""
+        group = _ranks()
+        rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        calibration = run.calibration
+        if calibration is None:
             recent = list(self._recent)
             before = max((step for step in self._events if step < run.step), default=0)
             if len(recent) < min(self.window, run.step - before):  # a resumed run has seen no more
                 warnings.warn(
                     f"{self.name}: only {len(recent)} training gradients were seen before this step", stacklevel=6
                 )
-            return ([grad.unsqueeze(0) for grad in grads] for grads in recent), len(recent)
-        gradients = run.calibration.gradients(
-            run.model,
-            slots,
-            count=self.gradients,
-            images_per_gradient=self.images_per_gradient,
-            chunk=min(CHUNK, self.gradients),
-            draw=draw,
-        )
+            # every rank has the same ones, averaged
+            mine = recent[rank::ranks]
+            return lambda indices: ([grads[i].unsqueeze(0) for i in indices] for grads in mine), len(recent)
+        share: dict[str, Any] = {} if ranks == 1 else {"share": (rank, ranks)}
+        # what a rank does alone must not wait for others, as the forward of DistributedDataParallel does
+        model = run.model if ranks == 1 else unwrapped(run.model)
+
+        def gradients(indices: list[int]) -> Iterable[Sequence[Tensor]]:
+            return calibration.gradients(
+                model,
+                [slots[index] for index in indices],
+                count=self.gradients,
+                images_per_gradient=self.images_per_gradient,
+                chunk=min(CHUNK, self.gradients),
+                draw=draw,
+                **share,
+            )
+
         return gradients, self.gradients
+
+
+def _ranks() -> dist.ProcessGroup | None:
+    """The processes that train together, None for a single one."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    return dist.group.WORLD
 
 
 class BrainSurgeonModifier(GradientPruningModifier):

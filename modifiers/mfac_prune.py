@@ -18,3 +18,9 @@ class MfacPrune(BrainSurgeonModifier):
     block: int = Field(
         2048, ge=1, le=LARGEST_BLOCK, description="size of a Fisher block; memory is weights x gradients all the same"
     )
+
+    def part_sparsity(self, present: float, final: float, part: int) -> float:
+        """Density falls geometrically, as published: (1 - s_j) = (1 - s_0) ((1 - s_1) / (1 - s_0))^(j / R)."""
+        if present >= final:
+            return final
+        return 1 - (1 - present) * ((1 - final) / (1 - present)) ** (part / self.recomputations)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from ovit_engine.calibration import Calibration
 from ovit_engine.masks import Masks
+from ovit_engine.progress import Progress, ProgressLog
 from ovit_engine.schedule import Clock, check_time
 from ovit_engine.targets import Slot
 
@@ -32,6 +33,10 @@ class Run:
     grad_scale: Tensor | float = 1.0
     calibration: Calibration | None = None
     history: list[tuple[int, str, float]] = field(default_factory=list)
+    # told how far long work is, as progress("ovit_prune: gradients", 512, 1024); the default logs now and then
+    progress: Progress = field(default_factory=ProgressLog)
+    # seconds of such work by modifier and stage ("ovit_prune/gradients"); never the same twice, so no part of history
+    timings: dict[str, float] = field(default_factory=dict)
 
     @property
     def steps_per_epoch(self) -> int:

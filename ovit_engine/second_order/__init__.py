@@ -2,6 +2,7 @@
 
 from ovit_engine.second_order.memory import available_memory as available_memory
 from ovit_engine.second_order.options import LARGEST_BLOCK as LARGEST_BLOCK
+from ovit_engine.second_order.passes import Source as Source
 from ovit_engine.second_order.plan import Plan as Plan
 from ovit_engine.second_order.problem import Pruned as Pruned
 from ovit_engine.second_order.prune import METHODS as METHODS

@@ -6,7 +6,7 @@ choice is made over all of them, and for the survivors to move the gradients com
 is still held). Ranks hold different tensors; they go through their groups in step.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -45,10 +45,11 @@ def make_plan(
     count: int,
     limit: int | None,
     ranks: Alone,
+    held_besides: int = 0,
 ) -> Plan:
     """Plan an event on tensors like `weights` (their devices and shapes count) for `limit` bytes on each device.
 
-    Without a limit, for what is available now. Raises MemoryError, on all ranks, where a single tensor does not fit.
+    Without a limit, for what is available now less `held_besides`. Raises MemoryError, on all ranks, where a single tensor does not fit.
     """
     with ranks.together():
         if limit is not None and limit < 1:
@@ -64,7 +65,7 @@ def make_plan(
             memory = solver_type.memory([weights[index].shape for index in here], options, count)
             memory = Memory(memory.held, whole.besides + _exchange(weights, ranks, options))
             needed += memory.total
-            room = limit if limit is not None else _available(device, users)
+            room = limit if limit is not None else _available(device, users[device], held_besides)
             if not solver_type.needs_gradients:  # nothing comes twice, so nothing is gained by groups
                 room = None
             groups = into_groups(memory, room, [names[index] for index in here], str(device), solver_type.advice)
@@ -84,6 +85,6 @@ def _exchange(weights: Sequence[Tensor], ranks: Alone, options: Options) -> int:
     return 2 * RANK * sum(weight.numel() for weight in weights) * options.dtype.itemsize
 
 
-def _available(device: torch.device, users: Mapping[torch.device, int]) -> int | None:
+def _available(device: torch.device, users: int, held_besides: int) -> int | None:
     available = system.available_memory(device)
-    return None if available is None else available // users[device]
+    return None if available is None else available // users - held_besides

@@ -201,16 +201,19 @@ def plan_pruning(
     gradients: int = 4096,
     names: Sequence[str] | None = None,
     memory_limit: int | None = None,
+    held_besides: int = 0,
     process_group: dist.ProcessGroup | None = None,
     **options: Unpack[PruneOptions],
 ) -> Plan:
     """How `prune_streamed` would go about these weights with so many gradients, if all of them had to lose some.
 
-    Only shapes and devices are read. Raises MemoryError where a single tensor does not fit, on all ranks.
+    Only shapes and devices are read. `held_besides` are bytes on each device that will be taken by then, and count
+    where there is no limit. Raises MemoryError where a single tensor does not fit, on all ranks.
     """
     names = [f"weights[{index}]" for index in range(len(weights))] if names is None else names
     ranks = Alone() if process_group is None else Ranks(process_group)
-    return make_plan(names, weights, _method(method), _options(options), gradients, memory_limit, ranks)
+    solver_type, read = _method(method), _options(options)
+    return make_plan(names, weights, solver_type, read, gradients, memory_limit, ranks, held_besides)
 
 
 def estimate_memory(
