@@ -99,7 +99,9 @@ class GradientPruningModifier(PruningModifier):
         if run.step == 0:  # once, and not again where training is resumed
             run.log(f"{self.name}/memory_gib", needed)
         if plan.passes > 1:
-            limit = "more than is available" if self.memory_limit is None else f"memory_limit is {self.memory_limit:g}"
+            limit = (
+                "more than is available" if self.memory_limit is None else f"memory_limit is {self.memory_limit:g} GiB"
+            )
             warnings.warn(
                 f"{self.name}: a pruning step needs {needed:.2f} GiB, {limit}: its targets are taken in "
                 f"{len(plan.rounds)} groups, and gradients {plan.passes} times",

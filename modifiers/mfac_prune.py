@@ -23,4 +23,5 @@ class MfacPrune(BrainSurgeonModifier):
         """Density falls geometrically, as published: (1 - s_j) = (1 - s_0) ((1 - s_1) / (1 - s_0))^(j / R)."""
         if present >= final:
             return final
-        return 1 - (1 - present) * ((1 - final) / (1 - present)) ** (part / self.recomputations)
+        ratio = (1 - final) / (1 - present)
+        return 1 - (1 - present) * float(ratio ** (part / self.recomputations))

@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,7 @@ def train(text: str, *, is_calibrated: bool = True, is_parallel: bool = True, st
     # wrapped before the engine sees it: calibration must not run its forward, in which ranks wait for each other
     trained: nn.Module = nn.parallel.DistributedDataParallel(model) if is_parallel else model
     optimizer = torch.optim.SGD(trained.parameters(), 0.1)
+    text = text.replace("TARGETS", "targets: ['re:.*weight']")
     engine = Engine(trained, recipe(text), steps_per_epoch=steps, epochs=1)
     data = torch.utils.data.TensorDataset(X, Y)
     calibration = Shared(data, nn.functional.mse_loss) if is_calibrated else None
@@ -168,19 +170,19 @@ def train(text: str, *, is_calibrated: bool = True, is_parallel: bool = True, st
 
 
 RECIPES = {
-    "ovit": "ovit_prune: {targets: ['re:.*weight'], sparsity: {0st: 0.3, 3st: 0.6}, block: 16, damp: 1.0e-4, gradients: 70}",
-    "mfac in parts": "mfac_prune: {targets: ['re:.*weight'], sparsity: {0st: 0.3, 3st: 0.6}, gradients: 40, recomputations: 2}",
-    "2:4": "obert_prune: {targets: ['re:.*weight'], start: 0st, pattern: '2:4', block: 16, gradients: 40}",
-    "magnitude": "magnitude_prune: {targets: ['re:.*weight'], sparsity: {0st: 0.3, 3st: 0.6}}",
+    "ovit": "ovit_prune: {TARGETS, sparsity: {0st: 0.3, 3st: 0.6}, block: 16, damp: 1.0e-4, gradients: 70}",
+    "mfac in parts": "mfac_prune: {TARGETS, sparsity: {0st: 0.3, 3st: 0.6}, gradients: 40, recomputations: 2}",
+    "2:4": "obert_prune: {TARGETS, start: 0st, pattern: '2:4', block: 16, gradients: 40}",
+    "magnitude": "magnitude_prune: {TARGETS, sparsity: {0st: 0.3, 3st: 0.6}}",
 }
-OF_TRAINING = "ovit_prune: {targets: ['re:.*weight'], sparsity: 0.6, start: 5st, block: 4, damp: 1.0e-4, gradients: 16}"
+OF_TRAINING = "ovit_prune: {TARGETS, sparsity: 0.6, start: 5st, block: 4, damp: 1.0e-4, gradients: 16}"
 
 
 def work(rank: int, folder: str, port: int) -> None:
     """What each process does."""
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", rank=rank, world_size=RANKS, timeout=timedelta(seconds=120))
     group = dist.group.WORLD
     assert group is not None
     found: dict[str, Any] = {"failures": failures(rank, group)}  # first: what follows shows that all is well after them

@@ -35,7 +35,7 @@ def lowest_go(problem: Problem, costs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def lowest_scores_go(problem: Problem, scores: Sequence[Tensor]) -> tuple[list[Tensor], list[float]]:
-    """Masks by one score a weight (shaped as the weight), summed over a tile, and the sum of the scores of what went."""
+    """Masks by one score a weight (shaped as the weight), summed over a tile; and the sum of those that went."""
     pattern = problem.options.pattern
     units = [pattern.to_layout(score).reshape(-1, pattern.unit).sum(1) for score in scores]
     masks = lowest_go(problem, units)

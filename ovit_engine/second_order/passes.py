@@ -38,7 +38,8 @@ class Event:
         self._ranks = ranks
         self._moves = solver_type.moves(problem.options)
         self._passes = 0
-        weights = sum(weight.numel() for held in plan.rounds for i in held[ranks.rank] for weight in [problem.weights[i]])
+        mine = chain.from_iterable(held[ranks.rank] for held in plan.rounds)
+        weights = sum(problem.weights[index].numel() for index in mine)
         totals = {"gradients": plan.passes * count, solver_type.stage: weights, "move": weights}
         self._stages = Stages(totals, progress)
 
@@ -73,7 +74,7 @@ class Event:
         return masks, weights, errors
 
     def _jointly(self) -> tuple[list[Tensor], list[Tensor], list[float]]:
-        """Where the choice is one over all tensors: it is made by rank 0 once all rounds have said what removals cost."""
+        """Where the choice is one over all tensors: rank 0 makes it once all rounds have said what removals cost."""
         problem, me = self._problem, self._ranks.rank
         candidates: dict[int, Any] = {}
         solver: Solver[Any] | None = None

@@ -8,7 +8,7 @@ is still held). Ranks hold different tensors; they go through their groups in st
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
@@ -49,7 +49,8 @@ def make_plan(
 ) -> Plan:
     """Plan an event on tensors like `weights` (their devices and shapes count) for `limit` bytes on each device.
 
-    Without a limit, for what is available now less `held_besides`. Raises MemoryError, on all ranks, where a single tensor does not fit.
+    Without a limit, for what is available now less `held_besides`. Raises MemoryError where a single tensor does not
+    fit, on all ranks.
     """
     with ranks.together():
         if limit is not None and limit < 1:
@@ -70,7 +71,7 @@ def make_plan(
                 room = None
             groups = into_groups(memory, room, [names[index] for index in here], str(device), solver_type.advice)
             by_device.append([[here[place] for place in group] for group in groups])
-        groups = [sorted(sum(each, [])) for each in zip_longest(*by_device, fillvalue=[])]
+        groups = [sorted(chain.from_iterable(each)) for each in zip_longest(*by_device, fillvalue=[])]
     rounds = [list(each) for each in zip_longest(*ranks.gather(groups), fillvalue=[])]
     is_global = options.scope == "global" and not isinstance(options.pattern, NM) and len(weights) > 1
     is_joint = is_global and (len(rounds) > 1 or ranks.count > 1)

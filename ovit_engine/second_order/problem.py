@@ -41,8 +41,8 @@ class Problem:
         """Some of the tensors, with the quotas that concern no others."""
         place = {index: number for number, index in enumerate(indices)}
         quotas = [([place[i] for i in scope], count) for scope, count in self.quotas if place.keys() >= set(scope)]
-        chosen = ([each[i] for i in indices] for each in (self.names, self.weights, self.masks))
-        return Problem(*chosen, self.options, quotas, self.shapes)  # type: ignore[arg-type]
+        names, weights = [self.names[i] for i in indices], [self.weights[i] for i in indices]
+        return Problem(names, weights, [self.masks[i] for i in indices], self.options, quotas, self.shapes)
 
     def alive_units(self, index: int) -> Tensor:
         """Which units of a tensor still have a weight, [units] in layout order."""

@@ -37,7 +37,11 @@ class Alone:
         return candidates
 
     def deliver(
-        self, chunk: Sequence[Tensor] | None, sizes: Sequence[int], held: Sequence[Sequence[int]], like: Sequence[Tensor]
+        self,
+        chunk: Sequence[Tensor] | None,
+        sizes: Sequence[int],
+        held: Sequence[Sequence[int]],
+        like: Sequence[Tensor],
     ) -> Iterator[Sequence[Tensor]]:
         """Every rank's present chunk, in order of ranks, with the tensors that this rank holds.
 
@@ -89,7 +93,11 @@ class Ranks(Alone):
         return candidates if found is None else dict(chain.from_iterable(each.items() for each in found))
 
     def deliver(
-        self, chunk: Sequence[Tensor] | None, sizes: Sequence[int], held: Sequence[Sequence[int]], like: Sequence[Tensor]
+        self,
+        chunk: Sequence[Tensor] | None,
+        sizes: Sequence[int],
+        held: Sequence[Sequence[int]],
+        like: Sequence[Tensor],
     ) -> Iterator[Sequence[Tensor]]:
         mine = [like[index] for index in held[self.rank]]
         numels = [sum(like[index].numel() for index in each) for each in held]
@@ -106,9 +114,9 @@ class Ranks(Alone):
         arrived = torch.empty(sum(sizes) * numels[self.rank], dtype=dtype, device=device)
         splits = [size * numels[self.rank] for size in sizes]
         dist.all_to_all_single(arrived, send, splits, [sizes[self.rank] * numel for numel in numels], group=self._group)
-        for size, flat in zip(sizes, arrived.split(splits), strict=True):
+        for size, flat in zip(sizes, torch.split(arrived, splits), strict=True):
             if size and mine:
-                tensors = flat.split([size * weight.numel() for weight in mine])
+                tensors = torch.split(flat, [size * weight.numel() for weight in mine])
                 yield [t.reshape(size, *w.shape).to(w.device) for t, w in zip(tensors, mine, strict=True)]
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:

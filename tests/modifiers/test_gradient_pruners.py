@@ -1,5 +1,6 @@
 """The pruners that take gradients beside oViT: each is its method of `prune_tensors` on calibrated gradients."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from torch import nn
 
 from ovit_engine import Calibration, Engine, RecipeError
-from ovit_engine.second_order import estimate_memory, memory, prune_tensors
+from ovit_engine.second_order import METHODS, estimate_memory, memory, prune_streamed, prune_tensors
+from ovit_engine.second_order.options import Options
 from ovit_engine.targets import find_slots
 from tests.loops import X, Y, mlp, plain, recipe, zeros
 
@@ -110,3 +112,111 @@ def test_memory_is_that_of_the_gradients_which_come() -> None:
         _, _, engine = started("mfac_prune", "sparsity: 0.5, start: 5st, block: 4", calibrated=False)
     expected = (estimate_memory([(16, 8), (1, 16)], method="mfac", block=4, gradients=4) + 4 * 144 * 4) / 2**30
     assert engine.run.history == [(0, "mfac_prune/memory_gib", expected)]
+
+
+@pytest.mark.parametrize("name", ["ovit_prune", "obert_prune", "mfac_prune"])
+@pytest.mark.parametrize("is_calibrated", [True, False])
+def test_less_memory_means_more_passes_and_the_same_result(
+    name: str, is_calibrated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = name.removesuffix("_prune")
+    shapes, count = [torch.Size((16, 8)), torch.Size((1, 16))], 8 if is_calibrated else 4
+    need = METHODS[method].memory(shapes, Options(sparsity=0.5, block=4), count)
+    limit = need.besides + max(need.held)
+    window = 0 if is_calibrated else 4 * 144 * 4
+    calls: list[int] = []
+
+    class Counted(Calibration):
+        def gradients(self, model: Any, slots: Any, **options: Any) -> Any:
+            calls.append(len(slots))
+            return super().gradients(model, slots, **options)
+
+    def trained(more: str) -> nn.Sequential:
+        calls.clear()
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        text = f"{name}: {{gradients: 8, images_per_gradient: 4, targets: ['re:.*weight'], block: 4, {more}}}"
+        engine = Engine(model, recipe(text), steps_per_epoch=10, epochs=1)
+        engine.attach(optimizer, calibration=Counted(DATA, mse) if is_calibrated else None)
+        for _ in range(5):
+            plain(model, optimizer)
+        assert engine.run.timings.keys() >= {f"{name}/gradients", f"{name}/fisher", f"{name}/allocate"}
+        return model
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*no calibration was given")
+        whole = trained("sparsity: 0.5, start: 5st").state_dict()
+        assert calls == [2] * is_calibrated
+        words = r"a pruning step needs 0\.0\d GiB, memory_limit is .* GiB: its targets are taken in 2 groups"
+        with pytest.warns(UserWarning, match=words):
+            few = trained(f"sparsity: 0.5, start: 5st, memory_limit: {(limit + 1) / 2**30:.20f}").state_dict()
+        assert calls == [1, 1, 1] * is_calibrated
+        monkeypatch.setattr(memory, "available_memory", lambda device: limit + window)
+        words = r"more than is available: its targets are taken in 2 groups, and gradients 3 times"
+        with pytest.warns(UserWarning, match=words):
+            as_is = trained("sparsity: 0.5, start: 5st").state_dict()
+    for key, tensor in whole.items():
+        assert torch.equal(tensor, few[key])
+        assert torch.equal(tensor, as_is[key])
+
+
+@pytest.mark.parametrize(("value", "words"), [("0", "greater than 0"), ("'8GiB'", "valid number")])
+def test_a_memory_limit_is_a_number_of_gib(value: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=f"ovit_prune.memory_limit.*{words}"):
+        recipe(f"ovit_prune: {{sparsity: 0.5, targets: [a], memory_limit: {value}}}")
+
+
+def parts_of(name: str, monkeypatch: pytest.MonkeyPatch, options: str) -> list[float]:
+    """The share of zeros after each part of the pruning steps."""
+    shares: list[float] = []
+
+    def noting(*args: Any, **options: Any) -> Any:
+        pruned = prune_streamed(*args, **options)
+        shares.append(sum(int((~mask).sum()) for mask in pruned.masks) / 144)
+        return pruned
+
+    monkeypatch.setattr("ovit_engine.modifiers._base_gradient.prune_streamed", noting)
+    model, optimizer, _ = started(name, options)
+    for _ in range(3):
+        plain(model, optimizer)
+    return shares
+
+
+def test_parts_of_mfac_go_by_density_and_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = parts_of("mfac_prune", monkeypatch, "sparsity: {0st: 0.5, 2st: 0.9}, recomputations: 4, block: 16")
+    first = [1 - 0.5 ** (part / 4) for part in (1, 2, 3, 4)]
+    start = round(0.5 * 144) / 144
+    second = [1 - (1 - start) * (0.1 / (1 - start)) ** (part / 4) for part in (1, 2, 3, 4)]
+    assert shares == [round(share * 144) / 144 for share in first + second]
+
+
+@pytest.mark.parametrize("name", ["ovit_prune", "obert_prune", "obd_prune"])
+def test_parts_of_the_others_are_linear_and_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = parts_of(name, monkeypatch, "sparsity: {0st: 0.4, 2st: 0.8}, recomputations: 2")
+    start = round(0.4 * 144) / 144
+    assert shares == [round(share * 144) / 144 for share in (0.2, 0.4, start + (0.8 - start) / 2, 0.8)]
+
+
+def test_parts_stay_where_everything_is_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parts_of("mfac_prune", monkeypatch, "sparsity: {0st: 0.999, 2st: 0.9999}, recomputations: 2")[-1] == 1.0
+
+
+def test_n_to_m_has_no_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = "pattern: '2:4', sparsity: 0.5, recomputations: 3, block: 16"
+    assert parts_of("obert_prune", monkeypatch, options) == [0.5]
+
+
+def test_a_run_hears_how_far_pruning_is() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    text = "ovit_prune: {sparsity: 0.5, gradients: 20, targets: [0.weight], block: 16, recomputations: 2}"
+    engine = Engine(model, recipe(text), steps_per_epoch=10, epochs=1)
+    told: list[tuple[str, int, int]] = []
+    engine.run.progress = lambda what, done, total: told.append((what, done, total))
+    engine.attach(optimizer, calibration=Calibration(DATA, mse))
+    assert told[:3] == [
+        ("ovit_prune (part 1 of 2): gradients", 16, 20),
+        ("ovit_prune (part 1 of 2): gradients", 20, 20),
+        ("ovit_prune (part 1 of 2): eliminate", 128, 128),
+    ]
+    assert told[-1] == ("ovit_prune (part 2 of 2): move", 128, 128)

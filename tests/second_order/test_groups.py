@@ -1,6 +1,7 @@
 """Tensors in groups: the same result as all together, no more passes over the gradients than said."""
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -115,7 +116,7 @@ def test_all_gradients_at_hand_need_no_function() -> None:
     with pytest.raises(MemoryError):
         prune_streamed(weights, [gradients], 37, memory_limit=limit, **rest)
     got = prune_tensors(weights, gradients, memory_limit=limit, **rest)
-    assert all(a.equal(b) for a, b in zip(sum(got, []), sum(expected, []), strict=True))
+    assert all(a.equal(b) for a, b in zip(got[0] + got[1], expected[0] + expected[1], strict=True))
 
 
 def test_a_group_that_loses_nothing_is_not_asked_again() -> None:
@@ -184,7 +185,7 @@ def test_memory_is_released_between_groups() -> None:
             patch.setattr("ovit_engine.second_order.ovit.BlockInverse", Counted)
             for scope in ("global", "layer"):
                 limit = limit_of("ovit", PATTERNS[0])
-                prune_streamed(weights, Asked(gradients), 37, sparsity=0.5, scope=scope, block=32, memory_limit=limit)  # type: ignore[arg-type]
+                prune_streamed(weights, Asked(gradients), 37, sparsity=0.5, scope=scope, block=32, memory_limit=limit)
     finally:
         gc.enable()
     assert len(alive) > 3
@@ -223,7 +224,7 @@ def test_progress_ends_with_everything_done(method: str) -> None:
 @given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=12), room=st.integers(1, 120), bins=st.integers(1, 5))
 def test_groups_hold_every_tensor_once_and_fit(sizes: list[int], room: int, bins: int) -> None:
     shared = balance(sizes, bins)
-    assert sorted(sum(shared, [])) == list(range(len(sizes)))
+    assert sorted(chain.from_iterable(shared)) == list(range(len(sizes)))
     sums = [sum(sizes[i] for i in each) for each in shared]
     assert max(sums) - min(sums) <= max(sizes)
     names = [f"w{index}" for index in range(len(sizes))]
@@ -232,6 +233,6 @@ def test_groups_hold_every_tensor_once_and_fit(sizes: list[int], room: int, bins
             into_groups(Memory(sizes, 7), room + 7, names, "cpu", "less")
         return
     groups = into_groups(Memory(sizes, 7), room + 7, names, "cpu", "less")
-    assert sorted(sum(groups, [])) == list(range(len(sizes)))
+    assert sorted(chain.from_iterable(groups)) == list(range(len(sizes)))
     assert all(0 < sum(sizes[i] for i in each) <= room for each in groups)
     assert len(groups) <= 2 * -(-sum(sizes) // room)
