@@ -38,7 +38,7 @@ class BlockInverse(Blocks):
 
     @staticmethod
     def memory(shapes: Sequence[torch.Size], options: Options, count: int) -> Memory:
-        """Held: H, lower bounds, waiting gradients. Besides: order, costs, ranking, and the temporaries of one chunk."""
+        """Held: H, lower bounds, waiting gradients. Besides: order, costs, ranking, temporaries of one chunk."""
         item = options.dtype.itemsize
         cuts = segments(shapes, options.pattern, options.block)
         entries = matrix_entries(shapes, options.pattern, options.block)
