@@ -21,8 +21,10 @@ from ovit_engine.second_order import (
     prune_streamed,
     prune_tensors,
 )
+from ovit_engine.second_order.blocks import Blocks
 from ovit_engine.second_order.memory import Memory, balance, into_groups
 from ovit_engine.second_order.options import Options
+from ovit_engine.second_order.problem import make_problem
 
 SHAPES = [(24, 48), (16, 32), (8, 4, 3, 3), (12, 16), (5, 8)]
 PATTERNS: list[dict[str, Any]] = [
@@ -236,3 +238,11 @@ def test_groups_hold_every_tensor_once_and_fit(sizes: list[int], room: int, bins
     assert sorted(chain.from_iterable(groups)) == list(range(len(sizes)))
     assert all(0 < sum(sizes[i] for i in each) <= room for each in groups)
     assert len(groups) <= 2 * -(-sum(sizes) // room)
+
+
+def test_blocks_are_worked_on_in_the_same_chunks_whatever_else_is_held() -> None:
+    weights = [torch.zeros(100, 192), torch.zeros(20, 192)]
+    whole = make_problem(weights, None, None, Options(sparsity=0.5, block=192))
+    chunks = list(Blocks(whole).chunks(1))
+    assert list(Blocks(whole.part([1])).chunks(0)) == chunks
+    assert 1 < len(chunks) < 20
