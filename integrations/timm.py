@@ -57,6 +57,7 @@ class Progress:
     begin: Callable[[int, int, int], None]  # (epoch, epochs, steps)
     step: Callable[[], None]
     end: Callable[[EpochMetrics], None]
+    work: Callable[[str, int, int], None] | None = None  # (what, done, total) inside a step; None: the run's own log
 
 
 SILENT = Progress(begin=lambda epoch, epochs, steps: None, step=lambda: None, end=lambda metrics: None)
@@ -255,6 +256,8 @@ class _Trainer:
         epochs = self.training.epochs
         _seed_everything(self.training.seed)
         with self.engine as engine:
+            if progress.work is not None:
+                engine.run.progress = progress.work
             engine.attach(self.optimizer, calibration=Calibration(self.train_loader, cross_entropy))
             if self.optimizer_state is not None:
                 self.optimizer.load_state_dict(dict(self.optimizer_state))

@@ -132,6 +132,8 @@ class _Bars:
             disable=not self._console.is_terminal,
         )
         self._task = self._bar.add_task("", total=None)
+        self._work = self._bar.add_task("", total=None, visible=False)
+        self._what = ""
         self._epochs = 0
 
     def __enter__(self) -> "_Bars":
@@ -144,7 +146,8 @@ class _Bars:
     def progress(self) -> Any:
         from ovit_engine.integrations.timm import Progress
 
-        return Progress(begin=self._begin, step=self._step, end=self._end)
+        work = self._show_work if self._console.is_terminal else None
+        return Progress(begin=self._begin, step=self._step, end=self._end, work=work)
 
     def _begin(self, epoch: int, epochs: int, steps: int) -> None:
         self._epochs = epochs
@@ -152,6 +155,13 @@ class _Bars:
 
     def _step(self) -> None:
         self._bar.advance(self._task)
+
+    def _show_work(self, what: str, done: int, total: int) -> None:
+        """A second bar while a pruning step goes on."""
+        if what != self._what:
+            self._what = what
+            self._bar.reset(self._work, total=total, description=what)
+        self._bar.update(self._work, completed=done, total=total, visible=done < total)
 
     def _end(self, metrics: "EpochMetrics") -> None:
         self._console.print(
