@@ -14,7 +14,7 @@ from ovit_engine.registry import modifiers
 
 SUFFIX = "_prune"
 # What the pruners of a comparison have in common; the rest (block, damp ...) is each one's own.
-SHARED = ("targets", "scope", "pattern", "gradients", "images_per_gradient", "recomputations")
+SHARED = ("targets", "scope", "pattern", "gradients", "images_per_gradient", "recomputations", "memory_limit")
 # When and how much: a one-shot run sets these itself.
 SCHEDULE = ("start", "end", "every", "sparsity", "sweep")
 # Names for --compare beside those of the modifiers: a modifier with options of its own.
@@ -48,9 +48,9 @@ class Pruner:
         return modifier
 
     def all_options(self, sparsity: float | None) -> dict[str, Any]:
-        """Every option but the schedule, defaults included."""
+        """Every option but the schedule, defaults included, that has a value."""
         dumped = self.at(sparsity).model_dump(mode="json", by_alias=True)
-        return {key: value for key, value in dumped.items() if key not in SCHEDULE}
+        return {key: value for key, value in dumped.items() if key not in SCHEDULE and value is not None}
 
     def check_sparsities(self, sparsities: Sequence[float]) -> None:
         """Raise ValueError where sparsities are missing, or given beside a pattern that implies its own."""
