@@ -165,7 +165,9 @@ def _allocate(problem: Problem, candidates: Sequence[list[Course]]) -> list[list
     removals: list[list[Tensor]] = [[] for _ in candidates]
     for scope, count in problem.quotas:
         members = [(index, course) for index in scope for course in candidates[index]]
-        taken = take_lowest([rank(course.cost, problem.options.rule) for _, course in members], count)
+        largest = max(course.segment.size for _, course in members)
+        rankings = [rank(course.cost, problem.options.rule, largest / course.segment.size) for _, course in members]
+        taken = take_lowest(rankings, count)
         for (index, _), each in zip(members, taken, strict=True):
             removals[index].append(each)
     return removals

@@ -243,6 +243,8 @@ def _allocate(parts: list, kept: list, sparsity: float | None, scope: str, rule:
             errors = np.array(parts[b][5].errors)
             if rule == "marginal":
                 errors = np.maximum.accumulate(np.diff(errors, prepend=0.0)) if len(errors) else errors
+            else:
+                errors = errors / len(parts[b][1])  # a weight, since blocks differ in size
             entries += [(error, b, step) for step, error in enumerate(errors)]
         for _, b, _ in sorted(entries)[: max(0, round(sparsity * total) - present)]:
             taken[b] += 1
