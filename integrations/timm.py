@@ -1,111 +1,27 @@
-"""The bundled trainer: any timm model on any dataset of `load_data`, under a recipe.
+"""The bundled trainer: any timm model on any dataset of `load_data`, under a recipe."""
 
-What it does with the engine is what a user's own loop does; `_Trainer.fit` is that loop.
-"""
-
-import csv
-import difflib
-import io
 import logging
-import math
-import random
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import timm
-import torch
-from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]  # public, though not re-exported by "as"
 from torch import nn
-from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
 
-from ovit_engine.calibration import Calibration
 from ovit_engine.engine import Engine
-from ovit_engine.files import atomic_write
-from ovit_engine.integrations.checkpoint import LAST, load_checkpoint, load_weights, save_checkpoint
-from ovit_engine.integrations.data import ImageData, load_data, model_data_config
-from ovit_engine.integrations.images import UnreadableImageError
-from ovit_engine.recipe import Recipe, Training
+from ovit_engine.integrations.checkpoint import LAST, load_checkpoint
+from ovit_engine.integrations.models import make_model as make_model
+from ovit_engine.integrations.models import model_name as model_name
+from ovit_engine.integrations.models import with_training as with_training
+from ovit_engine.integrations.trainer import SILENT as SILENT
+from ovit_engine.integrations.trainer import EpochMetrics as EpochMetrics
+from ovit_engine.integrations.trainer import Progress as Progress
+from ovit_engine.integrations.trainer import Trained as Trained
+from ovit_engine.integrations.trainer import Trainer
+from ovit_engine.integrations.trainer import evaluate as evaluate
+from ovit_engine.recipe import Recipe
 from ovit_engine.schedule import Clock
 
 log = logging.getLogger(__name__)
-
-METRICS = "metrics.csv"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EpochMetrics:
-    """One line of metrics.csv."""
-
-    epoch: int  # counts from 1
-    loss: float  # mean training loss
-    accuracy: float  # top-1 on the validation images
-    lr: float  # of the first group, in the last step
-    sparsity: float  # share of zeros in the weights that the recipe has masked so far
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """What the trainer tells while it works; each function may do nothing."""
-
-    begin: Callable[[int, int, int], None]  # (epoch, epochs, steps)
-    step: Callable[[], None]
-    end: Callable[[EpochMetrics], None]
-    work: Callable[[str, int, int], None] | None = None  # (what, done, total) inside a step; None: the run's own log
-
-
-SILENT = Progress(begin=lambda epoch, epochs, steps: None, step=lambda: None, end=lambda metrics: None)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A finished run. `engine.export(...)` is the next line."""
-
-    model: nn.Module
-    engine: Engine
-    data: ImageData
-    metrics: tuple[EpochMetrics, ...]
-    checkpoint: Path
-
-
-def with_training(recipe: Recipe, **options: Any) -> Recipe:
-    """`recipe` with other options in its `training` section; those that are None stay.
-
-    Raises:
-        ValueError: an option that does not fit.
-    """
-    given = {key: value for key, value in options.items() if value is not None}
-    training = Training.model_validate({**recipe.training.model_dump(exclude_unset=True), **given})
-    return replace(recipe, training=training)
-
-
-def model_name(training: Training) -> str:
-    """The timm model of a `training` section.
-
-    Raises:
-        ValueError: none is named, or one that timm does not have; the nearest names are shown.
-    """
-    name = training.model
-    if name is None:
-        raise ValueError("no model: name one with --model, or as 'model' in the recipe's training section")
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
-        raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
-    return name
-
-
-def make_model(training: Training, *, pretrained: bool = False) -> nn.Module:
-    """The timm model of a `training` section, its weights seeded; `model_name` says what it raises."""
-    name = model_name(training)
-    _seed_everything(training.seed)
-    model: nn.Module = timm.create_model(name, pretrained=pretrained, **training.model_args)
-    return model
 
 
 def train(
@@ -140,7 +56,7 @@ def train(
         ValueError: data, weights or checkpoint that do not fit, or a loss that is no number any more.
         FileExistsError: `output` holds another run.
     """
-    trainer = _Trainer(recipe, str(data), Path(output), device, workers, strict, root)
+    trainer = Trainer(recipe, str(data), Path(output), device, workers, strict, root)
     if resume is not None:
         trainer.prepare(pretrained=False, checkpoint=None)
         trainer.resume(Path(resume))
@@ -190,205 +106,3 @@ def restore(path: str | Path) -> Restored:
     model.load_state_dict(state["model"])
     engine.load_state_dict(state["engine"])
     return Restored(model, engine, state["data"], state["preprocessing"], state["epoch"])
-
-
-class _Trainer:
-    def __init__(
-        self,
-        recipe: Recipe,
-        data: str,
-        output: Path,
-        device: str,
-        workers: int,
-        strict: bool,
-        root: str | Path | None,
-    ) -> None:
-        config = model_data_config(model_name(recipe.training), recipe.training.model_args)
-        self.data = load_data(data, config=config, augmentation=recipe.training.augmentation, strict=strict, root=root)
-        self.recipe = _with_classes(recipe, self.data)
-        self.training = self.recipe.training
-        self.output = output
-        self.device = _device(device)
-        size = len(self.data.train)  # type: ignore[arg-type]
-        options: dict[str, Any] = {"num_workers": workers, "pin_memory": self.device.type == "cuda"}
-        self.order = torch.Generator()
-        self.train_loader: DataLoader[Any] = DataLoader(
-            self.data.train,
-            batch_size=min(self.training.batch_size, size),
-            shuffle=True,
-            drop_last=True,
-            generator=self.order,
-            **options,
-        )
-        self.val_loader: DataLoader[Any] = DataLoader(self.data.val, batch_size=self.training.batch_size, **options)
-        self.metrics: list[EpochMetrics] = []
-
-    def prepare(self, *, pretrained: bool, checkpoint: Path | None) -> None:
-        self.model = make_model(self.training, pretrained=pretrained)
-        if checkpoint is not None:
-            load_weights(self.model, checkpoint)
-        self.model.to(self.device)
-        self.engine = Engine(
-            self.model, self.recipe, steps_per_epoch=len(self.train_loader), epochs=self.training.epochs
-        ).prepare()
-        self.optimizer = create_optimizer_v2(
-            self.model,
-            opt=self.training.optimizer,
-            lr=self.training.lr,
-            weight_decay=self.training.weight_decay,
-            momentum=self.training.momentum,
-        )
-        self.optimizer_state: Mapping[str, Any] | None = None
-
-    def resume(self, path: Path) -> None:
-        state = load_checkpoint(path)
-        self.engine.load_state_dict(state["engine"])  # first: it says so where the checkpoint is of another recipe
-        if self.engine.finished:
-            raise ValueError(f"the run in {str(path)!r} is finished: all {state['epoch']} epochs are done")
-        if state["data"] != self.data.name:
-            log.warning("the run began with the data %r and goes on with %r", state["data"], self.data.name)
-        self.model.load_state_dict(state["model"])
-        self.optimizer_state = state["optimizer"]
-        self.metrics = [EpochMetrics(**row) for row in state["metrics"]]
-
-    def fit(self, progress: Progress) -> Trained:
-        self.output.mkdir(parents=True, exist_ok=True)
-        epochs = self.training.epochs
-        _seed_everything(self.training.seed)
-        with self.engine as engine:
-            if progress.work is not None:
-                engine.run.progress = progress.work
-            engine.attach(self.optimizer, calibration=Calibration(self.train_loader, cross_entropy))
-            if self.optimizer_state is not None:
-                self.optimizer.load_state_dict(dict(self.optimizer_state))
-            for epoch in range(len(self.metrics), epochs):
-                start = time.perf_counter()
-                progress.begin(epoch + 1, epochs, len(self.train_loader))
-                loss = self._train_epoch(epoch, progress)
-                if epoch + 1 == epochs:
-                    engine.detach()
-                self.metrics.append(self._measure(epoch, loss, start))
-                self._save(epoch + 1)
-                progress.end(self.metrics[-1])
-        if self.data.unreadable:
-            log.warning("%d unreadable images in all; others stood in for them", len(self.data.unreadable))
-        return Trained(self.model, self.engine, self.data, tuple(self.metrics), self.output / LAST)
-
-    def _train_epoch(self, epoch: int, progress: Progress) -> float:
-        """Mean loss of an epoch."""
-        # all randomness starts anew each epoch, so that a run that was resumed is the same as one that was not
-        seed = self.training.seed * 1_000_003 + epoch + 1
-        _seed_everything(seed)
-        self.order.manual_seed(seed)
-        self.model.train()
-        total = torch.zeros((), device=self.device)
-        with _worker_errors():
-            for images, labels in self.train_loader:
-                loss = self._loss(images.to(self.device), labels.to(self.device))
-                self.optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                if self.training.clip_grad is not None:
-                    nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip_grad)
-                self.optimizer.step()
-                total += loss.detach()
-                progress.step()
-        mean = float(total) / len(self.train_loader)
-        if not math.isfinite(mean):
-            raise ValueError(
-                f"the training loss of epoch {epoch + 1} is {mean}: lower the learning rate; "
-                f"the last checkpoint is that of epoch {epoch}"
-            )
-        return mean
-
-    def _loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        loss = cross_entropy(self.model(images), labels, label_smoothing=self.training.label_smoothing)
-        return self.engine.loss(loss)
-
-    def _measure(self, epoch: int, loss: float, start: float) -> EpochMetrics:
-        with _worker_errors():
-            accuracy = evaluate(self.model, self.val_loader, self.device)
-        self.engine.metric("accuracy", accuracy)
-        return EpochMetrics(
-            epoch=epoch + 1,
-            loss=loss,
-            accuracy=accuracy,
-            lr=float(self.optimizer.param_groups[0]["lr"]),
-            sparsity=self.engine.run.masks.sparsity(),
-            seconds=time.perf_counter() - start,
-        )
-
-    def _save(self, epoch: int) -> None:
-        rows = [asdict(metrics) for metrics in self.metrics]
-        save_checkpoint(
-            self.output / LAST,
-            {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "engine": self.engine.state_dict(),
-                "epoch": epoch,
-                "recipe": self.recipe.dump(),
-                "data": self.data.name,
-                "preprocessing": self.data.preprocessing,
-                "metrics": rows,
-            },
-        )
-        table = io.StringIO()
-        writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        atomic_write(self.output / METRICS, lambda stream: stream.write(table.getvalue().encode()))
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader[Any], device: torch.device) -> float:
-    """Top-1 accuracy in eval mode; the model's training flags are put back."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    right = torch.zeros((), dtype=torch.long, device=device)
-    count = 0
-    for images, labels in loader:
-        right += (model(images.to(device)).argmax(-1) == labels.to(device)).sum()
-        count += int((labels >= 0).sum())  # less than zero: an unreadable image, for which another stands in
-    for module, flag in flags:
-        module.training = flag
-    return int(right) / count
-
-
-def _with_classes(recipe: Recipe, data: ImageData) -> Recipe:
-    """`recipe` with a model of as many classes as the data have, unless it says how many itself."""
-    given = recipe.training.model_args.get("num_classes")
-    if given is None and data.classes is None:
-        raise ValueError(f"{data.name!r} does not tell its classes: give --model-arg num_classes=N")
-    if given is None:
-        return with_training(recipe, model_args={**recipe.training.model_args, "num_classes": data.classes})
-    if data.classes is not None and given < data.classes:
-        raise ValueError(f"the model has {given} classes, {data.name!r} has {data.classes}")
-    return recipe
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"no device {name!r}: write auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r}: torch finds no GPU here")
-    return device
-
-
-def _seed_everything(seed: int) -> None:
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-
-
-@contextmanager
-def _worker_errors() -> Iterator[None]:
-    """A loader's worker wraps what it raises in its traceback: only the line that names the image is kept."""
-    try:
-        yield
-    except UnreadableImageError as error:
-        last = str(error).rstrip().splitlines()[-1]
-        raise UnreadableImageError(last.rpartition(f"{UnreadableImageError.__name__}: ")[2]) from None
