@@ -1,11 +1,10 @@
 """Training and validation images by name: digits, an image folder, or any timm dataset."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.data.config import resolve_data_config
 from timm.data.dataset_factory import create_dataset
 from timm.data.readers.reader_factory import create_reader
@@ -13,14 +12,20 @@ from timm.data.transforms_factory import create_transform
 from timm.models import get_pretrained_cfg
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import Compose  # type: ignore[import-untyped]
 
+from ovit_engine.integrations.augmentation import (
+    PRESETS,
+    GaussianNoise,
+    calibration_transform,
+    data_config,
+    known_config,
+    training_transform,
+)
 from ovit_engine.integrations.digits import SIZE, split_digits
 from ovit_engine.integrations.images import Images, ReaderSource, Source, TorchvisionSource
 
 TRAIN, VALIDATION = ("train", "training"), ("val", "validation", "valid")
 PREFIXES = ("torch", "hfds")
-NOISE = 0.5  # in standard deviations of normalised pixels
 WHAT = f"give 'digits', an image folder with train/ and val/, or a timm dataset name ({'/..., '.join(PREFIXES)}/...)"
 
 
@@ -31,6 +36,7 @@ class ImageData:
     name: str
     train: Dataset[tuple[Tensor, int]]
     val: Dataset[tuple[Tensor, int]]
+    calibration: Dataset[tuple[Tensor, int]]  # the training images as pruners see them
     classes: int | None  # None where the dataset does not tell
     preprocessing: dict[str, Any]  # size, mean, std, scale, crop, interpolation
 
@@ -38,13 +44,6 @@ class ImageData:
     def unreadable(self) -> list[str]:
         """Names of the images that could not be read so far."""
         return [name for part in (self.train, self.val) if isinstance(part, Images) for name in part.unreadable]
-
-
-class GaussianNoise:
-    """Adds noise of half a standard deviation of the pixels: the regulariser that small digits bear well."""
-
-    def __call__(self, image: Tensor) -> Tensor:
-        return image + NOISE * torch.randn(image.shape)
 
 
 def load_data(
@@ -61,7 +60,8 @@ def load_data(
         source: "digits", an image folder with train/ and val/ (a folder a class in each), or a timm dataset name such
             as "torch/cifar10" or "hfds/uoft-cs/cifar10".
         config: what the model takes, from `model_data_config`; the dataset's own size without it (digits only).
-        augmentation: of training images: "none", "noise" (Gaussian) or "standard" (timm's crop and flip).
+        augmentation: of training images: "none", "noise" (Gaussian), "standard" (timm's crop, flip and colour jitter)
+            or a preset of `augmentation.PRESETS`.
         strict: raise UnreadableImageError at the first unreadable image; otherwise the next one stands in for it.
         root: where downloaded datasets are kept.
 
@@ -87,10 +87,13 @@ def load_data(
     mode = {1: "L", 3: "RGB"}.get(config["input_size"][0])
     if mode is None:
         raise ValueError(f"images have 1 or 3 channels, the model takes {config['input_size'][0]}")
+    config = data_config(config, augmentation)
+    images = Images(train, training_transform(config, augmentation), mode=mode, strict=strict, ignore=False)
     return ImageData(
         name,
-        Images(train, _transform(config, augmentation), mode=mode, strict=strict, ignore=False),
-        Images(val, create_transform(**_known(config)), mode=mode, strict=strict, ignore=True),
+        images,
+        Images(val, create_transform(**known_config(config)), mode=mode, strict=strict, ignore=True),
+        images.with_transform(calibration_transform(config, augmentation)),
         classes,
         _preprocessing(config),
     )
@@ -142,27 +145,15 @@ def _preprocessing(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _known(config: Mapping[str, Any]) -> dict[str, Any]:
-    keys = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
-    return {key: config[key] for key in keys}
-
-
-def _transform(config: Mapping[str, Any], augmentation: str) -> Callable[[Any], Tensor]:
-    """Of training images. Without augmentation they look as at evaluation, whatever their shape."""
-    if augmentation == "standard":
-        standard: Callable[[Any], Tensor] = create_transform(**_known(config), is_training=True)
-        return standard
-    plain: Callable[[Any], Tensor] = create_transform(**_known(config))
-    return Compose([plain, GaussianNoise()]) if augmentation == "noise" else plain
-
-
 def _digits(config: Mapping[str, Any] | None, augmentation: str) -> ImageData:
-    if augmentation == "standard":
-        raise ValueError("digits must not be flipped or cropped: use augmentation none or noise")
+    if augmentation == "standard" or augmentation in PRESETS:
+        raise ValueError(
+            f"digits must not be flipped or cropped, as {augmentation!r} does: use augmentation none or noise"
+        )
     channels, height, width = SIZE if config is None else config["input_size"]
     augment = GaussianNoise() if augmentation == "noise" else None
     train, val, preprocessing = split_digits((channels, height, width), augment)
-    return ImageData("digits", train, val, 10, preprocessing)
+    return ImageData("digits", train, val, train, 10, preprocessing)
 
 
 def _folder_sources(folder: Path) -> tuple[Source, Source, int]:

@@ -1,5 +1,6 @@
 """Images that may be broken: each unreadable one is named, counted and stood in for, or stops training when asked."""
 
+import copy
 import logging
 from collections.abc import Callable
 from contextlib import closing
@@ -121,6 +122,12 @@ class Images(Dataset[tuple[Tensor, int]]):
             unknown = isinstance(error, UnidentifiedImageError)  # its own text names a stream, not a file
             reason = "no image format is known in it" if unknown else str(error)
             raise UnreadableImageError(f"{self._source.name(index)!r} is unreadable: {reason}") from None
+
+    def with_transform(self, transform: Callable[[Any], Tensor]) -> "Images":
+        """The same images looked at in another way; what is unreadable is known to both."""
+        other = copy.copy(self)
+        other._transform = transform
+        return other
 
     @property
     def unreadable(self) -> list[str]:

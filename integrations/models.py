@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from pydantic import ValidationError
 from torch import nn
 
+from ovit_engine.integrations.augmentation import with_preset
 from ovit_engine.integrations.data import ImageData
 from ovit_engine.recipe import Recipe, Training
 
@@ -21,7 +23,12 @@ def with_training(recipe: Recipe, **options: Any) -> Recipe:
         ValueError: an option that does not fit.
     """
     given = {key: value for key, value in options.items() if value is not None}
-    training = Training.model_validate({**recipe.training.model_dump(exclude_unset=True), **given})
+    try:
+        training = Training.model_validate({**recipe.training.model_dump(exclude_unset=True), **given})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(["training", *map(str, first["loc"])])
+        raise ValueError(f"{where}: {first['msg'].removeprefix('Value error, ')}, not {first['input']!r}") from None
     return replace(recipe, training=training)
 
 
@@ -41,10 +48,23 @@ def model_name(training: Training) -> str:
 
 
 def make_model(training: Training, *, pretrained: bool = False) -> nn.Module:
-    """The timm model of a `training` section, its weights seeded; `model_name` says what it raises."""
+    """The timm model of a `training` section, its weights seeded.
+
+    Raises:
+        ValueError: as `model_name`, or a model without stochastic depth where a preset wants it.
+    """
     name = model_name(training)
     seed_everything(training.seed)
-    model: nn.Module = timm.create_model(name, pretrained=pretrained, **training.model_args)
+    args = with_preset(training).model_args
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, **args)
+    except TypeError as error:
+        if "drop_path_rate" not in str(error) or "drop_path_rate" in training.model_args:
+            raise
+        raise ValueError(
+            f"{name} has no stochastic depth, which augmentation {training.augmentation!r} sets: "
+            "write model_args: {drop_path_rate: null}"
+        ) from None
     return model
 
 

@@ -5,13 +5,15 @@ import io
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data.distributed_sampler import RepeatAugSampler
 from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]  # public, though not re-exported by "as"
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -20,11 +22,12 @@ from torch.utils.data import DataLoader
 from ovit_engine.calibration import Calibration
 from ovit_engine.engine import Engine
 from ovit_engine.files import atomic_write
+from ovit_engine.integrations.augmentation import PRESETS, make_mixup, with_preset
 from ovit_engine.integrations.checkpoint import LAST, load_checkpoint, load_weights, save_checkpoint
 from ovit_engine.integrations.data import ImageData, load_data, model_data_config
 from ovit_engine.integrations.images import UnreadableImageError
 from ovit_engine.integrations.models import make_model, model_name, seed_everything, with_classes
-from ovit_engine.recipe import Recipe
+from ovit_engine.recipe import Recipe, Training
 
 log = logging.getLogger(__name__)
 
@@ -83,37 +86,49 @@ class Trainer:
         config = model_data_config(model_name(recipe.training), recipe.training.model_args)
         self.data = load_data(data, config=config, augmentation=recipe.training.augmentation, strict=strict, root=root)
         self.recipe = with_classes(recipe, self.data)
-        self.training = self.recipe.training
+        self.training = with_preset(self.recipe.training)
+        self.preset = PRESETS.get(self.training.augmentation)
+        self.mixup = make_mixup(self.training, self.training.model_args["num_classes"])
         self.output = output
-        self.device = _device(device)
-        size = len(self.data.train)  # type: ignore[arg-type]
-        options: dict[str, Any] = {"num_workers": workers, "pin_memory": self.device.type == "cuda"}
+        self.device = choose_device(device)
+        self._make_loaders({"num_workers": workers, "pin_memory": self.device.type == "cuda"})
+        self.metrics: list[EpochMetrics] = []
+
+    def _make_loaders(self, options: dict[str, Any]) -> None:
+        images = len(self.data.train)  # type: ignore[arg-type]
+        part = part_size(self.training, images, paired=self.mixup is not None)
         self.order = torch.Generator()
+        self.repeats: RepeatAugSampler | None = None
+        if self.preset is not None and self.preset.repeats > 1:
+            self.repeats = RepeatAugSampler(
+                self.data.train, num_replicas=1, rank=0, num_repeats=self.preset.repeats, selected_round=0
+            )
         self.train_loader: DataLoader[Any] = DataLoader(
             self.data.train,
-            batch_size=min(self.training.batch_size, size),
-            shuffle=True,
+            batch_size=part,
+            shuffle=self.repeats is None,
+            sampler=self.repeats,
             drop_last=True,
             generator=self.order,
             **options,
         )
-        self.val_loader: DataLoader[Any] = DataLoader(self.data.val, batch_size=self.training.batch_size, **options)
-        self.metrics: list[EpochMetrics] = []
+        self.steps = len(self.train_loader) // self.training.accumulate
+        self.val_loader: DataLoader[Any] = DataLoader(self.data.val, batch_size=part, **options)
+        self.calibration_loader: DataLoader[Any] = DataLoader(self.data.calibration, **options)
 
     def prepare(self, *, pretrained: bool, checkpoint: Path | None) -> None:
         self.model = make_model(self.training, pretrained=pretrained)
         if checkpoint is not None:
             load_weights(self.model, checkpoint)
         self.model.to(self.device)
-        self.engine = Engine(
-            self.model, self.recipe, steps_per_epoch=len(self.train_loader), epochs=self.training.epochs
-        ).prepare()
+        self.engine = Engine(self.model, self.recipe, steps_per_epoch=self.steps, epochs=self.training.epochs).prepare()
         self.optimizer = create_optimizer_v2(
             self.model,
             opt=self.training.optimizer,
             lr=self.training.lr,
             weight_decay=self.training.weight_decay,
             momentum=self.training.momentum,
+            **({"eps": self.preset.eps} if self.preset is not None and self.training.optimizer == "adamw" else {}),
         )
         self.optimizer_state: Mapping[str, Any] | None = None
 
@@ -135,12 +150,12 @@ class Trainer:
         with self.engine as engine:
             if progress.work is not None:
                 engine.run.progress = progress.work
-            engine.attach(self.optimizer, calibration=Calibration(self.train_loader, cross_entropy))
+            engine.attach(self.optimizer, calibration=Calibration(self.calibration_loader, cross_entropy))
             if self.optimizer_state is not None:
                 self.optimizer.load_state_dict(dict(self.optimizer_state))
             for epoch in range(len(self.metrics), epochs):
                 start = time.perf_counter()
-                progress.begin(epoch + 1, epochs, len(self.train_loader))
+                progress.begin(epoch + 1, epochs, self.steps)
                 loss = self._train_epoch(epoch, progress)
                 if epoch + 1 == epochs:
                     engine.detach()
@@ -157,19 +172,16 @@ class Trainer:
         seed = self.training.seed * 1_000_003 + epoch + 1
         seed_everything(seed)
         self.order.manual_seed(seed)
+        if self.repeats is not None:
+            self.repeats.set_epoch(seed)
         self.model.train()
         total = torch.zeros((), device=self.device)
         with _worker_errors():
-            for images, labels in self.train_loader:
-                loss = self._loss(images.to(self.device), labels.to(self.device))
-                self.optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                if self.training.clip_grad is not None:
-                    nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip_grad)
-                self.optimizer.step()
-                total += loss.detach()
+            batches = iter(self.train_loader)
+            for _ in range(self.steps):
+                total += self._train_step(islice(batches, self.training.accumulate))
                 progress.step()
-        mean = float(total) / len(self.train_loader)
+        mean = float(total) / self.steps
         if not math.isfinite(mean):
             raise ValueError(
                 f"the training loss of epoch {epoch + 1} is {mean}: lower the learning rate; "
@@ -177,9 +189,25 @@ class Trainer:
             )
         return mean
 
+    def _train_step(self, parts: Iterable[Any]) -> torch.Tensor:
+        """One optimizer step; its mean loss."""
+        total = torch.zeros((), device=self.device)
+        self.optimizer.zero_grad()
+        for images, labels in parts:
+            loss = self._loss(images.to(self.device), labels.to(self.device)) / self.training.accumulate
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        if self.training.clip_grad is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip_grad)
+        self.optimizer.step()
+        return total
+
     def _loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        loss = cross_entropy(self.model(images), labels, label_smoothing=self.training.label_smoothing)
-        return self.engine.loss(loss)
+        smoothing = self.training.label_smoothing
+        if self.mixup is not None:
+            images, labels = self.mixup(images, labels)
+            smoothing = 0.0  # the soft labels are smoothed
+        return self.engine.loss(cross_entropy(self.model(images), labels, label_smoothing=smoothing))
 
     def _measure(self, epoch: int, loss: float, start: float) -> EpochMetrics:
         with _worker_errors():
@@ -231,7 +259,30 @@ def evaluate(model: nn.Module, loader: DataLoader[Any], device: torch.device) ->
     return int(right) / count
 
 
-def _device(name: str) -> torch.device:
+def part_size(training: Training, images: int, *, paired: bool) -> int:
+    """Images that go through the model at a time: a part of a batch, or of all `images` where they are fewer.
+
+    Args:
+        paired: each image is mixed with another of its part, so the number must be even.
+
+    Raises:
+        ValueError: an odd number, or fewer images than parts.
+    """
+    size = training.batch_size // training.accumulate
+    if paired and size % 2:
+        raise ValueError(
+            f"augmentation {training.augmentation!r} mixes images in pairs: batch_size / accumulate must be even, "
+            f"not {size}"
+        )
+    size = min(size, images // training.accumulate)
+    size -= size % 2 if paired else 0
+    if size == 0:
+        raise ValueError(f"{images} training images are too few for accumulate: {training.accumulate}")
+    return size
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name; "auto" is a GPU where there is one. Raises ValueError for one that is not here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -6,10 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ovit_engine.modifier import Modifier, Origin, RecipeError
 from ovit_engine.reader import Located, read_yaml
@@ -17,6 +26,10 @@ from ovit_engine.registry import modifiers
 
 T = TypeVar("T", bound=BaseModel)
 KEYS = ("name", "description", "vars", "training", "modifiers")
+
+Augmentation = Literal[
+    "none", "noise", "standard", "light1", "light2", "medium1", "medium2", "deit_light", "deit", "torchvision"
+]
 
 
 class Training(BaseModel):
@@ -28,16 +41,33 @@ class Training(BaseModel):
     model_args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of timm.create_model")
     epochs: PositiveInt = Field(10, description="passes over the training images")
     batch_size: PositiveInt = Field(64, description="images an optimizer step")
+    accumulate: PositiveInt = Field(1, description="parts that a batch is computed in, one after the other")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="the optimizer")
     lr: PositiveFloat = Field(5e-4, description="learning rate; an LR modifier overrides it")
     weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay (adamw) or L2 (sgd)")
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the training loss; never of calibration")
-    augmentation: Literal["none", "noise", "standard"] = Field(
-        "none", description="none; noise: Gaussian (tiny images such as digits); standard: timm's crop and flip"
+    augmentation: Augmentation = Field(
+        "none",
+        description="none; noise: Gaussian (tiny images such as digits); standard: timm's crop, flip and jitter; "
+        "or a preset of augmentation and regularization, in which options that are written here win",
     )
     clip_grad: PositiveFloat | None = Field(None, description="largest gradient norm")
     seed: int = Field(0, ge=0, description="of weights, order and augmentation")
+
+    @field_validator("augmentation", mode="before")
+    @classmethod
+    def _known_augmentation(cls, value: Any) -> Any:
+        names = get_args(Augmentation)
+        if value not in names:
+            raise ValueError(f"there is no {value!r}{_nearest(str(value), list(names))}")
+        return value
+
+    @model_validator(mode="after")
+    def _whole_parts(self) -> "Training":
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"a batch of {self.batch_size} does not divide into {self.accumulate} equal parts")
+        return self
 
 
 @dataclass(frozen=True)

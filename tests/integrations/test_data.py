@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ovit_engine.export.parity import take_sample
-from ovit_engine.integrations.data import GaussianNoise, config_of, load_data, model_data_config
+from ovit_engine.integrations.augmentation import GaussianNoise
+from ovit_engine.integrations.data import config_of, load_data, model_data_config
 from ovit_engine.integrations.images import UnreadableImageError
 from ovit_engine.integrations.timm import evaluate
 
