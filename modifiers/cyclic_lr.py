@@ -25,6 +25,7 @@ class CyclicLR(Modifier):
     period: Time | None = Field(
         None, description="length of a cycle, as a rule the pruning interval; without it one cycle"
     )
+    warmup: Time | None = Field(None, description="length of a linear rise from near 0 in the first cycle")
     max: PositiveFloat = Field(description="learning rate on the first step of each cycle")
     min: PositiveFloat = Field(description="learning rate that each cycle falls towards")
     curve: CurveName = Field("linear", description="linear as published, cubic or cosine; constant holds max")
@@ -50,14 +51,22 @@ class CyclicLR(Modifier):
         period = end - start if self.period is None else clock.steps(self.period)
         if period < 1:
             raise self.error(f"{self.period!r} is less than a step of {clock.steps_per_epoch} steps an epoch", "period")
+        warmup = 0 if self.warmup is None else clock.steps(self.warmup)
+        if warmup >= min(period, end - start):
+            raise self.error(f"{self.warmup!r} is not shorter than a cycle of {min(period, end - start)} steps", "warmup")
         final, curve = (self.max, "linear") if self.curve == "constant" else (self.min, self.curve)
-        return Cyclic(Schedule(self.max, final, curve), period), start, end
+        return Cyclic(Schedule(self.max, final, curve), period, warmup), start, end
 
     def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
         cyclic, start, end = self._resolve(clock)
+        if cyclic.warmup:
+            risen = cyclic.value(cyclic.warmup - 1)
+            yield start, "learning rate", f"{cyclic.value(0):.3g} -> {risen:.3g} (warm-up)"
         for step in range(start, end, cyclic.period):
             last = min(step + cyclic.period, end) - 1
-            yield step, "learning rate", f"{cyclic.value(0):.3g} -> {cyclic.value(last - start):.3g} ({self.curve})"
+            first = step + (cyclic.warmup if step == start else 0)
+            rates = f"{cyclic.value(first - start):.3g} -> {cyclic.value(last - start):.3g}"
+            yield first, "learning rate", f"{rates} ({self.curve})"
 
     def prepare(self, run: Run) -> None:
         self._cyclic, *span = self._resolve(run.clock)

@@ -97,11 +97,14 @@ class Cyclic:
 
     The value is `schedule.initial` on the first step of each period and never quite `schedule.final`, as the paper has
     it: eta_max - (eta_max - eta_min) (t mod T) / T. The published code divides by T - 1 and zeroes the first step.
+    The first `warmup` steps are scaled by a line that rises to 1, never from 0.
     """
 
     schedule: Schedule
     period: int
+    warmup: int = 0
 
     def value(self, step: int) -> float:
         """The value `step` steps after the first cycle began."""
-        return self.schedule.value((step % self.period) / self.period)
+        rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        return rise * self.schedule.value((step % self.period) / self.period)

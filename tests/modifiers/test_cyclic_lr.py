@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ovit_engine import Engine, RecipeError
+from ovit_engine import Clock, Engine, RecipeError
 from tests.loops import closure, loss_of, mlp, plain, recipe
 
 
@@ -53,6 +53,15 @@ def test_it_is_at_its_maximum_on_the_first_step_after_each_pruning_step() -> Non
 )
 def test_other_curves(curve: str, expected: list[float]) -> None:
     assert rates(f"cyclic_lr: {{max: 0.2, min: 0.1, curve: {curve}, period: 4st}}")[:8] == pytest.approx(2 * expected)
+
+
+def test_a_warm_up_rises_on_a_line_in_the_first_cycle_only() -> None:
+    found = rates("cyclic_lr: {max: 0.2, min: 0.1, start: 2st, warmup: 4st, period: 9st}")
+    cycle = [0.2 - 0.1 * t / 9 for t in range(9)]
+    assert found[:2] == [0.3, 0.3]
+    assert found[2:6] == pytest.approx([cycle[0] / 4, cycle[1] / 2, cycle[2] * 3 / 4, cycle[3]])
+    assert found[6:11] == pytest.approx(cycle[4:])
+    assert found[11:] == pytest.approx(cycle)
 
 
 def test_outside_of_its_span_the_rate_is_the_users() -> None:
@@ -170,6 +179,8 @@ def test_a_rate_of_zero_gives_no_ratio() -> None:
         ("start: 1ep, end: 1ep", "cyclic_lr.end: '1ep' does not come after the start at '1ep'"),
         ("end: 3ep", "cyclic_lr.end: '3ep' is step 30, past the end of training at step 20"),
         ("start: 3ep", "cyclic_lr"),
+        ("warmup: 5st, period: 5st", "cyclic_lr.warmup: '5st' is not shorter than a cycle of 5 steps"),
+        ("warmup: 1ep, end: 1ep, period: 2ep", "cyclic_lr.warmup: '1ep' is not shorter than a cycle of 10 steps"),
     ],
 )
 def test_times_that_make_no_cycle(options: str, words: str) -> None:
@@ -185,3 +196,13 @@ def test_the_timeline_names_each_cycle() -> None:
     assert [step for step, _, _ in rows] == [0, 5, 10, 15]
     assert rows[0][2] == "0.2 -> 0.12 (linear)"
     assert rows[3] == (15, "learning rate", "0.2 -> 0.12 (linear)")
+
+
+def test_the_timeline_tells_the_warm_up() -> None:
+    (cyclic,) = recipe("cyclic_lr: {max: 0.2, min: 0.1, period: 10st, start: 2st, warmup: 5st}").modifiers
+    rows = list(cyclic.timeline(Clock(10, 22)))
+    assert [(step, value) for step, _, value in rows] == [
+        (2, "0.04 -> 0.16 (warm-up)"),
+        (7, "0.15 -> 0.11 (linear)"),
+        (12, "0.2 -> 0.11 (linear)"),
+    ]
