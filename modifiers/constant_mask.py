@@ -65,5 +65,6 @@ class ConstantMask(Modifier):
 
 
 def _sparse(run: Run) -> list[Slot]:
-    """Parameters of two dimensions or more that hold zeros."""
-    return [slot for slot in parameter_slots(run.model) if slot.tensor.ndim >= 2 and bool((slot.gather() == 0).any())]
+    """Parameters of two dimensions or more that hold zeros; none of a model without values (`ovit validate`)."""
+    slots = [slot for slot in parameter_slots(run.model) if slot.tensor.ndim >= 2 and not slot.tensor.is_meta]
+    return [slot for slot in slots if bool((slot.gather() == 0).any())]

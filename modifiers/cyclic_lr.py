@@ -53,7 +53,9 @@ class CyclicLR(Modifier):
             raise self.error(f"{self.period!r} is less than a step of {clock.steps_per_epoch} steps an epoch", "period")
         warmup = 0 if self.warmup is None else clock.steps(self.warmup)
         if warmup >= min(period, end - start):
-            raise self.error(f"{self.warmup!r} is not shorter than a cycle of {min(period, end - start)} steps", "warmup")
+            raise self.error(
+                f"{self.warmup!r} is not shorter than a cycle of {min(period, end - start)} steps", "warmup"
+            )
         final, curve = (self.max, "linear") if self.curve == "constant" else (self.min, self.curve)
         return Cyclic(Schedule(self.max, final, curve), period, warmup), start, end
 

@@ -8,7 +8,7 @@ import click
 @click.command()
 @click.argument("name", required=False)
 def recipes(name: str | None) -> None:
-    """List our recipes, or print the one called NAME."""
+    """List our recipes with what they are, or print the one called NAME."""
     from rich.console import Console
     from rich.table import Table
 
@@ -20,7 +20,8 @@ def recipes(name: str | None) -> None:
         table.add_column("name", no_wrap=True)
         table.add_column("description")
         for each, text in shipped.items():
-            table.add_row(each, Recipe.parse(text, file=f"{each}.yaml").description)
+            description = Recipe.parse(text, file=f"{each}.yaml").description
+            table.add_row(each, description.partition(". ")[0].removesuffix("."))
         Console(highlight=False).print(table)
         return
     if name not in shipped:

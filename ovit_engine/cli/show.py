@@ -9,7 +9,7 @@ from ovit_engine.cli import options
 
 if TYPE_CHECKING:
     from ovit_engine.modifier import Modifier
-    from ovit_engine.recipe import Recipe
+    from ovit_engine.recipe import Recipe, Training
 
 STEPS_PER_EPOCH = 100
 MOST_ROWS = 500
@@ -50,12 +50,31 @@ def show(recipe: str, epochs: int | None, steps_per_epoch: int | None, variables
     console = Console(highlight=False)
     assumed = [f"{length} epochs (--epochs)"] if not (epochs or trained) else []
     assumed += [] if steps_per_epoch else [f"{steps} steps an epoch (--steps-per-epoch)"]
-    console.print(f"{read.name}: {length} epochs of {steps} steps")
+    console.print(f"{read.name}: {length} epoch{'s' * (length > 1)} of {steps} steps")
+    if read.description:
+        console.print(read.description)
+    if read.training.model:
+        console.print(training_line(read.training), soft_wrap=True)
     if assumed:
         console.print(f"assumed: {', '.join(assumed)}")
     console.print(table)
     for line in preset_lines(read):
         console.print(line, soft_wrap=True)
+
+
+def training_line(training: "Training") -> str:
+    """What the bundled trainer does besides the modifiers, with what an augmentation preset says filled in."""
+    from ovit_engine.integrations.augmentation import with_preset
+
+    full = with_preset(training)
+    parts = f" in {full.accumulate} parts" if full.accumulate > 1 else ""
+    clip = "" if full.clip_grad is None else f", gradient norm at most {full.clip_grad:g}"
+    drop = full.model_args.get("drop_path_rate")
+    return (
+        f"training: {full.model}, {full.optimizer}, batches of {full.batch_size}{parts}, augmentation "
+        f"{full.augmentation}, label smoothing {full.label_smoothing:g}, weight decay {full.weight_decay:g}{clip}"
+        + (f", stochastic depth {drop:g}" if drop else "")
+    )
 
 
 def preset_lines(recipe: "Recipe") -> Iterable[str]:
