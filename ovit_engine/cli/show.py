@@ -51,12 +51,12 @@ def show(recipe: str, epochs: int | None, steps_per_epoch: int | None, variables
     assumed = [f"{length} epochs (--epochs)"] if not (epochs or trained) else []
     assumed += [] if steps_per_epoch else [f"{steps} steps an epoch (--steps-per-epoch)"]
     console.print(f"{read.name}: {length} epoch{'s' * (length > 1)} of {steps} steps")
+    if assumed:
+        console.print(f"assumed: {', '.join(assumed)}")
     if read.description:
         console.print(read.description)
     if read.training.model:
         console.print(training_line(read.training), soft_wrap=True)
-    if assumed:
-        console.print(f"assumed: {', '.join(assumed)}")
     console.print(table)
     for line in preset_lines(read):
         console.print(line, soft_wrap=True)
@@ -67,14 +67,17 @@ def training_line(training: "Training") -> str:
     from ovit_engine.integrations.augmentation import with_preset
 
     full = with_preset(training)
-    parts = f" in {full.accumulate} parts" if full.accumulate > 1 else ""
-    clip = "" if full.clip_grad is None else f", gradient norm at most {full.clip_grad:g}"
     drop = full.model_args.get("drop_path_rate")
-    return (
-        f"training: {full.model}, {full.optimizer}, batches of {full.batch_size}{parts}, augmentation "
-        f"{full.augmentation}, label smoothing {full.label_smoothing:g}, weight decay {full.weight_decay:g}{clip}"
-        + (f", stochastic depth {drop:g}" if drop else "")
-    )
+    parts = [
+        f"{full.model}, {full.optimizer}, batches of {full.batch_size}",
+        f"augmentation {full.augmentation}, weight decay {full.weight_decay:g}",
+        *([f"label smoothing {full.label_smoothing:g}"] if full.label_smoothing else []),
+        *([f"stochastic depth {drop:g}"] if drop else []),
+        *([f"gradients clipped to norm {full.clip_grad:g}"] if full.clip_grad is not None else []),
+    ]
+    if full.accumulate > 1:
+        parts[0] += f" in {full.accumulate} parts"
+    return f"training: {', '.join(parts)}"
 
 
 def preset_lines(recipe: "Recipe") -> Iterable[str]:

@@ -50,6 +50,7 @@ def test_show_prints_the_timeline(ovit: Ovit) -> None:
     lines = ok(ovit("show", "tiny.yaml", "--epochs", 4, "--steps-per-epoch", 10, "--var", "sparsity=0.9"))
     assert lines == [
         "tiny: 4 epochs of 10 steps",
+        "training: vit_tiny_patch16_224, adamw, batches of 256, augmentation none, weight decay 0.05",
         "epoch step what value",
         "0 0 learning rate 0.0005 (constant, of the training section)",
         "0 0 sparsity 90.00% unstructured (magnitude_prune)",
@@ -81,7 +82,7 @@ def test_recipes(ovit: Ovit) -> None:
 
 @pytest.mark.parametrize("name", list(shipped_recipes()))
 def test_every_recipe_of_ours_is_valid(ovit: Ovit, name: str) -> None:
-    assert ok(ovit("validate", name))[-1].startswith(f"{name}: ok on ")
+    assert ok(ovit("validate", name))[-1].startswith(f"{name.rpartition('/')[2]}: ok on ")
 
 
 def test_train_prints_a_line_an_epoch_and_overwrites_nothing(ovit: Ovit) -> None:
@@ -100,17 +101,17 @@ def test_train_prints_a_line_an_epoch_and_overwrites_nothing(ovit: Ovit) -> None
 
 
 def test_a_run_that_was_broken_off_needs_only_resume(ovit: Ovit, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ovit_engine.integrations import timm
+    from ovit_engine.integrations.trainer import Trainer
 
-    save = timm._Trainer._save
+    save = Trainer._save
 
-    def break_off(trainer: timm._Trainer, epoch: int) -> None:
+    def break_off(trainer: Trainer, epoch: int) -> None:
         save(trainer, epoch)
         if epoch == 1:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(timm._Trainer, "_save", break_off)
+        patch.setattr(Trainer, "_save", break_off)
         broken = ovit("train", "--recipe", "tiny.yaml", "--data", "digits", "--device", "cpu", "--output", "run")
     assert broken.exit_code == 1
     export = ovit("export", "run", "--output", "m.onnx")
