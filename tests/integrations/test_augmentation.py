@@ -164,13 +164,17 @@ def test_presets_evaluate_as_table_3_says(jpeg_folder: Path) -> None:
     assert load_data(jpeg_folder, config=config, augmentation="torchvision").preprocessing["crop"] == 0.5
 
 
-def test_views_of_one_folder_count_an_unreadable_image_once(jpeg_folder: Path) -> None:
+def test_views_of_one_folder_count_an_unreadable_image_once(
+    jpeg_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     cut = jpeg_folder / "train" / "across" / "3.jpg"
     cut.write_bytes(b"")
     data = load_data(jpeg_folder, config=CONFIG, augmentation="light1")
-    for view in (data.calibration, data.train):
-        assert view[3][0].shape == (3, 16, 16)
+    assert data.calibration[3][0].shape == (3, 16, 16)
     assert data.unreadable == [str(cut)]
+    assert data.train[3][0].shape == (3, 16, 16)
+    assert data.unreadable == [str(cut)]
+    assert len(caplog.records) == 1
 
 
 # --- what does not fit
@@ -227,6 +231,7 @@ def test_mixed_batches_and_their_loss(tmp_path: Path, jpeg_folder: Path) -> None
     assert trainer.mixup is not None
     trainer.mixup.switch_prob = 0.0  # mixup, whose arithmetic is written out below
     trainer.model.eval()
+    torch.nn.init.normal_(trainer.model.head.weight)  # type: ignore[union-attr, arg-type]  # made as zeros, which answer all alike
     images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 1, 1])
     np.random.seed(3)
     loss = trainer._loss(images.clone(), labels)
@@ -245,9 +250,19 @@ def test_only_presets_that_mix_make_soft_labels() -> None:
     assert mixing == {"light2", "medium1", "medium2", "deit_light", "deit", "torchvision"}
 
 
+def test_deit_light_mixes_a_batch_in_five() -> None:
+    mixup = make_mixup(Training(augmentation="deit_light"), 2)
+    assert mixup is not None
+    np.random.seed(0)
+    images = torch.arange(2.0).reshape(2, 1, 1, 1).expand(2, 3, 4, 4)
+    mixed = [not torch.equal(mixup(images.clone(), torch.tensor([0, 1]))[0], images) for _ in range(500)]
+    assert 60 < sum(mixed) < 140
+
+
 def test_light1_smooths_hard_labels(tmp_path: Path, jpeg_folder: Path) -> None:
     trainer = make_trainer(folder_recipe(augmentation="light1"), jpeg_folder, tmp_path)
     trainer.model.eval()
+    torch.nn.init.normal_(trainer.model.head.weight)  # type: ignore[union-attr, arg-type]
     images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 1, 0])
     expected = cross_entropy(trainer.model(images), labels, label_smoothing=0.1)
     torch.testing.assert_close(trainer._loss(images, labels), expected)
@@ -279,6 +294,10 @@ def test_repeated_augmentation(tmp_path: Path, jpeg_folder: Path) -> None:
     assert orders[0] == orders[2] != orders[1]
     assert all(order[i] == order[i + 1] == order[i + 2] for order in orders for i in range(0, 18, 3))
     assert len(set(orders[0])) == 7
+    seen = []
+    trainer.fit(replace(SILENT, end=lambda metrics: seen.append(list(trainer.train_loader.sampler))))
+    assert len({tuple(order) for order in seen}) == 3  # other images in each epoch
+    assert all(order[0] == order[1] == order[2] for order in seen)
 
 
 def test_a_batch_in_parts_takes_the_step_of_the_whole_batch(tmp_path: Path) -> None:
