@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Subset
 from ovit_engine.calibration import Calibration
 from ovit_engine.integrations.checkpoint import load_weights
 from ovit_engine.integrations.data import ImageData, load_data, model_data_config
-from ovit_engine.integrations.timm import _device, _with_classes, evaluate, make_model, model_name
+from ovit_engine.integrations.models import make_model, model_name, with_classes
+from ovit_engine.integrations.trainer import choose_device, evaluate
 from ovit_engine.integrations.tune import hold_out
 from ovit_engine.recipe import Recipe
 
@@ -26,7 +27,7 @@ class Bench:
     """All that `oneshot` and `tune` take."""
 
     model: nn.Module
-    calibration: Calibration  # training images as they are trained on
+    calibration: Calibration  # training images; with a preset less augmented than they are trained on
     evaluate: Callable[[nn.Module], float]  # top-1 on the validation images
     example_inputs: Tensor  # [1, C, H, W]
     about: dict[str, Any]
@@ -38,7 +39,7 @@ class Bench:
         """Gradients from one part of the training images, and the other part, as at evaluation, to tune on."""
         seed = self.calibration.seed
         rest, held = hold_out(len(self.data.train), seed=seed)  # type: ignore[arg-type]
-        calibration = Calibration(self._loader(Subset(self.data.train, rest)), cross_entropy, seed=seed)
+        calibration = Calibration(self._loader(Subset(self.data.calibration, rest)), cross_entropy, seed=seed)
         return calibration, self._loader(Subset(self.plain().train, held))
 
     def _loader(self, images: Any) -> DataLoader[Any]:
@@ -66,17 +67,17 @@ def set_up(
     config = model_data_config(name, recipe.training.model_args)
     augmentation = recipe.training.augmentation
     images = load_data(data, config=config, augmentation=augmentation, root=root)
-    training = _with_classes(recipe, images).training
-    place = _device(device)
+    training = with_classes(recipe, images).training
+    place = choose_device(device)
     model = make_model(training, pretrained=pretrained)
     if checkpoint is not None:
         load_weights(model, Path(checkpoint))
     model.to(place).eval()
-    options: dict[str, Any] = {"batch_size": training.batch_size, "num_workers": workers}
+    options: dict[str, Any] = {"batch_size": training.batch_size // training.accumulate, "num_workers": workers}
     loader: DataLoader[Any] = DataLoader(images.val, **options)
     return Bench(
         model=model,
-        calibration=Calibration(DataLoader(images.train, **options), cross_entropy, seed=training.seed),
+        calibration=Calibration(DataLoader(images.calibration, **options), cross_entropy, seed=training.seed),
         evaluate=lambda pruned: evaluate(pruned, loader, place),
         example_inputs=torch.zeros(1, *config["input_size"]),
         about={
