@@ -144,7 +144,7 @@ def make_mixup(training: Training, classes: int) -> Mixup | None:
     preset = PRESETS.get(training.augmentation)
     if preset is None or not preset.mixes:
         return None
-    return Mixup(
+    return Mixup(  # type: ignore[no-untyped-call]
         mixup_alpha=preset.mixup,
         cutmix_alpha=preset.cutmix,
         prob=preset.mixing,
@@ -174,14 +174,17 @@ def _preset_transform(config: dict[str, Any], preset: Preset, name: str) -> Tran
         is_training=True,
         ratio=preset.ratio,
         auto_augment=None if trivial else preset.auto,
-        color_jitter=None,  # with RandAugment there is none, in DeiT's and Steiner's code neither
+        color_jitter=0.0,  # with RandAugment there is none, in DeiT's and Steiner's code neither
         re_prob=preset.erasing,
         re_mode="pixel",
         separate=True,
     )
-    for augment in auto.transforms:
-        _keep_a_bit(augment)
-    return Compose([crop_and_flip, TrivialAugmentWide() if trivial else auto, to_tensor])
+    if trivial:
+        auto = TrivialAugmentWide()
+    else:
+        _keep_a_bit(auto.transforms[0])
+    whole: Transform = Compose([crop_and_flip, auto, to_tensor])
+    return whole
 
 
 def _keep_a_bit(augment: RandAugment) -> None:

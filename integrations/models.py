@@ -28,7 +28,8 @@ def with_training(recipe: Recipe, **options: Any) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(["training", *map(str, first["loc"])])
-        raise ValueError(f"{where}: {first['msg'].removeprefix('Value error, ')}, not {first['input']!r}") from None
+        value = "" if first["type"] == "value_error" else f", not {first['input']!r}"
+        raise ValueError(f"{where}: {first['msg'].removeprefix('Value error, ')}{value}") from None
     return replace(recipe, training=training)
 
 

@@ -100,7 +100,7 @@ class Trainer:
         self.order = torch.Generator()
         self.repeats: RepeatAugSampler | None = None
         if self.preset is not None and self.preset.repeats > 1:
-            self.repeats = RepeatAugSampler(
+            self.repeats = RepeatAugSampler(  # type: ignore[no-untyped-call]
                 self.data.train, num_replicas=1, rank=0, num_repeats=self.preset.repeats, selected_round=0
             )
         self.train_loader: DataLoader[Any] = DataLoader(
@@ -122,13 +122,16 @@ class Trainer:
             load_weights(self.model, checkpoint)
         self.model.to(self.device)
         self.engine = Engine(self.model, self.recipe, steps_per_epoch=self.steps, epochs=self.training.epochs).prepare()
+        options: dict[str, Any] = {}
+        if self.preset is not None and self.training.optimizer == "adamw":
+            options["eps"] = self.preset.eps
         self.optimizer = create_optimizer_v2(
             self.model,
             opt=self.training.optimizer,
             lr=self.training.lr,
             weight_decay=self.training.weight_decay,
             momentum=self.training.momentum,
-            **({"eps": self.preset.eps} if self.preset is not None and self.training.optimizer == "adamw" else {}),
+            **options,
         )
         self.optimizer_state: Mapping[str, Any] | None = None
 
@@ -173,7 +176,7 @@ class Trainer:
         seed_everything(seed)
         self.order.manual_seed(seed)
         if self.repeats is not None:
-            self.repeats.set_epoch(seed)
+            self.repeats.set_epoch(seed)  # type: ignore[no-untyped-call]
         self.model.train()
         total = torch.zeros((), device=self.device)
         with _worker_errors():

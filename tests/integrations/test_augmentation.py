@@ -196,8 +196,12 @@ def test_options_that_do_not_fit(given: str, message: str) -> None:
 
 
 def test_options_that_do_not_fit_from_the_command_line() -> None:
-    with pytest.raises(ValueError, match=r"^training\.augmentation: there is no 'light'; did you mean 'light2'\?, not"):
+    with pytest.raises(ValueError, match=r"^training\.augmentation: there is no 'light'; did you mean 'light2'\?$"):
         with_training(tiny_recipe(), augmentation="light")
+    with pytest.raises(ValueError, match=r"^training: a batch of 10 does not divide into 4 equal parts$"):
+        with_training(tiny_recipe(), batch_size=10, accumulate=4)
+    with pytest.raises(ValueError, match=r"^training\.accumulate: Input should be greater than 0, not 0$"):
+        with_training(tiny_recipe(), accumulate=0)
 
 
 def test_presets_are_for_colour_images(tmp_path: Path, jpeg_folder: Path) -> None:
