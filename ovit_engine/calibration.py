@@ -1,18 +1,20 @@
 """Batches and a loss in, gradients for second-order pruners out."""
 
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from ovit_engine.targets import Slot
+from ovit_engine.gradient_pass import GradientPass, LossFunction
+from ovit_engine.random_states import mixed
+from ovit_engine.samples import Samples
+from ovit_engine.targets import Slot, unwrapped
 
-LossFunction = Callable[[Any, Any], Tensor]
+# Fewer gradients than this are taken one by one: to prove that batching is right costs as much as about four of them.
+LEAST_COUNT = 16
 
 
 class Calibration:
@@ -52,73 +54,66 @@ class Calibration:
         images_per_gradient: int,
         chunk: int,
         draw: int = 0,
+        share: tuple[int, int] = (0, 1),
+        among: Sequence[Slot] = (),
     ) -> Iterator[list[Tensor]]:
         """Yield `count` mean gradients in chunks: a list with one float32 tensor [k, *shape] a slot, k <= chunk.
 
         `draw` picks another seeded order of the samples, so that each pruning event sees other batches.
         Only one chunk is alive at a time: the tensors are reused, so take what you need before the next one. The model
-        runs in eval mode, without autocast. Its training flags, `.grad`, buffers, `requires_grad` and all random states
-        are afterwards (and between chunks) exactly as before.
+        runs in eval mode, without autocast and outside any DDP wrapper. Its training flags, `.grad`, buffers,
+        `requires_grad` and all random states are afterwards (and between chunks) exactly as before.
+
+        Where arithmetic is small, several gradients are taken from one backward pass. That needs proof: the first two
+        gradients of the sequence are also taken one by one, and unless every slot agrees to 1e-5 (of its gradient's
+        largest entry), all gradients are taken one by one. Which way is taken does not depend on time or load.
+
+        Args:
+            share: (rank, ranks): yield only chunks number rank, rank + ranks, ... of the sequence that one process
+                yields, equal bit by bit; the images of the others are not loaded, but for the first two gradients'.
+            among: all slots of several passes over parts of them, so that each part comes in the way that all together
+                would: bit by bit the same gradients in whichever parts they are asked for.
 
         Raises:
-            ValueError: a slot that the loss does not depend on.
+            ValueError: a slot that the loss does not depend on; a rank that is not below `ranks`.
         """
-        seed = self.seed + 1_000_003 * draw
-        batches = self._batches(images_per_gradient, seed)
-        buffers = [torch.empty(min(chunk, count), *slot.tensor.shape, device=slot.tensor.device) for slot in slots]
-        with _seeded(seed):
-            own = _random_state()
-        for first in range(0, count, chunk):
-            size = min(chunk, count - first)
-            state = _random_state()
-            _set_random_state(own)
-            try:
-                with _frozen(model, slots), torch.enable_grad():
-                    for row in range(size):
-                        self._one(model, slots, next(batches), buffers, row)
-            finally:
-                own = _random_state()
-                _set_random_state(state)
-            yield [buffer[:size] for buffer in buffers]
+        rank, ranks = share
+        if not 0 <= rank < ranks:
+            raise ValueError(f"share must be (rank, ranks) with 0 <= rank < ranks, not {share}")
+        chunks = [range(first, min(first + chunk, count)) for first in range(0, count, chunk)][rank::ranks]
+        seed = mixed(self.seed, draw)
+        samples = Samples(self.dataset, images_per_gradient, seed=seed, options=self._loader_options)
+        known = [*slots, *(slot for slot in among if slot not in slots)]
+        work = GradientPass(unwrapped(model), self.loss_fn, known, seed=seed)
+        return _chunks(work, samples, len(slots), chunks, count, chunk)
 
-    def _one(self, model: nn.Module, slots: Sequence[Slot], batch: Any, buffers: list[Tensor], row: int) -> None:
-        inputs, targets = _split(batch, slots[0].tensor)
-        with torch.autocast(slots[0].tensor.device.type, enabled=False):
-            loss = self.loss_fn(model(inputs), targets)
-        if not isinstance(loss, Tensor) or loss.ndim:
-            shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise TypeError(f"loss_fn must return the mean loss as a scalar tensor, not {shape}")
-        if not loss.requires_grad:
-            raise ValueError(f"the calibration loss does not depend on {slots[0].name!r}: is it detached?")
-        grads = torch.autograd.grad(loss, [slot.tensor for slot in slots], allow_unused=True)
-        for slot, grad, buffer in zip(slots, grads, buffers, strict=True):
-            if grad is None:
-                raise ValueError(f"the calibration loss does not depend on {slot.name!r}: leave it out of the targets")
-            buffer[row].copy_(grad)
 
-    def _batches(self, size: int, seed: int) -> Iterator[Any]:
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            seen = 0
-            for batch in self._loader(size, generator):
-                seen += 1
-                yield batch
-            if not seen:
-                raise ValueError("the calibration dataset yields no batch")
+def _chunks(
+    work: GradientPass, samples: Samples, wanted: int, chunks: Sequence[range], count: int, chunk: int
+) -> Iterator[list[Tensor]]:
+    """These chunks of a sequence of `count` gradients, of the first `wanted` slots of `work`."""
+    if not chunks:
+        return
+    shapes = [(slot.tensor.shape, slot.tensor.device) for slot in work.slots[:wanted]]
+    buffers = [torch.empty(min(chunk, count), *shape, device=device) for shape, device in shapes]
+    tried = 2 if count >= LEAST_COUNT and chunk > 1 else 0  # of every rank the same, so that all choose alike
+    with work.undisturbed():
+        batches = samples.batches(sorted({*range(tried), *(number for part in chunks for number in part)}))
+        kept = dict(enumerate(islice(batches, tried)))
+        size = min(chunk, work.gradients_at_once(list(kept.values()))) if kept else 1
+    kept = {number: batch for number, batch in kept.items() if number in chunks[0]}
+    for numbers in chunks:
+        with work.undisturbed():
+            for part in _parts(len(numbers), size):
+                drawn = [(n, kept.pop(n) if n in kept else next(batches)) for n in numbers[part.start : part.stop]]
+                work.fill([buffer[part.start : part.stop] for buffer in buffers], drawn)
+        yield [buffer[: len(numbers)] for buffer in buffers]
 
-    def _loader(self, size: int, generator: torch.Generator) -> DataLoader[Any]:
-        if isinstance(self.dataset, IterableDataset):
-            return DataLoader(self.dataset, batch_size=size, generator=generator, **self._loader_options)
-        count = len(self.dataset)  # type: ignore[arg-type]
-        # whole batches only: a gradient of fewer images has another scale, which damping would feel
-        return DataLoader(
-            self.dataset,
-            batch_size=min(size, count),
-            sampler=RandomSampler(self.dataset, generator=generator),  # type: ignore[arg-type]
-            drop_last=True,
-            generator=generator,
-            **self._loader_options,
-        )
+
+def _parts(count: int, size: int) -> list[range]:
+    """`count` places in as few runs of at most `size` as there can be, of nearly equal lengths."""
+    pieces = -(-count // size)
+    return [range(i * count // pieces, (i + 1) * count // pieces) for i in range(pieces)]
 
 
 def _dataset(loader: DataLoader[Any]) -> Dataset[Any]:
@@ -130,75 +125,10 @@ def _dataset(loader: DataLoader[Any]) -> Dataset[Any]:
 
 
 def _worker_options(loader: DataLoader[Any]) -> dict[str, Any]:
-    """How the user's loader reads: collation and workers, which are seeded from our generator."""
+    """How the user's loader reads: collation and workers."""
     return {
         "collate_fn": loader.collate_fn,
         "num_workers": loader.num_workers,
         "worker_init_fn": loader.worker_init_fn,
         "multiprocessing_context": loader.multiprocessing_context,
     }
-
-
-def _split(batch: Any, like: Tensor) -> tuple[Any, Any]:
-    """Inputs and targets on the weights' device, float inputs in the weights' type."""
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise TypeError(f"calibration batches must be (inputs, targets), not {type(batch).__name__}")
-    inputs, targets = (part.to(like.device) if isinstance(part, Tensor) else part for part in batch)
-    if isinstance(inputs, Tensor) and inputs.is_floating_point():
-        inputs = inputs.to(like.dtype)
-    return inputs, targets
-
-
-@contextmanager
-def _frozen(model: nn.Module, slots: Sequence[Slot]) -> Iterator[None]:
-    """The model in eval mode with the slots differentiable; everything that could move is put back."""
-    flags = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    frozen = [slot.tensor for slot in slots if not slot.tensor.requires_grad]
-    model.eval()
-    for tensor in frozen:
-        tensor.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for tensor in frozen:
-            tensor.requires_grad_(False)
-        for module, flag in flags:
-            module.training = flag
-        with torch.no_grad():
-            for module, name, buffer, before in buffers:
-                buffer.copy_(before)
-                setattr(module, name, buffer)  # a model may bind a new tensor in forward
-
-
-RandomState = tuple[Tensor, list[Tensor], Any, Any]
-
-
-def _random_state() -> RandomState:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()
-
-
-def _set_random_state(state: RandomState) -> None:
-    torch.set_rng_state(state[0])
-    if state[1]:
-        torch.cuda.set_rng_state_all(state[1])
-    np.random.set_state(state[2])
-    random.setstate(state[3])
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Python's, NumPy's and torch's random states started from `seed`, then put back."""
-    before = _random_state()
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        _set_random_state(before)

@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[1]
 
 # Each layer may import from itself only where it is a package, and from any layer above it.
 LAYERS = [
-    ["event", "schedule", "pattern", "quant", "files", "progress"],
-    ["second_order", "presets", "plots"],
+    ["event", "schedule", "pattern", "quant", "files", "progress", "random_states", "batched_gradients"],
+    ["second_order", "presets", "plots", "samples"],
     ["targets"],
-    ["masks"],
+    ["masks", "gradient_pass"],
     ["calibration", "flops"],
     ["modifier"],
     ["registry"],

@@ -1,0 +1,190 @@
+"""Gradients of a model at fixed weights: one by one, or several from one backward pass where that is proved right."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ovit_engine.batched_gradients import Recorder, Trace, batched_gradients, record
+from ovit_engine.random_states import mixed, random_state, seed_everything, set_random_state
+from ovit_engine.targets import Slot
+
+LossFunction = Callable[[Any, Any], Tensor]
+
+log = logging.getLogger(__name__)
+
+# Several gradients come from one backward pass while linear layers and convolutions put out no more numbers than this
+# in it. TODO figures
+ACTIVATIONS = 2**24
+# How far a batched gradient may be from one of its own backward pass, relative to its largest entry.
+TOLERANCE = 1e-5
+
+
+class GradientPass:
+    """Gradients of `slots`; the way to them is chosen for all slots together.
+
+    Args:
+        seed: of what the model and the loss draw at random, with the number of the gradient.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFunction, slots: Sequence[Slot], *, seed: int) -> None:
+        self.model, self.loss_fn, self.slots, self.seed = model, loss_fn, list(slots), seed
+        self._trace: Trace | None = None  # of a batched forward pass that was proved right
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """The model ready for gradients; afterwards it and all random states are as before."""
+        state = random_state()
+        device = self.slots[0].tensor.device.type
+        try:
+            with _frozen(self.model, self.slots), torch.enable_grad(), torch.autocast(device, enabled=False):
+                yield
+        finally:
+            set_random_state(state)
+
+    def gradients_at_once(self, batches: Sequence[Any]) -> int:
+        """How many gradients to take from one backward pass, tried with the first batches of the sequence.
+
+        1 where arithmetic outweighs what batching saves, or where a batched gradient is not that of a pass of its own.
+        """
+        inputs, _ = _split(batches[0], self.slots[0].tensor)
+        with Recorder() as recorder:
+            self.model(inputs)
+        size = ACTIVATIONS // max(recorder.activations, 1)
+        if size < 2:
+            reason: str | None = f"{recorder.activations} activations a gradient are work enough for one"
+        else:
+            reason = self._obstacle() or self._difference(list(enumerate(batches)))
+        if reason is not None:
+            log.debug("one gradient a backward pass: %s", reason)
+            return 1
+        log.debug("up to %d gradients a backward pass, of %d activations each", size, recorder.activations)
+        return size
+
+    def fill(self, rows: Sequence[Tensor], batches: Sequence[tuple[int, Any]]) -> None:
+        """Write the gradients of the first slots, one for each numbered batch, to `rows` [len(batches), *shape] a slot.
+
+        Raises:
+            TypeError: the loss is no scalar, a batch no pair.
+            ValueError: a slot that the loss does not depend on.
+        """
+        slots = self.slots[: len(rows)]
+        found = self._batched(slots, batches) if len(batches) > 1 else None
+        if found is not None and found[1] == self._trace:
+            for row, grads in zip(rows, found[0], strict=True):
+                row.copy_(grads)
+            return
+        for place, (number, batch) in enumerate(batches):
+            for row, grad in zip(rows, self._plain(slots, number, batch), strict=True):
+                row[place].copy_(grad)
+
+    def _plain(self, slots: Sequence[Slot], number: int, batch: Any) -> list[Tensor]:
+        """One gradient of each slot by a backward pass of its own."""
+        inputs, targets = _split(batch, slots[0].tensor)
+        seed_everything(mixed(self.seed, 1, number))
+        loss = self._loss(self.model(inputs), targets)
+        grads = torch.autograd.grad(loss, [slot.tensor for slot in slots], allow_unused=True)
+        for slot, grad in zip(slots, grads, strict=True):
+            if grad is None:
+                raise ValueError(f"the calibration loss does not depend on {slot.name!r}: leave it out of the targets")
+        return list(grads)
+
+    def _batched(
+        self, slots: Sequence[Slot], batches: Sequence[tuple[int, Any]]
+    ) -> tuple[list[Tensor], Trace] | None:
+        """Gradients [len(batches), *shape] of each slot by one backward pass; None where that can't be done so.
+
+        What the model or the backward pass raises is no error yet: it may only refuse so many images at once. What the
+        loss raises is one, since it sees what it would see otherwise.
+        """
+        pairs = [_split(batch, slots[0].tensor) for _, batch in batches]
+        try:
+            outputs, recorder = record(self.model, [x for x, _ in pairs], [slot.tensor for slot in slots])
+        except Exception as error:
+            log.debug("no batched forward pass: %r", error)
+            return None
+        losses = []
+        for (number, _), output, (_, targets) in zip(batches, outputs, pairs, strict=True):
+            seed_everything(mixed(self.seed, 1, number))
+            losses.append(self._loss(output, targets))
+        try:
+            found = batched_gradients(losses, recorder)
+        except Exception as error:
+            log.debug("no batched backward pass: %r", error)
+            return None
+        grads = [grad for grad in found if grad is not None]
+        return (grads, recorder.trace) if len(grads) == len(found) else None
+
+    def _loss(self, outputs: Any, targets: Any) -> Tensor:
+        loss = self.loss_fn(outputs, targets)
+        if not isinstance(loss, Tensor) or loss.ndim:
+            shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(f"loss_fn must return the mean loss as a scalar tensor, not {shape}")
+        if not loss.requires_grad:
+            raise ValueError(f"the calibration loss does not depend on {self.slots[0].name!r}: is it detached?")
+        return loss
+
+    def _obstacle(self) -> str | None:
+        """Why batching is not tried, if it is not."""
+        tensors = [slot.tensor for slot in self.slots]
+        if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
+            return "a weight is sharded or of a class of its own"
+        if any(tensor.dtype not in (torch.float32, torch.float64) for tensor in tensors):
+            return "half precision rounds the two ways differently"
+        if any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in self.model.modules()):
+            return "a part of the model is compiled"  # what it calls is not seen
+        return None
+
+    def _difference(self, batches: Sequence[tuple[int, Any]]) -> str | None:
+        """Why batched gradients of these batches are not right, if they are not."""
+        singles = [self._plain(self.slots, number, batch) for number, batch in batches]
+        found = self._batched(self.slots, batches) if len(batches) > 1 else None
+        if found is None:
+            return "it has to be so"
+        for i, slot in enumerate(self.slots):
+            for row, single in zip(found[0][i], (grads[i] for grads in singles), strict=True):
+                largest, difference = float(single.abs().max()), float((row - single).abs().max())
+                if not 0 < largest < math.inf or not difference <= TOLERANCE * largest:
+                    return f"{slot.name} would be {difference:.2g} off, where its largest entry is {largest:.2g}"
+        self._trace = found[1]
+        return None
+
+
+def _split(batch: Any, like: Tensor) -> tuple[Any, Any]:
+    """Inputs and targets on the weights' device, float inputs in the weights' type."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise TypeError(f"calibration batches must be (inputs, targets), not {type(batch).__name__}")
+    inputs, targets = (part.to(like.device) if isinstance(part, Tensor) else part for part in batch)
+    if isinstance(inputs, Tensor) and inputs.is_floating_point():
+        inputs = inputs.to(like.dtype)
+    return inputs, targets
+
+
+@contextmanager
+def _frozen(model: nn.Module, slots: Sequence[Slot]) -> Iterator[None]:
+    """The model in eval mode with the slots differentiable; everything that could move is put back."""
+    flags = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    frozen = [slot.tensor for slot in slots if not slot.tensor.requires_grad]
+    model.eval()
+    for tensor in frozen:
+        tensor.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for tensor in frozen:
+            tensor.requires_grad_(False)
+        for module, flag in flags:
+            module.training = flag
+        with torch.no_grad():
+            for module, name, buffer, before in buffers:
+                buffer.copy_(before)
+                setattr(module, name, buffer)  # a model may bind a new tensor in forward
