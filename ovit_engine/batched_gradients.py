@@ -6,7 +6,6 @@ part: dY^T X. This is right while images do not act on each other and every use 
 that: compare with plain backward first, and then hold to `Trace`.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,34 +20,44 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 Size = int | Sequence[int]
 
 
-def linear_weight_gradients(x: Tensor, dy: Tensor, count: int) -> Tensor:
-    """dY^T X of each of `count` equal runs of rows: x [rows, *, in], dy [rows, *, out] -> [count, out, in]."""
+def add_linear_gradients(rows: Tensor, x: Tensor, dy: Tensor, *, beta: float = 1.0) -> None:
+    """rows <- beta rows + dY^T X of each of equal runs: rows [count, out, in], x [count run, *, in], dy [.., out]."""
+    count = rows.shape[0]
     x, dy = x.reshape(count, -1, x.shape[-1]), dy.reshape(count, -1, dy.shape[-1])
-    return torch.bmm(dy.transpose(1, 2), x)
+    rows.baddbmm_(dy.transpose(1, 2), x, beta=beta)
 
 
-def conv_weight_gradients(
+def add_conv_gradients(
+    rows: Tensor,
     x: Tensor,
     dy: Tensor,
-    shape: torch.Size,
-    count: int,
     *,
+    beta: float = 1.0,
     stride: Size = 1,
     padding: Size | str = 0,
     dilation: Size = 1,
     groups: int = 1,
-) -> Tensor:
-    """The weight's gradient of each of `count` equal runs of images: x [images, in, *], dy [images, out, *] ->
-    [count, *shape].
+) -> None:
+    """rows <- beta rows + the gradient of a convolution's weight of each of equal runs of images.
+
+    rows [count, out, in / groups, *kernel], x [count run, in, *], dy [count run, out, *].
 
     torch's own kernel, once for each: im2col with one batched product took five to ten times as long on two cores (3x3
     and 7x7 kernels on 8x8 and 28x28 maps), and one convolution with `count` times the groups gained nothing.
     """
+    kernel = rows.shape[3:]
     if isinstance(padding, str):
-        x, padding = _explicit_padding(x, shape[2:], padding, dilation)
-    kernel = (torch.nn.grad.conv1d_weight, torch.nn.grad.conv2d_weight, torch.nn.grad.conv3d_weight)[len(shape) - 3]
-    parts = zip(x.chunk(count), dy.chunk(count), strict=True)
-    return torch.stack([kernel(part, shape, above, stride, padding, dilation, groups) for part, above in parts])  # type: ignore[no-untyped-call]
+        x, padding = _explicit_padding(x, kernel, padding, dilation)
+    gradient = (torch.nn.grad.conv1d_weight, torch.nn.grad.conv2d_weight, torch.nn.grad.conv3d_weight)[len(kernel) - 1]
+    for row, part, above in zip(rows, x.chunk(len(rows)), dy.chunk(len(rows)), strict=True):
+        found = gradient(part, row.shape, above, stride, padding, dilation, groups)  # type: ignore[no-untyped-call]
+        row.mul_(beta).add_(found) if beta else row.copy_(found)
+
+
+def add_bias_gradients(rows: Tensor, dy: Tensor, channel: int, *, beta: float = 1.0) -> None:
+    """rows <- beta rows + dY summed over all but its `channel` dimension: rows [count, channels]."""
+    found = dy.movedim(channel, -1).reshape(len(rows), -1, rows.shape[1]).sum(1)
+    rows.mul_(beta).add_(found) if beta else rows.copy_(found)
 
 
 def _explicit_padding(x: Tensor, kernel: Size, padding: str, dilation: Size) -> tuple[Tensor, list[int]]:
@@ -77,7 +86,6 @@ class _Use:
     edge: GradientEdge  # of the output as it was: an activation in place makes another tensor of it
     weight: int | None  # place of the weight among the tensors asked for
     bias: int | None
-    shape: torch.Size  # of the weight
     options: dict[str, Any] | None  # of a convolution
 
 
@@ -124,7 +132,7 @@ class Recorder(TorchFunctionMode):
         self.trace.shapes.append((input.shape[0] // self.count, input.shape[0] % self.count, *input.shape[1:]))
         if places != (None, None) and output.requires_grad:
             edge = get_gradient_edge(output)
-            self.uses.append(_Use(input.detach(), edge, *places, weight.shape, options))
+            self.uses.append(_Use(input.detach(), edge, *places, options))
 
 
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
@@ -173,41 +181,37 @@ def record(model: Callable[[Any], Any], inputs: Sequence[Any], tensors: Sequence
     return parted(outputs, tree_flatten(whole)[0][0].shape[0], count), recorder
 
 
-def batched_gradients(losses: Sequence[Tensor], recorder: Recorder) -> list[Tensor | None]:
-    """The gradient of each loss: [count, *shape] for each tensor of the recorder, None where no use of it was seen.
+def batched_gradients(losses: Sequence[Tensor], recorder: Recorder, rows: Sequence[Tensor]) -> bool:
+    """Write the gradient of each loss to `rows`, one [count, *shape] for each tensor of the recorder.
 
     Args:
         losses: scalars, one for each part of what `record` gave.
         recorder: of the same forward pass.
+        rows: of the tensors' type; overwritten.
+
+    Returns:
+        Whether a use of every tensor was seen.
 
     Raises:
         ValueError: a layer whose rows can't be shared out among the losses.
     """
-    found: list[Tensor | None] = [None] * len(recorder.places)
     edges = [use.edge for use in recorder.uses]
     above = torch.autograd.grad(losses, edges, allow_unused=True) if edges else ()
+    filled: set[int] = set()
     for use, dy in zip(recorder.uses, above, strict=True):
-        if dy is not None:
-            _add(found, use, dy, recorder.count)
-    return found
-
-
-def _add(found: list[Tensor | None], use: _Use, dy: Tensor, count: int) -> None:
-    """Add what one use of a weight and a bias contributes."""
-    if dy.shape[0] % count:
-        raise ValueError("the rows of a layer can't be shared out")
-    if use.weight is not None:
-        if use.options is None:
-            grads = linear_weight_gradients(use.x, dy, count)
-        else:
-            grads = conv_weight_gradients(use.x, dy, use.shape, count, **use.options)
-        _accumulate(found, use.weight, grads)
-    if use.bias is not None:
-        channels = dy.ndim - 1 if use.options is None else 1
-        parts = dy.unflatten(0, (count, -1)).movedim(channels + 1, -1)
-        _accumulate(found, use.bias, parts.reshape(count, math.prod(parts.shape[1:-1]), -1).sum(1))
-
-
-def _accumulate(found: list[Tensor | None], place: int, grads: Tensor) -> None:
-    before = found[place]
-    found[place] = grads if before is None else before + grads
+        if dy is None:
+            continue
+        if dy.shape[0] % recorder.count:
+            raise ValueError("the rows of a layer can't be shared out")
+        if use.weight is not None:
+            beta = float(use.weight in filled)
+            if use.options is None:
+                add_linear_gradients(rows[use.weight], use.x, dy, beta=beta)
+            else:
+                add_conv_gradients(rows[use.weight], use.x, dy, beta=beta, **use.options)
+            filled.add(use.weight)
+        if use.bias is not None:
+            channel = dy.ndim - 1 if use.options is None else 1
+            add_bias_gradients(rows[use.bias], dy, channel, beta=float(use.bias in filled))
+            filled.add(use.bias)
+    return len(filled) == len(rows)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from ovit_engine.gradient_pass import GradientPass, LossFunction
+from ovit_engine.gradient_pass import LEAST_AT_ONCE, GradientPass, LossFunction
 from ovit_engine.random_states import mixed
 from ovit_engine.samples import Samples
 from ovit_engine.targets import Slot, unwrapped
@@ -96,7 +96,7 @@ def _chunks(
         return
     shapes = [(slot.tensor.shape, slot.tensor.device) for slot in work.slots[:wanted]]
     buffers = [torch.empty(min(chunk, count), *shape, device=device) for shape, device in shapes]
-    tried = 2 if count >= LEAST_COUNT and chunk > 1 else 0  # of every rank the same, so that all choose alike
+    tried = 2 if count >= LEAST_COUNT and chunk >= LEAST_AT_ONCE else 0  # of every rank the same, so that all choose alike
     with work.undisturbed():
         batches = samples.batches(sorted({*range(tried), *(number for part in chunks for number in part)}))
         kept = dict(enumerate(islice(batches, tried)))

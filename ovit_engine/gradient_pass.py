@@ -17,9 +17,12 @@ LossFunction = Callable[[Any, Any], Tensor]
 
 log = logging.getLogger(__name__)
 
-# Several gradients come from one backward pass while linear layers and convolutions put out no more numbers than this
-# in it. TODO figures
-ACTIVATIONS = 2**24
+# Linear layers and convolutions put out at most so many numbers in one backward pass of several gradients, and several
+# are at least so many gradients. From CPU seconds on one core (benchmarks/gradients.py): a ViT on digits was fastest with
+# 3 to 5 million numbers a pass; with 10 million, which leave every cache, the gain was half gone. Below 4 gradients, or
+# from 3 million numbers a gradient on (ResNet10 at 64 pixels, DeiT-Tiny at 224), one pass each was as fast or faster.
+ACTIVATIONS = 2**22
+LEAST_AT_ONCE = 4
 # How far a batched gradient may be from one of its own backward pass, relative to its largest entry.
 TOLERANCE = 1e-5
 
@@ -51,18 +54,19 @@ class GradientPass:
 
         1 where arithmetic outweighs what batching saves, or where a batched gradient is not that of a pass of its own.
         """
-        inputs, _ = _split(batches[0], self.slots[0].tensor)
-        with Recorder() as recorder:
-            self.model(inputs)
-        size = ACTIVATIONS // max(recorder.activations, 1)
-        if size < 2:
-            reason: str | None = f"{recorder.activations} activations a gradient are work enough for one"
-        else:
-            reason = self._obstacle() or self._difference(list(enumerate(batches)))
+        activations = 0
+        reason = self._obstacle()
+        if reason is None:
+            activations = self._activations(batches[0])
+            if activations * LEAST_AT_ONCE > ACTIVATIONS:
+                reason = f"{activations} activations a gradient are work enough for one"
+            else:
+                reason = self._difference(list(enumerate(batches)))
         if reason is not None:
             log.debug("one gradient a backward pass: %s", reason)
             return 1
-        log.debug("up to %d gradients a backward pass, of %d activations each", size, recorder.activations)
+        size = ACTIVATIONS // max(activations, 1)
+        log.debug("up to %d gradients a backward pass, of %d activations each", size, activations)
         return size
 
     def fill(self, rows: Sequence[Tensor], batches: Sequence[tuple[int, Any]]) -> None:
@@ -73,10 +77,7 @@ class GradientPass:
             ValueError: a slot that the loss does not depend on.
         """
         slots = self.slots[: len(rows)]
-        found = self._batched(slots, batches) if len(batches) > 1 else None
-        if found is not None and found[1] == self._trace:
-            for row, grads in zip(rows, found[0], strict=True):
-                row.copy_(grads)
+        if len(batches) > 1 and self._trace is not None and self._batched(slots, rows, batches) == self._trace:
             return
         for place, (number, batch) in enumerate(batches):
             for row, grad in zip(rows, self._plain(slots, number, batch), strict=True):
@@ -94,14 +95,15 @@ class GradientPass:
         return list(grads)
 
     def _batched(
-        self, slots: Sequence[Slot], batches: Sequence[tuple[int, Any]]
-    ) -> tuple[list[Tensor], Trace] | None:
-        """Gradients [len(batches), *shape] of each slot by one backward pass; None where that can't be done so.
+        self, slots: Sequence[Slot], rows: Sequence[Tensor], batches: Sequence[tuple[int, Any]]
+    ) -> Trace | None:
+        """Write gradients to `rows` by one backward pass, and return what the model did; None where that can't be.
 
         What the model or the backward pass raises is no error yet: it may only refuse so many images at once. What the
         loss raises is one, since it sees what it would see otherwise.
         """
         pairs = [_split(batch, slots[0].tensor) for _, batch in batches]
+        seed_everything(mixed(self.seed, 2, batches[0][0]))
         try:
             outputs, recorder = record(self.model, [x for x, _ in pairs], [slot.tensor for slot in slots])
         except Exception as error:
@@ -112,12 +114,11 @@ class GradientPass:
             seed_everything(mixed(self.seed, 1, number))
             losses.append(self._loss(output, targets))
         try:
-            found = batched_gradients(losses, recorder)
+            seen = batched_gradients(losses, recorder, rows)
         except Exception as error:
             log.debug("no batched backward pass: %r", error)
             return None
-        grads = [grad for grad in found if grad is not None]
-        return (grads, recorder.trace) if len(grads) == len(found) else None
+        return recorder.trace if seen else None
 
     def _loss(self, outputs: Any, targets: Any) -> Tensor:
         loss = self.loss_fn(outputs, targets)
@@ -133,24 +134,32 @@ class GradientPass:
         tensors = [slot.tensor for slot in self.slots]
         if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
             return "a weight is sharded or of a class of its own"
-        if any(tensor.dtype not in (torch.float32, torch.float64) for tensor in tensors):
-            return "half precision rounds the two ways differently"
+        if any(tensor.dtype != torch.float32 for tensor in tensors):
+            return "weights are not float32"
         if any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in self.model.modules()):
             return "a part of the model is compiled"  # what it calls is not seen
         return None
 
+    def _activations(self, batch: Any) -> int:
+        """How many numbers linear layers and convolutions put out for one gradient: of the model, whichever the slots."""
+        inputs, _ = _split(batch, self.slots[0].tensor)
+        with Recorder() as recorder:
+            self.model(inputs)
+        return recorder.activations
+
     def _difference(self, batches: Sequence[tuple[int, Any]]) -> str | None:
         """Why batched gradients of these batches are not right, if they are not."""
         singles = [self._plain(self.slots, number, batch) for number, batch in batches]
-        found = self._batched(self.slots, batches) if len(batches) > 1 else None
-        if found is None:
-            return "it has to be so"
-        for i, slot in enumerate(self.slots):
-            for row, single in zip(found[0][i], (grads[i] for grads in singles), strict=True):
-                largest, difference = float(single.abs().max()), float((row - single).abs().max())
+        pair = [torch.empty(len(batches), *grad.shape, device=grad.device) for grad in singles[0]]
+        trace = self._batched(self.slots, pair, batches)
+        if trace is None:
+            return "no other way was found"
+        for slot, rows, grads in zip(self.slots, pair, zip(*singles, strict=True), strict=True):
+            for row, grad in zip(rows, grads, strict=True):
+                largest, difference = float(grad.abs().max()), float((row - grad).abs().max())
                 if not 0 < largest < math.inf or not difference <= TOLERANCE * largest:
                     return f"{slot.name} would be {difference:.2g} off, where its largest entry is {largest:.2g}"
-        self._trace = found[1]
+        self._trace = trace
         return None
 
 
