@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -48,7 +49,7 @@ def add_conv_gradients(
     kernel = rows.shape[3:]
     if isinstance(padding, str):
         x, padding = _explicit_padding(x, kernel, padding, dilation)
-    gradient = (torch.nn.grad.conv1d_weight, torch.nn.grad.conv2d_weight, torch.nn.grad.conv3d_weight)[len(kernel) - 1]
+    gradient = (conv1d_weight, conv2d_weight, conv3d_weight)[len(kernel) - 1]
     for row, part, above in zip(rows, x.chunk(len(rows)), dy.chunk(len(rows)), strict=True):
         found = gradient(part, row.shape, above, stride, padding, dilation, groups)  # type: ignore[no-untyped-call]
         row.mul_(beta).add_(found) if beta else row.copy_(found)
@@ -176,7 +177,8 @@ def record(model: Callable[[Any], Any], inputs: Sequence[Any], tensors: Sequence
         ValueError: inputs that can't be joined, outputs that can't be parted.
     """
     count, whole = len(inputs), joined(inputs)
-    with Recorder(tensors, count) as recorder:
+    recorder = Recorder(tensors, count)
+    with recorder:
         outputs = model(whole)
     return parted(outputs, tree_flatten(whole)[0][0].shape[0], count), recorder
 
@@ -196,7 +198,7 @@ def batched_gradients(losses: Sequence[Tensor], recorder: Recorder, rows: Sequen
         ValueError: a layer whose rows can't be shared out among the losses.
     """
     edges = [use.edge for use in recorder.uses]
-    above = torch.autograd.grad(losses, edges, allow_unused=True) if edges else ()
+    above: Sequence[Tensor | None] = torch.autograd.grad(losses, edges, allow_unused=True) if edges else ()
     filled: set[int] = set()
     for use, dy in zip(recorder.uses, above, strict=True):
         if dy is None:

@@ -96,7 +96,9 @@ def _chunks(
         return
     shapes = [(slot.tensor.shape, slot.tensor.device) for slot in work.slots[:wanted]]
     buffers = [torch.empty(min(chunk, count), *shape, device=device) for shape, device in shapes]
-    tried = 2 if count >= LEAST_COUNT and chunk >= LEAST_AT_ONCE else 0  # of every rank the same, so that all choose alike
+    tried = (
+        2 if count >= LEAST_COUNT and chunk >= LEAST_AT_ONCE else 0
+    )  # of every rank the same, so that all choose alike
     with work.undisturbed():
         batches = samples.batches(sorted({*range(tried), *(number for part in chunks for number in part)}))
         kept = dict(enumerate(islice(batches, tried)))

@@ -18,9 +18,9 @@ LossFunction = Callable[[Any, Any], Tensor]
 log = logging.getLogger(__name__)
 
 # Linear layers and convolutions put out at most so many numbers in one backward pass of several gradients, and several
-# are at least so many gradients. From CPU seconds on one core (benchmarks/gradients.py): a ViT on digits was fastest with
-# 3 to 5 million numbers a pass; with 10 million, which leave every cache, the gain was half gone. Below 4 gradients, or
-# from 3 million numbers a gradient on (ResNet10 at 64 pixels, DeiT-Tiny at 224), one pass each was as fast or faster.
+# are at least so many. From CPU seconds on one core (benchmarks/gradients.py): a ViT on digits was fastest with 3 to 5
+# million numbers a pass; with 10 million, which leave every cache, the gain was half gone. With fewer than 4 gradients,
+# or from 3 million numbers a gradient on (ResNet10 at 64 pixels, DeiT-Tiny at 224), one pass each was as fast.
 ACTIVATIONS = 2**22
 LEAST_AT_ONCE = 4
 # How far a batched gradient may be from one of its own backward pass, relative to its largest entry.
@@ -141,9 +141,10 @@ class GradientPass:
         return None
 
     def _activations(self, batch: Any) -> int:
-        """How many numbers linear layers and convolutions put out for one gradient: of the model, whichever the slots."""
+        """How many numbers all linear layers and convolutions of the model put out for one gradient."""
         inputs, _ = _split(batch, self.slots[0].tensor)
-        with Recorder() as recorder:
+        recorder = Recorder()
+        with recorder:
             self.model(inputs)
         return recorder.activations
 

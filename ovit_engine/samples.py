@@ -34,7 +34,7 @@ class Samples:
             ValueError: the dataset is a stream and yields nothing.
         """
         if isinstance(self.dataset, IterableDataset):
-            return self._streamed(set(numbers))
+            return self._streamed(self.dataset, set(numbers))
         generator = torch.Generator().manual_seed(self.seed)  # a loader without one draws a seed from the global state
         return iter(
             DataLoader(
@@ -61,10 +61,10 @@ class Samples:
             found.append((number, order[place * images : (place + 1) * images].tolist()))
         return found
 
-    def _streamed(self, numbers: set[int]) -> Iterator[Any]:
+    def _streamed(self, dataset: IterableDataset[Any], numbers: set[int]) -> Iterator[Any]:
         number, epoch = 0, 0
         while number <= max(numbers, default=-1):
-            stream, before = _SeededStream(self.dataset, self.images, mixed(self.seed, epoch)), number
+            stream, before = _SeededStream(dataset, self.images, mixed(self.seed, epoch)), number
             generator = torch.Generator().manual_seed(mixed(self.seed, epoch))
             for batch in DataLoader(stream, batch_size=self.images, generator=generator, **self.options):
                 if number in numbers:

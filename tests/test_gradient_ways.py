@@ -299,9 +299,7 @@ def test_all_else_is_taken_one_by_one(
     assert words in chosen
 
 
-def test_checkpointing_is_followed(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checkpointing_is_followed(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     assert compare(Forward(checkpointed), MATRICES, images(8, 8), caplog, monkeypatch).startswith("up to")
 
@@ -323,7 +321,9 @@ def test_multi_head_attention_hides_its_weights(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    assert "no other way" in compare(encoder(), [r"re:.*(proj_weight|linear\d.weight|out_proj.weight)"], images(8, 8), caplog, monkeypatch)
+    assert "no other way" in compare(
+        encoder(), [r"re:.*(proj_weight|linear\d.weight|out_proj.weight)"], images(8, 8), caplog, monkeypatch
+    )
     assert compare(encoder(), [r"re:.*linear\d.weight"], images(8, 8), caplog, monkeypatch).startswith("up to")
 
 
@@ -448,7 +448,7 @@ def test_parts_of_the_slots_come_as_all_of_them_would(monkeypatch: pytest.Monkey
     whole = collect(model, slots, data, F.cross_entropy)
     for part in (slots[:3], slots[3:]):
         for rows, expected in zip(
-            collect(model, part, data, F.cross_entropy), whole[: 3] if part == slots[:3] else whole[3:], strict=True
+            collect(model, part, data, F.cross_entropy), whole[:3] if part == slots[:3] else whole[3:], strict=True
         ):
             assert torch.equal(rows, expected)
     mixed = [*slots, *find_slots(model, ["norm.weight"])]
@@ -461,4 +461,6 @@ def test_every_parameter_of_a_model_has_right_gradients(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = vit()
-    assert "one gradient" in compare(model, [slot.name for slot in parameter_slots(model)], images(1, 8, 8), caplog, monkeypatch)
+    assert "one gradient" in compare(
+        model, [slot.name for slot in parameter_slots(model)], images(1, 8, 8), caplog, monkeypatch
+    )
