@@ -103,7 +103,6 @@ def _chunks(
         batches = samples.batches(sorted({*range(tried), *(number for part in chunks for number in part)}))
         kept = dict(enumerate(islice(batches, tried)))
         size = min(chunk, work.gradients_at_once(list(kept.values()))) if kept else 1
-    kept = {number: batch for number, batch in kept.items() if number in chunks[0]}
     for numbers in chunks:
         with work.undisturbed():
             for part in _parts(len(numbers), size):

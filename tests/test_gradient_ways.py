@@ -254,6 +254,11 @@ def three_images_only(m: Forward, x: Tensor) -> Tensor:
     return m.head(m.second(m.first(x).view(3, 12)))
 
 
+def first_left_out(m: Forward, x: Tensor) -> Tensor:
+    x = m.first(x)
+    return m.head(torch.cat([x[:1], m.second(x[1:])]))
+
+
 def checkpointed(m: Forward, x: Tensor) -> Tensor:
     return m.head(torch.utils.checkpoint.checkpoint(m.second, m.first(x), use_reentrant=False))  # type: ignore[no-any-return]
 
@@ -281,6 +286,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "images in another order": (shuffled, "second.weight would be"),
     "noise": (noisy, "would be"),
     "a number of images written in": (three_images_only, "no other way"),
+    "a layer that leaves out the first image": (first_left_out, "no other way"),
     "a view of a weight": (padded, "no other way"),
     "a number besides the outputs": (scalar_besides, "no other way"),
 }
@@ -378,6 +384,11 @@ def test_half_precision_and_compiled_parts_are_taken_one_by_one(
 def test_wrappers_are_taken_off(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under DDP the forward pass of one rank alone would wait for the others."""
     model = torch.optim.swa_utils.AveragedModel(mlp())
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the wrapper was run")
+
+    model.register_forward_pre_hook(refuse)
     assert compare(model, ["1.weight"], images(8, 8), caplog, monkeypatch).startswith("up to")
 
 

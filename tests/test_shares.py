@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from ovit_engine import Calibration, gradient_pass
 from ovit_engine.samples import Samples
@@ -34,9 +34,30 @@ class Augmented(Dataset[Any]):
 
 
 class AugmentedStream(IterableDataset[Any]):
+    """Draws its order as it starts, and noise as it goes."""
+
     def __iter__(self) -> Iterator[Any]:
-        for index in random.sample(range(len(X)), len(X)):
-            yield X[index] + torch.rand(()), index % 3
+        return iter(map(self.item, random.sample(range(len(X)), len(X))))
+
+    def item(self, index: int) -> tuple[Tensor, int]:
+        return X[index] + torch.rand(()), index % 3
+
+
+class SeededByWorker(Dataset[Any]):
+    """Draws from a generator of its own, which each worker seeds as PyTorch recommends."""
+
+    def __len__(self) -> int:
+        return len(X)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        info = get_worker_info()
+        assert info is not None
+        return X[index] * np.random.default_rng(info.seed).random(dtype=np.float32), index % 3
+
+
+class StreamSeededByWorker(SeededByWorker, IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return (self[index] for index in range(len(X)))
 
 
 def noisy_collate(items: list[Any]) -> Any:
@@ -157,6 +178,15 @@ def test_a_stream_is_read_on_past_the_images_of_others(way: str) -> None:
         assert equal(chunks(AugmentedStream(), (rank, 2)), whole[rank::2])
 
 
+@pytest.mark.parametrize("data", [SeededByWorker(), StreamSeededByWorker()])
+@pytest.mark.filterwarnings("ignore:Length of IterableDataset")
+def test_workers_are_seeded(data: Any) -> None:
+    loader = DataLoader(data, batch_size=4, num_workers=1)
+    first = chunks(loader)
+    torch.rand(1)
+    assert equal(chunks(loader), first)
+
+
 def test_items_asked_for_together_are_given_together() -> None:
     class Together(Augmented):
         def __getitems__(self, indices: list[int]) -> list[Any]:
@@ -177,5 +207,5 @@ def test_batches_by_number(data: Any) -> None:
     assert len(whole) == 30
     found = list(samples.batches([2, 29, 13]))
     assert all(torch.equal(a[0], whole[n][0]) for a, n in zip(found, (2, 13, 29), strict=True))
-    assert not torch.equal(whole[0][0], whole[12][0])
+    assert not any(torch.equal(whole[0][0], batch[0]) for batch in whole[1:])  # 12 or 13 batches an epoch
     assert list(samples.batches([])) == []
