@@ -5,7 +5,7 @@ import warnings
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch.distributed as dist
 from pydantic import Field, PositiveFloat, PositiveInt, PrivateAttr, model_validator
@@ -22,7 +22,7 @@ from ovit_engine.second_order import (
     plan_pruning,
     prune_streamed,
 )
-from ovit_engine.targets import Slot, unwrapped
+from ovit_engine.targets import Slot
 
 log = logging.getLogger(__name__)
 
@@ -196,19 +196,17 @@ class GradientPruningModifier(PruningModifier):
             # every rank has the same ones, averaged
             mine = recent[rank::ranks]
             return lambda indices: ([grads[i].unsqueeze(0) for i in indices] for grads in mine), len(recent)
-        share: dict[str, Any] = {} if ranks == 1 else {"share": (rank, ranks)}
-        # what a rank does alone must not wait for others, as the forward of DistributedDataParallel does
-        model = run.model if ranks == 1 else unwrapped(run.model)
 
         def gradients(indices: list[int]) -> Iterable[Sequence[Tensor]]:
             return calibration.gradients(
-                model,
+                run.model,
                 [slots[index] for index in indices],
                 count=self.gradients,
                 images_per_gradient=self.images_per_gradient,
                 chunk=min(CHUNK, self.gradients),
                 draw=draw,
-                **share,
+                share=(rank, ranks),
+                among=slots,
             )
 
         return gradients, self.gradients
