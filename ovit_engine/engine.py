@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Iterable, Mapping
-from itertools import zip_longest
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -16,17 +16,17 @@ from torch.utils.hooks import RemovableHandle
 from ovit_engine.calibration import Calibration
 from ovit_engine.event import Event
 from ovit_engine.guards import check_arguments, check_claims, check_surgery, nests
+from ovit_engine.hooks import AddTerms, MaskedClosure
 from ovit_engine.modifier import Modifier, Run
 from ovit_engine.recipe import Recipe
 from ovit_engine.schedule import Clock
+from ovit_engine.state import STATE_VERSION, check_state
 from ovit_engine.targets import unwrapped
 
 if TYPE_CHECKING:
     from ovit_engine.export.certificate import Certificate
 
 log = logging.getLogger(__name__)
-
-STATE_VERSION = 1
 
 
 class Engine:
@@ -143,7 +143,7 @@ class Engine:
             *(other.register_step_post_hook(self._after_other) for other in others),
         ]
         if criterion is not None:
-            self._handles.append(criterion.register_forward_hook(_AddTerms(self)))
+            self._handles.append(criterion.register_forward_hook(AddTerms(self)))
         self._stage = Event.ATTACH
         return self
 
@@ -222,34 +222,7 @@ class Engine:
         """
         if self._stage not in (None, Event.PREPARE):
             raise RuntimeError("load the engine's state before engine.attach(optimizer)")
-        missing = {
-            "version",
-            "recipe",
-            "recipe_hash",
-            "finished",
-            "step",
-            "steps_per_epoch",
-            "total_steps",
-            "masks",
-            "modifiers",
-            "history",
-        }
-        missing -= set(state)
-        if missing:
-            raise ValueError(f"the engine state is incomplete: it lacks {', '.join(sorted(missing))}")
-        if state["recipe_hash"] != self.recipe.hash:
-            difference = _difference(state["recipe"], self.recipe.dump())
-            raise ValueError(f"the engine state is of another recipe: {difference}")
-        expected = {
-            "version": STATE_VERSION,
-            "steps_per_epoch": self.run.steps_per_epoch,
-            "total_steps": self.run.total_steps,
-        }
-        for key, value in expected.items():
-            if state[key] != value:
-                raise ValueError(
-                    f"the engine state is of another training: its {key} is {state[key]!r}, here {value!r}"
-                )
+        check_state(state, self.recipe, self.run.clock)
         if self._stage is None:
             self.prepare()
         self.run.step = state["step"]
@@ -320,7 +293,7 @@ class Engine:
             self._fire(Event.STEP_BEGIN)
             return None
         others = {key: value for key, value in kwargs.items() if key != "closure"}
-        return (args[0], _Closure(self, closure), *args[2:]), others
+        return (args[0], MaskedClosure(self.run, closure, partial(self._fire, Event.STEP_BEGIN)), *args[2:]), others
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._depth:
@@ -354,42 +327,6 @@ class Engine:
             handle.remove()
         self._handles = []
         self._stage = Event.DETACH
-
-
-class _Closure:
-    """A user's closure with the masks held: LBFGS evaluates several times inside one step."""
-
-    def __init__(self, engine: Engine, closure: Any) -> None:
-        self._engine, self._closure, self._first = engine, closure, True
-
-    def __call__(self) -> Any:
-        run = self._engine.run
-        run.masks.project()
-        with torch.enable_grad():
-            loss = self._closure()
-        if self._first:  # before gradients are masked: pruners want them dense
-            self._engine._fire(Event.STEP_BEGIN)
-            self._first = False
-        run.masks.project_gradients()
-        return loss
-
-
-class _AddTerms:
-    """A forward hook on the criterion; an object and not a closure, so that the model pickles."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        return self._engine.loss(output)
-
-
-def _difference(theirs: str, ours: str) -> str:
-    """The first line in which two dumped recipes differ."""
-    for there, here in zip_longest(theirs.splitlines(), ours.splitlines(), fillvalue="nothing"):
-        if there != here:
-            return f"it has {there.strip()!r} where this one has {here.strip()!r}"
-    return "its text was changed"
 
 
 def _copies(modifiers: Iterable[Modifier]) -> Iterable[Modifier]:
