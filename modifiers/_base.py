@@ -115,7 +115,8 @@ class PruningModifier(MaskingModifier):
         None, description="share of zeros: a number, {from, to, curve}, or {time: number, ...}; N:M implies its own"
     )
     sweep: Sweep = Field(
-        None, description="sparsities on the way that leave a checkpoint each: a list, or {sparsity, metric, best, onnx}"
+        None,
+        description="sparsities that leave a checkpoint each: a list, or {sparsity, metric, best, onnx}",
     )
 
     _events: dict[int, float | None] = PrivateAttr(default_factory=dict)

@@ -1,11 +1,15 @@
-"""Whether a saved state of the engine is one to go on from."""
+"""States that are saved: a model's, whole, and whether one of the engine is one to go on from."""
 
 from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any
 
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
 from ovit_engine.recipe import Recipe
 from ovit_engine.schedule import Clock
+from ovit_engine.targets import clean_name, unwrapped
 
 STATE_VERSION = 1
 
@@ -21,6 +25,15 @@ KEYS = {
     "modifiers",
     "history",
 }
+
+
+def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model by the names they have without wrappers, whole and on the CPU.
+
+    With FSDP2 every process must call it at the same time.
+    """
+    tensors = {clean_name(name): tensor.detach() for name, tensor in unwrapped(model).state_dict().items()}
+    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).cpu() for name, t in tensors.items()}
 
 
 def check_state(state: Mapping[str, Any], recipe: Recipe, clock: Clock) -> None:
