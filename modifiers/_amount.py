@@ -114,12 +114,13 @@ def place_targets(scheduled: Mapping[int, float], targets: Sequence[float], *, m
             raise ValueError(f"no pruning step is to {target:g}; {there_are}")
         if not lowest - _SAME <= target <= highest + _SAME:
             raise ValueError(f"{target:g} is out of reach; {there_are}")
-        free = [step for step, away in distances.items() if away <= nearest + _SAME and step not in placed]
+        last = max(placed, default=-1)
+        free = [step for step, away in distances.items() if away <= nearest + _SAME and step > last]
         if not free:
-            step = min(distances, key=lambda step: distances[step])
             raise ValueError(
-                f"{placed[step]:g} and {target:g} fall on one pruning step, at step {step}: prune more often, or leave "
+                f"{placed[last]:g} and {target:g} fall on one pruning step, at step {last}: prune more often, or leave "
                 f"one out; {there_are}"
             )
-        placed[free[0]] = target
+        below = [step for step in free if scheduled[step] <= target]
+        placed[below[-1] if below else free[0]] = target  # among equal steps that which keeps the order
     return placed

@@ -186,11 +186,11 @@ class Sweep:
             return
         state = {**self._snapshot(), **self.extra()}
         point = self._describe(self._open, metric, dense_state_dict(state["model"]))
-        self.points[self._open] = point
         if _writes():
             assert self.folder is not None
             save_file(self.folder / point.checkpoint, {**state, "point": asdict(point)})
-            self._write_index()
+        self.points[self._open] = point
+        self._write_index()
 
     def _describe(self, sparsity: float, metric: float | None, weights: Mapping[str, torch.Tensor]) -> Point:
         run = self._run
