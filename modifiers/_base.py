@@ -202,7 +202,7 @@ class PruningModifier(MaskingModifier):
     def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
         points = self._points(self._scheduled(clock))
         for step, sparsity in self.events(clock).items():
-            yield step, "sparsity", self.describe(sparsity) + ", kept by the sweep" * (step in points)
+            yield step, "sparsity", self.describe(sparsity) + ", sweep point" * (step in points)
 
     def changes(self, clock: Clock) -> Iterable[int]:
         return self.events(clock)

@@ -78,6 +78,11 @@ class Sweep:
         self._resumed = False
         self._finished = False
 
+    @property
+    def names(self) -> list[str]:
+        """Sparsities of which a model was kept, as files are named."""
+        return [point_name(sparsity) for sparsity in sorted(self.points)]
+
     def start(self, snapshot: Snapshot, evaluate: Evaluate | None) -> None:
         """Begin to keep models.
 

@@ -54,6 +54,11 @@ class Index:
     baseline: float | None  # the metric of the dense model, where it is known
     points: tuple[Point, ...]
 
+    @property
+    def is_share(self) -> bool:
+        """Whether the metric is written in percent, as an accuracy is."""
+        return self.best == "max" and all(0 <= point.metric <= 1 for point in self.points if point.metric is not None)
+
 
 def point_name(sparsity: float) -> str:
     """The name of a point, of which its files' names are made: 0.75."""
@@ -105,7 +110,6 @@ def draw(folder: Path, index: Index) -> list[Path]:
         return []
     from ovit_engine.plots import plot_lines
 
-    share = all(0 <= value <= 1 for _, value in line) and index.best == "max"
     try:
         return plot_lines(
             folder / f"{index.metric.replace('/', '_')}_over_size",
@@ -113,7 +117,7 @@ def draw(folder: Path, index: Index) -> list[Path]:
             title=f"{index.recipe}: {index.metric} over size",
             x="weights, compressed (MB)",
             y=index.metric,
-            percent_y=share,
+            percent_y=index.is_share,
             level=None if index.baseline is None else ("dense", index.baseline),
         )
     except ModuleNotFoundError as error:

@@ -39,7 +39,7 @@ def test_the_nearest_pruning_step_reaches_a_sparsity_exactly(
     assert list(made.events(CLOCK).values()) == pytest.approx(events)
     assert made.sweep_plan(CLOCK).points == points
     assert all(made.events(CLOCK)[step] == sparsity for step, sparsity in points.items())
-    kept = [step for step, _, value in made.timeline(CLOCK) if value.endswith("(magnitude_prune), kept by the sweep")]
+    kept = [step for step, _, value in made.timeline(CLOCK) if value.endswith("(magnitude_prune), sweep point")]
     assert kept == list(points)
 
 
