@@ -103,9 +103,9 @@ def test_the_best_model_of_each_point_by_what_is_reported(tmp_path: Path) -> Non
 
 
 def test_the_best_may_be_the_lowest_of_another_metric(tmp_path: Path) -> None:
-    training = Training(tmp_path, LOSS).attach().train(0, 25, RISING, "loss")
+    training = Training(tmp_path, LOSS).attach().train(0, 12, RISING, "loss")
     training.engine.metric("accuracy", -1.0)
-    training.train(25, 40).engine.detach()
+    training.train(12, 25, RISING, "loss").train(25, 40).engine.detach()
     assert steps(tmp_path) == {0.25: 10, 0.5: 40}
     assert [point.metric for point in read_index(tmp_path / FOLDER).points] == [0.5, None]
 
@@ -226,6 +226,17 @@ def test_a_point_that_was_better_than_when_training_was_repeated_stays(tmp_path:
     assert kept(tmp_path, "0.25")["point"]["metric"] == 0.9
     assert same(kept(tmp_path, "0.25")["model"], best)
     assert read_index(tmp_path / FOLDER).points[0].metric == 0.9
+
+
+def test_the_last_model_of_the_training_that_went_on_counts_where_no_metric_is(tmp_path: Path) -> None:
+    training = Training(tmp_path).attach().train(0, 15)
+    saved = training.save()
+    training.train(15, 22)
+    resumed = Training(tmp_path).load(saved)
+    resumed.optimizer.param_groups[0]["lr"] = 0.01
+    resumed.attach().train(15, 22)
+    assert same(kept(tmp_path, "0.25")["model"], resumed.film[20])
+    assert not same(resumed.film[20], training.film[20])
 
 
 def broken_off(state: Any, stream: BinaryIO) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ovit_engine import Clock, Engine, Recipe, RecipeError
@@ -94,10 +94,16 @@ def test_one_pruner_of_a_recipe_sweeps(tmp_path: Path) -> None:
         Engine(mlp(), two, steps_per_epoch=10, epochs=4, output=tmp_path)
 
 
+SOME = st.sampled_from([0.0, 0.1, 0.2, 0.25, 0.5, 0.9]) | st.floats(0, 0.99)  # equal ones and halves are the hard ones
+
+
 @given(
-    st.lists(st.floats(0, 0.99), min_size=1, max_size=12).map(sorted),
-    st.lists(st.floats(0, 0.99), min_size=1, max_size=5, unique=True),
+    st.lists(SOME, min_size=1, max_size=12).map(sorted),
+    st.lists(SOME, min_size=1, max_size=5, unique=True),
 )
+@example([0.0, 0.0, 0.5], [0.25])
+@example([0.0, 0.0, 0.5], [0.1, 0.2])
+@example([0.1, 0.1, 0.1, 0.5], [0.1, 0.25])
 def test_schedules_with_a_sweep_never_fall(sparsities: list[float], targets: list[float]) -> None:
     scheduled = {10 * index: sparsity for index, sparsity in enumerate(sparsities)}
     try:
