@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 
 from ovit_engine.cli import main
-from ovit_engine.integrations import timm
+from ovit_engine.integrations import trainer
 from ovit_engine.sweep_folder import FOLDER, Index, Point, read_index, write_index
 from tests.cli.conftest import RECIPE, Ovit
 
@@ -72,14 +72,14 @@ def zeros(path: Path) -> dict[str, torch.Tensor]:
 def test_a_point_goes_on_with_the_tail(ovit: Ovit, swept: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = swept[0]
     tail = folder / FOLDER / "0.9-tail"
-    save = timm._Trainer._save
+    save = trainer.Trainer._save
 
-    def broken_off(trainer: Any, epoch: int) -> None:
-        save(trainer, epoch)
+    def broken_off(run: Any, epoch: int) -> None:
+        save(run, epoch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(timm._Trainer, "_save", broken_off)
+        patch.setattr(trainer.Trainer, "_save", broken_off)
         ovit("sweep", folder, "--continue", 0.9, "--epochs", 2, "--device", "cpu")
     assert "epochs: 2" in (tail / "recipe.yaml").read_text()
     done = ovit("sweep", folder, "--continue", 0.9, "--device", "cpu")  # where it was broken off, at its own length

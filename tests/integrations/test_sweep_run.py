@@ -122,7 +122,7 @@ def test_a_run_broken_off_before_its_first_checkpoint_starts_anew(
     def full(*arguments: Any) -> None:
         raise BrokenOffError
 
-    kind = "ovit_engine.integrations.timm.save_checkpoint"
+    kind = "ovit_engine.integrations.trainer.save_checkpoint"
     with monkeypatch.context() as patch:
         patch.setattr(kind, full)
         with pytest.raises(BrokenOffError):
