@@ -1,17 +1,15 @@
 """Checkpoints of the bundled trainer: all that it takes to go on, or to export, read without running any code."""
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file as load_safetensors
 from torch import Tensor, nn
 
-from ovit_engine.files import atomic_write
 from ovit_engine.quant import dense_state_dict
+from ovit_engine.torch_files import first_line, load_file, save_file
 
 KEYS = {"model", "optimizer", "engine", "epoch", "recipe", "data", "preprocessing", "metrics"}
 LAST = "last.pt"
@@ -24,7 +22,7 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
         OSError: the disk is full, or the folder can't be written.
     """
     assert set(state) == KEYS
-    atomic_write(path, lambda stream: _save(dict(state), stream))
+    save_file(path, state)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -76,22 +74,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(weights)
 
 
-def _save(state: dict[str, Any], stream: BinaryIO) -> None:
-    try:
-        torch.save(state, stream)
-    except RuntimeError as error:  # torch hides what the disk said behind "unexpected pos"
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
-
-
 def _read(file: Path) -> Any:
+    if file.suffix != ".safetensors":
+        return load_file(file)
     try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's own words advise to load it unsafely
-        raise ValueError(f"{str(file)!r} is damaged, or no checkpoint") from error
-    except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{str(file)!r} is damaged, or no checkpoint: {reason}") from error
+        return load_safetensors(file)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{str(file)!r} is damaged, or no checkpoint: {first_line(error)}") from error

@@ -12,6 +12,7 @@ from ovit_engine.integrations.checkpoint import LAST, load_checkpoint
 from ovit_engine.integrations.models import make_model as make_model
 from ovit_engine.integrations.models import model_name as model_name
 from ovit_engine.integrations.models import with_training as with_training
+from ovit_engine.integrations.sweep import clear_broken_start
 from ovit_engine.integrations.trainer import SILENT as SILENT
 from ovit_engine.integrations.trainer import EpochMetrics as EpochMetrics
 from ovit_engine.integrations.trainer import Progress as Progress
@@ -70,6 +71,10 @@ def train(
                 "the recipe prunes at step 0, and the weights are random: did you mean --checkpoint or --pretrained?"
             )
         trainer.prepare(pretrained=pretrained, checkpoint=None if checkpoint is None else Path(checkpoint))
+        if trainer.engine.sweep is not None:
+            clear_broken_start(trainer.output, trainer.recipe)
+            if checkpoint is not None or pretrained:
+                trainer.engine.sweep.baseline = trainer.accuracy(trainer.model)
     return trainer.fit(progress)
 
 

@@ -27,6 +27,7 @@ from ovit_engine.integrations.checkpoint import LAST, load_checkpoint, load_weig
 from ovit_engine.integrations.data import ImageData, load_data, model_data_config
 from ovit_engine.integrations.images import UnreadableImageError
 from ovit_engine.integrations.models import make_model, model_name, seed_everything, with_classes
+from ovit_engine.integrations.sweep import METRIC, complete
 from ovit_engine.recipe import Recipe, Training
 
 log = logging.getLogger(__name__)
@@ -121,7 +122,13 @@ class Trainer:
         if checkpoint is not None:
             load_weights(self.model, checkpoint)
         self.model.to(self.device)
-        self.engine = Engine(self.model, self.recipe, steps_per_epoch=self.steps, epochs=self.training.epochs).prepare()
+        self.engine = Engine(
+            self.model, self.recipe, steps_per_epoch=self.steps, epochs=self.training.epochs, output=self.output
+        ).prepare()
+        if self.engine.sweep is not None:
+            if self.engine.sweep.plan.metric != METRIC:
+                raise ValueError(f"sweep by {self.engine.sweep.plan.metric!r}: the trainer measures {METRIC!r} only")
+            self.engine.sweep.extra = self._about
         options: dict[str, Any] = {}
         if self.preset is not None and self.training.optimizer == "adamw":
             options["eps"] = self.preset.eps
@@ -137,6 +144,8 @@ class Trainer:
 
     def resume(self, path: Path) -> None:
         state = load_checkpoint(path)
+        if "point" in state:
+            raise ValueError(f"{str(path)!r} is a point of a sweep: ovit sweep DIR --continue SPARSITY goes on from it")
         self.engine.load_state_dict(state["engine"])  # first: it says so where the checkpoint is of another recipe
         if self.engine.finished:
             raise ValueError(f"the run in {str(path)!r} is finished: all {state['epoch']} epochs are done")
@@ -153,7 +162,9 @@ class Trainer:
         with self.engine as engine:
             if progress.work is not None:
                 engine.run.progress = progress.work
-            engine.attach(self.optimizer, calibration=Calibration(self.calibration_loader, cross_entropy))
+            engine.attach(
+                self.optimizer, calibration=Calibration(self.calibration_loader, cross_entropy), evaluate=self.accuracy
+            )
             if self.optimizer_state is not None:
                 self.optimizer.load_state_dict(dict(self.optimizer_state))
             for epoch in range(len(self.metrics), epochs):
@@ -167,6 +178,9 @@ class Trainer:
                 progress.end(self.metrics[-1])
         if self.data.unreadable:
             log.warning("%d unreadable images in all; others stood in for them", len(self.data.unreadable))
+        if self.engine.sweep is not None:
+            wanted = self.val_loader if self.engine.sweep.plan.onnx else None
+            complete(self.output, lambda: make_model(self.training), self.data.preprocessing, data=wanted)
         return Trained(self.model, self.engine, self.data, tuple(self.metrics), self.output / LAST)
 
     def _train_epoch(self, epoch: int, progress: Progress) -> float:
@@ -213,9 +227,8 @@ class Trainer:
         return self.engine.loss(cross_entropy(self.model(images), labels, label_smoothing=smoothing))
 
     def _measure(self, epoch: int, loss: float, start: float) -> EpochMetrics:
-        with _worker_errors():
-            accuracy = evaluate(self.model, self.val_loader, self.device)
-        self.engine.metric("accuracy", accuracy)
+        accuracy = self.accuracy(self.model)
+        self.engine.metric(METRIC, accuracy)
         return EpochMetrics(
             epoch=epoch + 1,
             loss=loss,
@@ -225,21 +238,28 @@ class Trainer:
             seconds=time.perf_counter() - start,
         )
 
+    def accuracy(self, model: nn.Module) -> float:
+        """Top-1 on the validation images."""
+        with _worker_errors():
+            return evaluate(model, self.val_loader, self.device)
+
+    def _about(self) -> dict[str, Any]:
+        """What a checkpoint tells besides model, optimizer and engine."""
+        return {
+            "optimizer": {},  # a point of a sweep starts with a new one
+            "epoch": len(self.metrics),
+            "recipe": self.recipe.dump(),
+            "data": self.data.name,
+            "preprocessing": self.data.preprocessing,
+            "metrics": [asdict(metrics) for metrics in self.metrics],
+        }
+
     def _save(self, epoch: int) -> None:
-        rows = [asdict(metrics) for metrics in self.metrics]
-        save_checkpoint(
-            self.output / LAST,
-            {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "engine": self.engine.state_dict(),
-                "epoch": epoch,
-                "recipe": self.recipe.dump(),
-                "data": self.data.name,
-                "preprocessing": self.data.preprocessing,
-                "metrics": rows,
-            },
-        )
+        about = self._about()
+        parts = {"model": self.model, "optimizer": self.optimizer, "engine": self.engine}
+        state = {name: part.state_dict() for name, part in parts.items()}  # type: ignore[attr-defined]
+        save_checkpoint(self.output / LAST, {**about, **state, "epoch": epoch})
+        rows = about["metrics"]
         table = io.StringIO()
         writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
         writer.writeheader()

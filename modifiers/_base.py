@@ -6,84 +6,22 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    PrivateAttr,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, PlainSerializer, PrivateAttr, model_validator
 from torch import Tensor, nn
 
-from ovit_engine.modifier import Claim, Modifier, Run, Time
+from ovit_engine.modifier import Claim, Modifier, Run, SweepPlan, Time
+from ovit_engine.modifiers._amount import Amount, SparsityRange, SparsitySteps, Sweep, place_targets
 from ovit_engine.pattern import NM, Block, Unstructured, parse_pattern
-from ovit_engine.schedule import Clock, CurveName, Schedule
+from ovit_engine.schedule import Clock, Schedule
 from ovit_engine.targets import Slot, check_target, find_slots
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # weights [in, out, ...]
 
 
-def _check_sparsity(value: Any) -> float:
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise ValueError(f"{value!r} is no sparsity: write a share of zeros such as 0.75") from None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{value!r} is no sparsity: write a share of zeros such as 0.75")
-    if not 0 <= value < 1:
-        hint = f": did you mean {value / 100:g}?" if 2 <= value < 100 else ""
-        raise ValueError(f"sparsity {value:g} is not in [0, 1){hint}")
-    return float(value)
-
-
-Sparsity = Annotated[float, BeforeValidator(_check_sparsity)]
 Target = Annotated[str, BeforeValidator(lambda value: check_target(value) if isinstance(value, str) else value)]
 Targets = Annotated[list[Target], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 PatternField = Annotated[
     Unstructured | NM | Block, BeforeValidator(parse_pattern), PlainSerializer(lambda pattern: pattern.describe())
-]
-
-
-class SparsityRange(BaseModel):
-    """Sparsity that grows from the first pruning step to the last."""
-
-    model_config = ConfigDict(allow_inf_nan=False, extra="forbid", populate_by_name=True)
-
-    initial: Sparsity = Field(alias="from", description="sparsity after the first pruning step")
-    final: Sparsity = Field(alias="to", description="sparsity after the last one")
-    curve: CurveName = Field("linear", description="how it grows between them")
-
-    @model_validator(mode="after")
-    def _ascending(self) -> "SparsityRange":
-        if self.final < self.initial:
-            raise ValueError(f"sparsity falls from {self.initial:g} to {self.final:g}: pruned weights do not come back")
-        return self
-
-
-def _check_amount(value: Any) -> Any:
-    """Choose between the three forms by shape, so that an error speaks of the form that was written."""
-    if isinstance(value, dict) and value and not {"from", "to", "curve", "initial", "final"} & set(map(str, value)):
-        return SparsitySteps(steps=value)
-    return SparsityRange.model_validate(value) if isinstance(value, dict) else _check_sparsity(value)
-
-
-class SparsitySteps(BaseModel):
-    """A sparsity for each pruning step, by its time."""
-
-    steps: dict[Time, Sparsity]
-
-
-def _spell_amount(value: Any) -> Any:
-    if isinstance(value, SparsitySteps):
-        return dict(value.steps)
-    return value.model_dump(by_alias=True, exclude_unset=True) if isinstance(value, SparsityRange) else value
-
-
-Amount = Annotated[
-    float | SparsityRange | SparsitySteps, BeforeValidator(_check_amount), PlainSerializer(_spell_amount)
 ]
 
 
@@ -176,6 +114,10 @@ class PruningModifier(MaskingModifier):
     sparsity: Amount | None = Field(
         None, description="share of zeros: a number, {from, to, curve}, or {time: number, ...}; N:M implies its own"
     )
+    sweep: Sweep = Field(
+        None,
+        description="sparsities that leave a checkpoint each: a list, or {sparsity, metric, best, onnx}",
+    )
 
     _events: dict[int, float | None] = PrivateAttr(default_factory=dict)
 
@@ -207,6 +149,24 @@ class PruningModifier(MaskingModifier):
 
     def events(self, clock: Clock) -> dict[int, float | None]:
         """Pruning steps and the sparsity after each (None = what the pattern implies), in the order of time."""
+        scheduled = self._scheduled(clock)
+        return {**scheduled, **self._points(scheduled)}
+
+    def _points(self, scheduled: Mapping[int, float | None]) -> dict[int, float]:
+        """The pruning steps that the sweep keeps, each to exactly its sparsity."""
+        if self.sweep is None:
+            return {}
+        if isinstance(self.pattern, NM):
+            raise self.error(
+                f"a sweep goes over sparsities, and pattern {self.pattern} has but one: leave it out", "sweep"
+            )
+        known = {step: sparsity for step, sparsity in scheduled.items() if sparsity is not None}
+        try:
+            return place_targets(known, self.sweep.sparsity, movable=isinstance(self.sparsity, SparsityRange))
+        except ValueError as error:
+            raise self.error(str(error), "sweep") from None
+
+    def _scheduled(self, clock: Clock) -> dict[int, float | None]:
         if isinstance(self.sparsity, SparsitySteps):
             return self._listed(clock, self.sparsity.steps)
         start = clock.steps(self.start)
@@ -240,8 +200,18 @@ class PruningModifier(MaskingModifier):
         return {step: value for step, _, value in timed}
 
     def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
+        points = self._points(self._scheduled(clock))
         for step, sparsity in self.events(clock).items():
-            yield step, "sparsity", self.describe(sparsity)
+            yield step, "sparsity", self.describe(sparsity) + ", sweep point" * (step in points)
+
+    def changes(self, clock: Clock) -> Iterable[int]:
+        return self.events(clock)
+
+    def sweep_plan(self, clock: Clock) -> SweepPlan | None:
+        if self.sweep is None:
+            return None
+        points = self._points(self._scheduled(clock))
+        return SweepPlan(points, self.sweep.metric, self.sweep.best, self.sweep.onnx)
 
     def prepare(self, run: Run) -> None:
         self._events = self.events(run.clock)

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ovit_engine.modifier import Claim, Run, Time
-from ovit_engine.modifiers._base import MaskingModifier, Sparsity
+from ovit_engine.modifiers._amount import Sparsity
+from ovit_engine.modifiers._base import MaskingModifier
 from ovit_engine.registry import register
 from ovit_engine.schedule import Clock
 from ovit_engine.second_order import prune_tensors
@@ -62,6 +63,9 @@ class Acdc(MaskingModifier):
     def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
         for step, phase in self.phases(clock).items():
             yield step, "sparsity", self.describe(self.sparsity) if phase == "sparse" else f"dense ({self.name})"
+
+    def changes(self, clock: Clock) -> Iterable[int]:
+        return self.phases(clock)
 
     def prepare(self, run: Run) -> None:
         self._phases = self.phases(run.clock)

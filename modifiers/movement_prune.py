@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ovit_engine.modifier import Run
-from ovit_engine.modifiers._base import PruningModifier, SparsitySteps
+from ovit_engine.modifiers._amount import SparsitySteps
+from ovit_engine.modifiers._base import PruningModifier
 from ovit_engine.registry import register
 from ovit_engine.schedule import Clock
 from ovit_engine.second_order import prune_by_scores

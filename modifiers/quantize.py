@@ -89,6 +89,9 @@ class Quantize(Modifier):
         if norm is not None:
             yield norm, "quantization", "batch-norm statistics freeze"
 
+    def changes(self, clock: Clock) -> Iterable[int]:
+        return (self._resolve(clock)[0],)
+
     def prepare(self, run: Run) -> None:
         self._times = self._resolve(run.clock)
         self._model = run.model

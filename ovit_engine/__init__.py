@@ -9,6 +9,7 @@ from ovit_engine.modifier import Modifier as Modifier
 from ovit_engine.modifier import RecipeError as RecipeError
 from ovit_engine.modifier import Run as Run
 from ovit_engine.modifier import Time as Time
+from ovit_engine.points import load_point as load_point
 from ovit_engine.recipe import Recipe as Recipe
 from ovit_engine.registry import register as register
 from ovit_engine.schedule import Clock as Clock

@@ -62,11 +62,11 @@ def deploy(
 
 
 def promise_of(model: nn.Module, masks: Masks) -> Promise:
-    """What a file of `model` must hold: the zeros and patterns of `masks`, int8 in every quantized layer."""
+    """What a file of `model` must hold: the zeros and patterns of `masks`, int8 in each layer quantized by now."""
     quantized = {
         clean_name(f"{name}.weight")
         for name, module in model.named_modules()
-        if isinstance(module, (QuantLinear, QuantConv2d))
+        if isinstance(module, (QuantLinear, QuantConv2d)) and module.weight_quantizer.enabled
     }
     layers = []
     for name in dict.fromkeys([*masks.names(), *sorted(quantized)]):

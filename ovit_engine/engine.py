@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Iterable, Mapping
-from itertools import zip_longest
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -16,17 +16,18 @@ from torch.utils.hooks import RemovableHandle
 from ovit_engine.calibration import Calibration
 from ovit_engine.event import Event
 from ovit_engine.guards import check_arguments, check_claims, check_surgery, nests
+from ovit_engine.hooks import AddTerms, MaskedClosure
 from ovit_engine.modifier import Modifier, Run
 from ovit_engine.recipe import Recipe
 from ovit_engine.schedule import Clock
+from ovit_engine.state import STATE_VERSION, check_state, whole_state_dict
+from ovit_engine.sweep import Evaluate, find_sweep
 from ovit_engine.targets import unwrapped
 
 if TYPE_CHECKING:
     from ovit_engine.export.certificate import Certificate
 
 log = logging.getLogger(__name__)
-
-STATE_VERSION = 1
 
 
 class Engine:
@@ -37,12 +38,21 @@ class Engine:
         recipe: a Recipe, a path, or the name of one of ours. Its modifiers are copied, so a recipe can be used again.
         steps_per_epoch: applied optimizer steps an epoch: len(loader) divided by gradient accumulation.
         epochs: how long training is.
+        output: the folder of this run, for recipes that leave files while they train (a sweep).
 
     Raises:
         RecipeError: anything in the recipe that can't be followed on this model or in this time.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe | str | Path, *, steps_per_epoch: int, epochs: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe | str | Path,
+        *,
+        steps_per_epoch: int,
+        epochs: int,
+        output: str | Path | None = None,
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         if not isinstance(recipe, (Recipe, str, Path)):
@@ -62,6 +72,7 @@ class Engine:
         for modifier in self.modifiers:
             for _ in modifier.timeline(self.run.clock):  # times past the end are errors before anything is done
                 pass
+        self.sweep = find_sweep(self.modifiers, self.recipe, self.run, None if output is None else Path(output))
 
     @property
     def is_attached(self) -> bool:
@@ -101,6 +112,7 @@ class Engine:
         calibration: Calibration | None = None,
         criterion: nn.Module | None = None,
         ema: nn.Module | None = None,
+        evaluate: Evaluate | None = None,
     ) -> "Engine":
         """Start. `optimizer` is the clock; masks hold after the step of each.
 
@@ -110,13 +122,14 @@ class Engine:
             calibration: the source of gradients for second-order pruners.
             criterion: a loss module whose result gets the extra loss terms, in place of `engine.loss` in the loop.
             ema: an averaged copy of the model (timm's ModelEmaV3, torch's AveragedModel): it keeps the same masks.
+            evaluate: measures the model that it is given; a sweep calls it before the model of a point changes.
 
         Raises:
             RuntimeError: attached already, or the optimizer lacks parameters that PREPARE made.
             TypeError: not an Optimizer (a scheduler or a wrapper: give the optimizer inside), or another wrong kind.
             ValueError: no optimizer trains this model.
         """
-        check_arguments((optimizer, *others), calibration, criterion, ema)
+        check_arguments((optimizer, *others), calibration, criterion, ema, evaluate)
         if self._stage not in (None, Event.PREPARE):
             raise RuntimeError("the engine is attached already, or was detached: make a new Engine for a new training")
         for each in (optimizer, *others):
@@ -134,16 +147,17 @@ class Engine:
         self.run.optimizers = [optimizer, *others]
         self.run.calibration = calibration
         self._ema = None if ema is None else unwrapped(ema)
+        if self.sweep is not None:
+            self.sweep.start(self._snapshot, evaluate)
         self.run.masks.project()
-        self._fire(Event.ATTACH)
-        self._follow()
+        self._change(Event.ATTACH)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
             *(other.register_step_post_hook(self._after_other) for other in others),
         ]
         if criterion is not None:
-            self._handles.append(criterion.register_forward_hook(_AddTerms(self)))
+            self._handles.append(criterion.register_forward_hook(AddTerms(self)))
         self._stage = Event.ATTACH
         return self
 
@@ -159,9 +173,10 @@ class Engine:
             raise RuntimeError("engine.detach() without engine.attach()")
         self._remove_hooks()
         self.run.masks.project()  # a wrapper such as Lookahead may have brought weights back since the last step
-        self._fire(Event.DETACH)
-        self._follow()
+        self._change(Event.DETACH)
         self._finished = True
+        if self.sweep is not None:
+            self.sweep.finish()
         if self.modifiers and not self.run.nearly_done:
             warnings.warn(
                 f"the optimizer applied {self.run.step} of {self.run.total_steps} steps: the recipe's times came late; "
@@ -189,8 +204,13 @@ class Engine:
         return loss
 
     def metric(self, name: str, value: float) -> None:
-        """Tell the engine a measured value (validation accuracy, say): it is kept beside the step in `run.history`."""
+        """Tell the engine a measured value (validation accuracy, say): it is kept beside the step in `run.history`.
+
+        A sweep keeps the model where its metric is the best of the present sparsity.
+        """
         self.run.log(name, value)
+        if self.sweep is not None:
+            self.sweep.metric(name, value)
 
     def apply_to(self, model: nn.Module) -> None:
         """Bring another copy of the model, such as an EMA copy, to the same masks and phases."""
@@ -211,6 +231,7 @@ class Engine:
             "masks": self.run.masks.state_dict(),
             "modifiers": [modifier.state_dict() for modifier in self.modifiers],
             "history": [list(entry) for entry in self.run.history],
+            "sweep": None if self.sweep is None else self.sweep.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -222,34 +243,7 @@ class Engine:
         """
         if self._stage not in (None, Event.PREPARE):
             raise RuntimeError("load the engine's state before engine.attach(optimizer)")
-        missing = {
-            "version",
-            "recipe",
-            "recipe_hash",
-            "finished",
-            "step",
-            "steps_per_epoch",
-            "total_steps",
-            "masks",
-            "modifiers",
-            "history",
-        }
-        missing -= set(state)
-        if missing:
-            raise ValueError(f"the engine state is incomplete: it lacks {', '.join(sorted(missing))}")
-        if state["recipe_hash"] != self.recipe.hash:
-            difference = _difference(state["recipe"], self.recipe.dump())
-            raise ValueError(f"the engine state is of another recipe: {difference}")
-        expected = {
-            "version": STATE_VERSION,
-            "steps_per_epoch": self.run.steps_per_epoch,
-            "total_steps": self.run.total_steps,
-        }
-        for key, value in expected.items():
-            if state[key] != value:
-                raise ValueError(
-                    f"the engine state is of another training: its {key} is {state[key]!r}, here {value!r}"
-                )
+        check_state(state, self.recipe, self.run.clock)
         if self._stage is None:
             self.prepare()
         self.run.step = state["step"]
@@ -257,6 +251,8 @@ class Engine:
         self.run.masks.load_state_dict(state["masks"], self.model)
         for modifier, own in zip(self.modifiers, state["modifiers"], strict=True):
             modifier.load_state_dict(own)
+        if self.sweep is not None:
+            self.sweep.load_state_dict(state["sweep"])
         if state["finished"]:
             self._stage, self._finished = Event.DETACH, True
 
@@ -295,6 +291,23 @@ class Engine:
             dynamic_batch=dynamic_batch,
         )
 
+    def _change(self, event: Event) -> None:
+        """Fire an event at which the model may become another one."""
+        until = self.run.total_steps if event is Event.DETACH else self.run.step
+        if self.sweep is not None:
+            self.sweep.leave(until)
+        self._fire(event)
+        if self.sweep is not None:
+            self.sweep.enter(until)
+        self._follow()
+
+    def _snapshot(self) -> dict[str, Any]:
+        """What a checkpoint of the present model holds, as if training ended here."""
+        parts = {"model": whole_state_dict(self.model)}
+        if self._ema is not None:
+            parts["ema"] = whole_state_dict(self._ema)
+        return {**parts, "engine": {**self.state_dict(), "finished": True}}
+
     def _fire(self, event: Event) -> None:
         for modifier in self.modifiers:
             log.debug("step %d: %s of %s", self.run.step, event.value, modifier.name)
@@ -320,7 +333,7 @@ class Engine:
             self._fire(Event.STEP_BEGIN)
             return None
         others = {key: value for key, value in kwargs.items() if key != "closure"}
-        return (args[0], _Closure(self, closure), *args[2:]), others
+        return (args[0], MaskedClosure(self.run, closure, partial(self._fire, Event.STEP_BEGIN)), *args[2:]), others
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._depth:
@@ -331,8 +344,7 @@ class Engine:
             return
         self.run.step += 1
         self.run.masks.project()
-        self._fire(Event.STEP_END)
-        self._follow()
+        self._change(Event.STEP_END)
         if self.run.step == self.run.total_steps + 1:
             warnings.warn(
                 f"training goes on past the {self.run.total_steps} steps that steps_per_epoch and epochs gave: the "
@@ -354,42 +366,6 @@ class Engine:
             handle.remove()
         self._handles = []
         self._stage = Event.DETACH
-
-
-class _Closure:
-    """A user's closure with the masks held: LBFGS evaluates several times inside one step."""
-
-    def __init__(self, engine: Engine, closure: Any) -> None:
-        self._engine, self._closure, self._first = engine, closure, True
-
-    def __call__(self) -> Any:
-        run = self._engine.run
-        run.masks.project()
-        with torch.enable_grad():
-            loss = self._closure()
-        if self._first:  # before gradients are masked: pruners want them dense
-            self._engine._fire(Event.STEP_BEGIN)
-            self._first = False
-        run.masks.project_gradients()
-        return loss
-
-
-class _AddTerms:
-    """A forward hook on the criterion; an object and not a closure, so that the model pickles."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        return self._engine.loss(output)
-
-
-def _difference(theirs: str, ours: str) -> str:
-    """The first line in which two dumped recipes differ."""
-    for there, here in zip_longest(theirs.splitlines(), ours.splitlines(), fillvalue="nothing"):
-        if there != here:
-            return f"it has {there.strip()!r} where this one has {here.strip()!r}"
-    return "its text was changed"
 
 
 def _copies(modifiers: Iterable[Modifier]) -> Iterable[Modifier]:

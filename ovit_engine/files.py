@@ -1,22 +1,28 @@
 """Files that are whole or as they were: what a full disk or a kill can't halve."""
 
+import glob
 import os
 import secrets
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+
+ABANDONED = 3600.0  # seconds
 
 
 def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """Write `path` through `write(stream)` so that readers find the old file or the new one, never half of one.
 
     The bytes go to a hidden file beside it, reach the disk, and are then renamed over it. Where anything fails the
-    hidden file is removed and the old one stays; a killed process leaves the hidden file behind, and no other harm.
+    hidden file is removed and the old one stays. A killed process leaves the hidden file behind, which a later write of
+    the same path removes once it has not grown for an hour.
 
     Raises:
         OSError: the disk is full, the folder missing or not writable; whatever else `write` raises.
     """
     path = Path(path)
+    _remove_leftovers(path)
     # the name is new each time: what a killed process left is never in the way
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -29,6 +35,16 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Hidden files of writes of `path` that were killed: so old that no other process can be at them still."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"):
+        try:
+            if time.time() - leftover.stat().st_mtime > ABANDONED:
+                leftover.unlink()
+        except OSError:  # another process was faster, or it is not ours to remove
+            continue
 
 
 def _sync_folder(folder: Path) -> None:

@@ -10,7 +10,9 @@ from ovit_engine.calibration import Calibration
 from ovit_engine.modifier import Claim, Modifier
 
 
-def check_arguments(optimizers: Iterable[object], calibration: object, criterion: object, ema: object) -> None:
+def check_arguments(
+    optimizers: Iterable[object], calibration: object, criterion: object, ema: object, evaluate: object
+) -> None:
     """Raise TypeError for what `attach` can't work with, before anything is done."""
     for each in optimizers:
         if not isinstance(each, Optimizer) or not hasattr(each, "_optimizer_step_pre_hooks"):
@@ -25,6 +27,8 @@ def check_arguments(optimizers: Iterable[object], calibration: object, criterion
         )
     if ema is not None and not isinstance(ema, nn.Module):
         raise TypeError(f"ema must be an averaged copy of the model, not {type(ema).__name__}")
+    if evaluate is not None and not callable(evaluate):
+        raise TypeError(f"evaluate must be a function of the model, not {type(evaluate).__name__}")
 
 
 def check_surgery(model: nn.Module, modifiers: Iterable[Modifier]) -> None:

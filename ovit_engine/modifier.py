@@ -4,7 +4,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PrivateAttr
 from torch import Tensor, nn
@@ -89,6 +89,16 @@ class Claim:
     end: int
 
 
+@dataclass(frozen=True)
+class SweepPlan:
+    """Sparsities of which a training leaves a checkpoint each, and how the best model of each is chosen."""
+
+    points: Mapping[int, float]  # sparsity by the pruning step at which it is reached, in the order of time
+    metric: str
+    best: Literal["max", "min"]
+    onnx: bool
+
+
 class Modifier(BaseModel):
     """One change to training: options are fields, runtime state is private. What you don't override does nothing.
 
@@ -99,6 +109,8 @@ class Modifier(BaseModel):
     - `bake` turns the training form of a model copy into what is deployed.
     - `apply_to` brings another copy of the model (EMA) to the same state.
     - `timeline` lists what will happen, for `ovit show`.
+    - `changes` says at which steps the model becomes another one (pruned further, quantized): a sweep keeps it before.
+    - `sweep_plan` says which of those steps leave a checkpoint.
     """
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
@@ -136,6 +148,14 @@ class Modifier(BaseModel):
     def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
         """Rows of (step, quantity, value) for a training of this length."""
         return ()
+
+    def changes(self, clock: Clock) -> Iterable[int]:
+        """Steps at whose end this modifier prunes, revives or starts to quantize weights."""
+        return ()
+
+    def sweep_plan(self, clock: Clock) -> SweepPlan | None:
+        """Steps of which a checkpoint is kept, or None."""
+        return None
 
     def error(self, message: str, option: str = "") -> RecipeError:
         """A RecipeError that says where in the recipe `option` of this modifier stands."""

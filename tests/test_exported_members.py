@@ -19,6 +19,7 @@ def test_public_names() -> None:
         "RecipeError",
         "Run",
         "Time",
+        "load_point",
         "Recipe",
         "register",
         "Clock",
@@ -29,7 +30,19 @@ def test_public_names() -> None:
 
 
 def test_public_things_say_what_they_are() -> None:
-    for name in ("Calibration", "Engine", "Event", "Masks", "Modifier", "Run", "Recipe", "register", "Clock", "Slot"):
+    for name in (
+        "Calibration",
+        "Engine",
+        "Event",
+        "Masks",
+        "Modifier",
+        "Run",
+        "load_point",
+        "Recipe",
+        "register",
+        "Clock",
+        "Slot",
+    ):
         assert (getattr(ovit_engine, name).__doc__ or "").strip(), name
 
 

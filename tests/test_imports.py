@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # Each layer may import from itself only where it is a package, and from any layer above it.
 LAYERS = [
     ["event", "schedule", "pattern", "quant", "files", "progress", "random_states", "batched_gradients"],
-    ["second_order", "presets", "plots", "samples"],
+    ["second_order", "presets", "plots", "samples", "torch_files"],
     ["targets"],
     ["masks", "gradient_pass"],
     ["calibration", "flops"],
@@ -23,8 +23,10 @@ LAYERS = [
     ["recipe"],
     ["shrink", "export"],
     ["deploy"],
-    ["guards"],
+    ["guards", "hooks", "state", "sweep_folder"],
+    ["sweep"],
     ["engine"],
+    ["points"],
 ]
 
 CORE = [name for layer in LAYERS for name in layer]

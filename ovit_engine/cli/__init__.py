@@ -6,12 +6,13 @@ from ovit_engine.cli.group import OvitGroup
 from ovit_engine.cli.oneshot import oneshot
 from ovit_engine.cli.recipes import recipes
 from ovit_engine.cli.show import show
+from ovit_engine.cli.sweep import sweep
 from ovit_engine.cli.train import train
 from ovit_engine.cli.validate import validate
 from ovit_engine.cli.verify import verify
 
 main = OvitGroup(
     name="ovit",
-    commands=[validate, show, oneshot, train, export, verify, bench, recipes],
+    commands=[validate, show, oneshot, train, sweep, export, verify, bench, recipes],
     help="Compress PyTorch models by recipe: prune, train int8, export a verified ONNX file.",
 )

@@ -69,7 +69,7 @@ def train(
     read = with_training(read, model=model, model_args=args, epochs=epochs, batch_size=batch_size, seed=seed)
     if output is None:
         output = Path("runs") / read.name if start is None else (start if start.is_dir() else start.parent)
-    with _Bars() as bars:
+    with Bars() as bars:
         trained = run(
             read,
             data=data,
@@ -84,6 +84,9 @@ def train(
             progress=bars.progress(),
         )
     click.echo(f"saved {trained.checkpoint}; next: ovit export {output} --output model.onnx")
+    if trained.engine.sweep is not None:
+        names = ", ".join(trained.engine.sweep.names)
+        click.echo(f"the sweep left models at {names}; next: ovit sweep {output}")
 
 
 def _resumed(resume: str | None, output: Path | None, recipe: str | None) -> Path | None:
@@ -114,7 +117,7 @@ def _recipe_and_data(recipe: str | None, start: Path | None, variables: Any) -> 
     return Recipe.parse(known["recipe"], file=f"recipe in {start}", **variables), known["data"]
 
 
-class _Bars:
+class Bars:
     """A progress bar an epoch on a terminal, and a line when it is over everywhere."""
 
     def __init__(self) -> None:
@@ -136,7 +139,7 @@ class _Bars:
         self._what = ""
         self._epochs = 0
 
-    def __enter__(self) -> "_Bars":
+    def __enter__(self) -> "Bars":
         self._bar.start()
         return self
 

@@ -27,7 +27,7 @@ def _facts(certificate: Certificate) -> list[tuple[str, str]]:
     rows = [
         ("file", f"{certificate.file}  sha256 {certificate.sha256[:16]}  opset {certificate.opset}"),
         ("recipe", f"{certificate.recipe_name or '-'}  sha256 {certificate.recipe_sha256[:16]}"),
-        ("size", f"{_size(certificate.bytes)}, {_size(certificate.gzip_bytes)} compressed (gzip -9)"),
+        ("size", f"{size_text(certificate.bytes)}, {size_text(certificate.gzip_bytes)} compressed (gzip -9)"),
         ("inputs", ", ".join(f"{name} {list(shape)}" for name, shape in certificate.inputs.items())),
         (
             "sparsity",
@@ -79,5 +79,6 @@ def _kernels(certificate: Certificate) -> str:
     return ", ".join(found) or "none"
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """Bytes as a reader takes them in."""
     return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"

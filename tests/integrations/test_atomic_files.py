@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import BinaryIO
 
@@ -78,3 +79,20 @@ def test_a_kill_midway_leaves_the_old_file_and_the_next_write_works(tmp_path: Pa
     assert path.read_bytes() == b"old"
     atomic_write(path, lambda stream: stream.write(b"new"))
     assert path.read_bytes() == b"new"
+
+
+def test_what_kills_left_goes_with_a_later_write(tmp_path: Path) -> None:
+    """Only hidden files of this very path, and only old ones: a young one may be another process at work."""
+    path = tmp_path / "a[1].bin"
+    names = [
+        ".a[1].bin.0123abcd.tmp",
+        ".a[1].bin.ffffffff.tmp",
+        ".a1.bin.0123abcd.tmp",
+        ".a[1].bin.tmp",
+        "a[1].bin.tmp",
+    ]
+    for name in names:
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - 7200, time.time() - (60 if "ffff" in name else 7200)))
+    atomic_write(path, lambda stream: stream.write(b"new"))
+    assert sorted(os.listdir(tmp_path)) == sorted(["a[1].bin", *names[1:]])

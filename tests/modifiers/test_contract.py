@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from torch import nn
 
 from ovit_engine import Calibration, Clock, Engine, Modifier, Recipe, RecipeError, register
+from ovit_engine.quant.prepare import quantizers
 from ovit_engine.registry import modifiers
 from tests.loops import X, Y, hooks_on, mlp, plain, recipe
 
@@ -120,6 +121,26 @@ def test_it_trains_resumes_and_leaves_no_hook(name: str) -> None:
     for other in results[1:]:
         for key, value in results[0].items():
             assert torch.equal(value, other[key]), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_tells_when_it_changes_the_model(name: str) -> None:
+    """A sweep keeps a model until one of these steps: a change that is not told would be lost on it."""
+    model, optimizer, engine, calibration = started(name)
+    changes = set(engine.modifiers[0].changes(engine.run.clock))
+    assert changes <= set(range(engine.run.total_steps + 1))
+
+    def now() -> tuple[list[bytes], list[bool]]:
+        masks = engine.run.masks
+        kept = [mask.numpy().tobytes() for part in masks.names() if (mask := masks.get(part)) is not None]
+        return kept, [bool(quantizer.enabled) for _, quantizer in quantizers(model)]
+
+    engine.attach(optimizer, calibration=calibration)
+    before = now()
+    for step in range(1, 11):
+        plain(model, optimizer)
+        assert step in changes or now() == before, step
+        before = now()
 
 
 @pytest.mark.parametrize("name", NAMES)
