@@ -66,7 +66,7 @@ def promise_of(model: nn.Module, masks: Masks) -> Promise:
     quantized = {
         clean_name(f"{name}.weight")
         for name, module in model.named_modules()
-        if isinstance(module, (QuantLinear, QuantConv2d))
+        if isinstance(module, (QuantLinear, QuantConv2d)) and module.weight_quantizer.enabled
     }
     layers = []
     for name in dict.fromkeys([*masks.names(), *sorted(quantized)]):
