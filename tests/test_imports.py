@@ -23,7 +23,7 @@ LAYERS = [
     ["recipe"],
     ["shrink", "export"],
     ["deploy"],
-    ["guards"],
+    ["guards", "watch"],
     ["engine"],
 ]
 
