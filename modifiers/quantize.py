@@ -185,7 +185,7 @@ class Quantize(Modifier):
             quant.freeze_batch_norm(run.model)
         if start <= run.step and self._done < freeze:
             # copies of the model follow at every step: an average of ranges that begins before they were seen is none
-            run.masks.changed = True
+            run.copies_behind = True
         self._done = run.step
 
     def _freeze(self, run: Run) -> None:

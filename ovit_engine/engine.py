@@ -355,10 +355,11 @@ class Engine:
         self.run.masks.project()
 
     def _follow(self) -> None:
-        """Mask the EMA copy where masks changed: it averages dense history otherwise."""
-        if self._ema is not None and (self.run.masks.changed or self._stage is Event.DETACH):
+        """Bring the EMA copy up where masks or ranges changed: it averages what was before otherwise."""
+        behind = self.run.masks.changed or self.run.copies_behind or self._stage is Event.DETACH
+        if self._ema is not None and behind:
             self.apply_to(self._ema)
-        self.run.masks.changed = False
+        self.run.masks.changed = self.run.copies_behind = False
 
     def _remove_hooks(self) -> None:
         for handle in self._handles:
