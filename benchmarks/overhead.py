@@ -5,7 +5,7 @@
 
 Each round runs a few steps of every variant in random order, right after one another, and gives one ratio to the plain
 loop. "plain again" is a second plain loop: its spread is what the machine's noise alone does. Where a step is long,
-that noise is more than the engine: "hooks" is the time between two clocks of our own before and after the engine's
+that noise is more than the engine: "hooks" is the CPU time between two clocks of our own before and after the engine's
 hooks on the optimizer (events, learning rate, projection of masks), as a share of the plain step. Goal: under 2 %.
 Training with fake-quantized layers costs what the layers cost, so it has lines of its own and no goal. A goal that is
 missed is printed, not raised.
@@ -65,7 +65,7 @@ def make_loop(recipe: str | None, name: str, batch: int, total: int) -> Loop:
     clocks: list[float] = []
 
     def note(*_: Any) -> None:
-        clocks.append(time.perf_counter())
+        clocks.append(time.process_time())
 
     def step() -> None:
         optimizer.zero_grad()
