@@ -1,7 +1,8 @@
 """Int8 quantization-aware training of Linear and Conv2d layers."""
 
+import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from torch import nn
@@ -31,6 +32,15 @@ class Activations(BaseModel):
     bits: Literal[8] = Field(8, description="8 is what CPU and GPU kernels take")
 
 
+class _Times(NamedTuple):
+    """The steps at which phases begin."""
+
+    observe: int
+    start: int
+    freeze: int
+    freeze_norm: int | None
+
+
 @register("quantize")
 class Quantize(Modifier):
     """Trains with fake-quantized weights and inputs; export turns them into int8.
@@ -44,6 +54,11 @@ class Quantize(Modifier):
     surgery = True
 
     start: Time = Field("0ep", description="time from which the model trains with fake-quantized layers")
+    start_observers: Time | None = Field(
+        None,
+        description="time from which ranges are watched without rounding, so that rounding starts with settled ones; "
+        "at start if left out",
+    )
     freeze_observers: Time | None = Field(
         None, description="time at which ranges freeze; half-way between start and the end of training if left out"
     )
@@ -58,15 +73,20 @@ class Quantize(Modifier):
     _layers: tuple[str, ...] = PrivateAttr(default=())
     _model: nn.Module | None = PrivateAttr(default=None)
     _done: int = PrivateAttr(default=-1)  # the last step whose phase is in force
-    _times: tuple[int, int, int | None] = PrivateAttr(default=(0, 0, None))
+    _times: _Times = PrivateAttr(default=_Times(0, 0, 0, None))
 
-    def _resolve(self, clock: Clock) -> tuple[int, int, int | None]:
-        """Steps of start, observer freeze and batch-norm freeze."""
+    def _resolve(self, clock: Clock) -> _Times:
         start = clock.steps(self.start)
         self.check_end(clock, start, "start")
         if start == clock.total_steps:
             raise self.error(
                 f"{self.start!r} is the end of training: no step is left to train with quantization", "start"
+            )
+        observe = start if self.start_observers is None else clock.steps(self.start_observers)
+        if observe > start:
+            raise self.error(
+                f"{self.start_observers!r} comes after the start at {self.start!r}: what is rounded needs a range",
+                "start_observers",
             )
         freeze = (start + clock.total_steps + 1) // 2
         if self.freeze_observers is not None:
@@ -80,10 +100,12 @@ class Quantize(Modifier):
         norm = None if self.freeze_batch_norm is None else clock.steps(self.freeze_batch_norm)
         if norm is not None:
             self.check_end(clock, norm, "freeze_batch_norm")
-        return start, freeze, norm
+        return _Times(observe, start, freeze, norm)
 
     def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
-        start, freeze, norm = self._resolve(clock)
+        observe, start, freeze, norm = self._resolve(clock)
+        if observe < start:
+            yield observe, "quantization", "observers start"
         yield start, "quantization", "int8 fake-quantization starts"
         yield freeze, "quantization", "observers freeze"
         if norm is not None:
@@ -109,11 +131,11 @@ class Quantize(Modifier):
 
     def claims(self, run: Run) -> Iterable[Claim]:
         for name in self._layers:
-            yield Claim(f"the quantization of {name}", self._times[0], run.total_steps)
+            yield Claim(f"the quantization of {name}", self._times.observe, run.total_steps)
 
     def attach(self, run: Run) -> None:
         self._act(run)
-        norm = self._times[2]
+        norm = self._times.freeze_norm
         if norm is not None and 0 < norm <= run.step:  # resumed: the hold on the statistics is in no state dict
             quant.freeze_batch_norm(run.model)
 
@@ -121,13 +143,12 @@ class Quantize(Modifier):
         self._act(run)
 
     def detach(self, run: Run) -> None:
-        start, freeze, _ = self._times
-        if run.step <= start:
+        if run.step <= self._times.start:
             self.finish_late(run, "quantization-aware training")
             raise self.error("training ended before a step with quantization was made", "start")
-        if run.step < freeze:
+        if run.step < self._times.freeze:
             self.finish_late(run, "freezing the observers")
-            quant.set_observing(run.model, False)
+            self._freeze(run)
 
     def state_dict(self) -> dict[str, Any]:
         return {"done": self._done}
@@ -155,18 +176,36 @@ class Quantize(Modifier):
 
     def _act(self, run: Run) -> None:
         """Do what is due since the last time: a step whose end was interrupted is made up for at the next."""
-        start, freeze, norm = self._times
+        observe, start, freeze, norm = self._times
         due = range(self._done + 1, run.step + 1)
-        if start in due:
+        if observe in due:
             quant.set_observing(run.model, True)
+        if start in due:
             quant.set_enabled(run.model, True)
         if freeze in due:
-            quant.set_observing(run.model, False)
+            self._freeze(run)
         if norm in due:
             quant.freeze_batch_norm(run.model)
-        if start in due or freeze in due:
-            run.masks.changed = True  # copies of the model follow
+        if start <= run.step and self._done < freeze:
+            # copies of the model follow at every step: an average of ranges that begins before they were seen is none
+            run.copies_behind = True
         self._done = run.step
+
+    def _freeze(self, run: Run) -> None:
+        """Let no range move any more; a layer that training never called has none and stays float."""
+        layers = {name: run.model.get_submodule(name) for name in self._layers}
+        unseen = [name for name, layer in layers.items() if not layer.get_submodule("input_quantizer").observed]
+        if len(unseen) == len(layers):
+            raise self.error("no layer was called in training mode, where ranges are watched: call model.train()")
+        quant.set_observing(run.model, False)
+        for name in unseen:
+            quant.set_enabled(layers[name], False)
+        if unseen:
+            warnings.warn(
+                f"{self.name}: {', '.join(unseen)} stayed float, since training never called "
+                f"{'it' if len(unseen) == 1 else 'them'}: name such layers in 'exclude'",
+                stacklevel=8,
+            )
 
     def _choose(self, model: nn.Module) -> list[str]:
         known = {name: m for name, m in model.named_modules() if name and isinstance(m, (nn.Linear, nn.Conv2d))}

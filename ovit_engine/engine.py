@@ -1,5 +1,6 @@
 """Fires a recipe's events from hooks that PyTorch optimizers already have."""
 
+import inspect
 import logging
 import warnings
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ovit_engine.calibration import Calibration
 from ovit_engine.event import Event
-from ovit_engine.guards import check_arguments, check_claims, check_surgery, nests
+from ovit_engine.guards import check_arguments, check_claims, check_surgery, layers_of, nests
 from ovit_engine.hooks import AddTerms, MaskedClosure
 from ovit_engine.modifier import Modifier, Run
 from ovit_engine.recipe import Recipe
@@ -23,6 +24,7 @@ from ovit_engine.schedule import Clock
 from ovit_engine.state import STATE_VERSION, check_state, whole_state_dict
 from ovit_engine.sweep import Evaluate, find_sweep
 from ovit_engine.targets import unwrapped
+from ovit_engine.watch import StepWatch
 
 if TYPE_CHECKING:
     from ovit_engine.export.certificate import Certificate
@@ -62,13 +64,14 @@ class Engine:
         self.recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
         self.modifiers: tuple[Modifier, ...] = tuple(_copies(self.recipe.modifiers))
         self.run = Run(model, Clock(steps_per_epoch, steps_per_epoch * epochs))
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle | StepWatch] = []
         self._stage: Event | None = None
         self._finished = False
         self._skipped = False
         self._depth = 0  # of calls of `step` inside one another
         self._new: list[nn.Parameter] = []  # parameters that PREPARE made
         self._ema: nn.Module | None = None
+        self._watch: StepWatch | None = None
         for modifier in self.modifiers:
             for _ in modifier.timeline(self.run.clock):  # times past the end are errors before anything is done
                 pass
@@ -117,7 +120,7 @@ class Engine:
         """Start. `optimizer` is the clock; masks hold after the step of each.
 
         Args:
-            optimizer: whose applied steps count time.
+            optimizer: whose applied steps count time. Of a wrapper (Lookahead) those of the optimizer inside count.
             others: more optimizers of the same model.
             calibration: the source of gradients for second-order pruners.
             criterion: a loss module whose result gets the extra loss terms, in place of `engine.loss` in the loop.
@@ -126,35 +129,40 @@ class Engine:
 
         Raises:
             RuntimeError: attached already, or the optimizer lacks parameters that PREPARE made.
-            TypeError: not an Optimizer (a scheduler or a wrapper: give the optimizer inside), or another wrong kind.
+            TypeError: not an Optimizer (a scheduler, or a wrapper that is none: give what is inside), or a wrong kind.
             ValueError: no optimizer trains this model.
         """
         check_arguments((optimizer, *others), calibration, criterion, ema, evaluate)
         if self._stage not in (None, Event.PREPARE):
             raise RuntimeError("the engine is attached already, or was detached: make a new Engine for a new training")
-        for each in (optimizer, *others):
-            if any(isinstance(getattr(h, "__self__", None), Engine) for h in each._optimizer_step_pre_hooks.values()):
-                raise RuntimeError("another engine is attached to this optimizer: detach it first")
+        chains = [layers_of(each) for each in (optimizer, *others)]
+        optimizers, wrappers = [chain[0] for chain in chains], [w for chain in chains for w in chain[1:]]
+        if any(map(_has_engine, optimizers)):
+            raise RuntimeError("another engine is attached to this optimizer: detach it first")
         if self._stage is None:
             self.prepare()
-        held = {id(p) for each in (optimizer, *others) for group in each.param_groups for p in group["params"]}
+        held = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
         if self.modifiers and not any(id(parameter) in held for parameter in self.model.parameters()):
             raise ValueError("the optimizer holds no parameter of this model: was it made for a copy of it?")
         if any(id(parameter) not in held for parameter in self._new):
             raise RuntimeError(
                 "the recipe adds parameters that the optimizer lacks: call engine.prepare() before making it"
             )
-        self.run.optimizers = [optimizer, *others]
+        self.run.optimizers = optimizers
         self.run.calibration = calibration
         self._ema = None if ema is None else unwrapped(ema)
         if self.sweep is not None:
             self.sweep.start(self._snapshot, evaluate)
         self.run.masks.project()
         self._change(Event.ATTACH)
+        self._watch = StepWatch(optimizers[0], self.run.steps_per_epoch)
+        # a compiled step calls its hooks, but is not compiled together with them
+        before, after, project = map(torch.compiler.disable, (self._before_step, self._after_step, self._after_other))
         self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-            *(other.register_step_post_hook(self._after_other) for other in others),
+            self._watch,
+            optimizers[0].register_step_pre_hook(before),
+            optimizers[0].register_step_post_hook(after),
+            *(other.register_step_post_hook(project) for other in (*optimizers[1:], *wrappers)),
         ]
         if criterion is not None:
             self._handles.append(criterion.register_forward_hook(AddTerms(self)))
@@ -315,6 +323,9 @@ class Engine:
                 getattr(modifier, event.value)(self.run)
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
         if nests(optimizer):
             self._depth += 1
             if self._depth > 1:
@@ -349,23 +360,29 @@ class Engine:
             warnings.warn(
                 f"training goes on past the {self.run.total_steps} steps that steps_per_epoch and epochs gave: the "
                 "recipe's schedule was too short for this loop",
-                stacklevel=2,
+                stacklevel=4,
             )
 
     def _after_other(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.run.masks.project()
 
     def _follow(self) -> None:
-        """Mask the EMA copy where masks changed: it averages dense history otherwise."""
-        if self._ema is not None and (self.run.masks.changed or self._stage is Event.DETACH):
+        """Bring the EMA copy up where masks or ranges changed: it averages what was before otherwise."""
+        behind = self.run.masks.changed or self.run.copies_behind or self._stage is Event.DETACH
+        if self._ema is not None and behind:
             self.apply_to(self._ema)
-        self.run.masks.changed = False
+        self.run.masks.changed = self.run.copies_behind = False
 
     def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
         self._stage = Event.DETACH
+
+
+def _has_engine(optimizer: Optimizer) -> bool:
+    hooks = optimizer._optimizer_step_pre_hooks.values()
+    return any(isinstance(getattr(inspect.unwrap(hook), "__self__", None), Engine) for hook in hooks)
 
 
 def _copies(modifiers: Iterable[Modifier]) -> Iterable[Modifier]:

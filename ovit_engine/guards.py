@@ -1,5 +1,6 @@
 """What the engine refuses: surgery that comes too late, two writers of one thing."""
 
+import gc
 from collections.abc import Iterable
 
 from torch import nn
@@ -15,7 +16,7 @@ def check_arguments(
 ) -> None:
     """Raise TypeError for what `attach` can't work with, before anything is done."""
     for each in optimizers:
-        if not isinstance(each, Optimizer) or not hasattr(each, "_optimizer_step_pre_hooks"):
+        if not isinstance(each, Optimizer):
             kind = type(each).__name__
             raise TypeError(f"attach needs a torch optimizer, not {kind}: of a wrapper, give the inner one")
     if calibration is not None and not isinstance(calibration, Calibration):
@@ -41,7 +42,24 @@ def check_surgery(model: nn.Module, modifiers: Iterable[Modifier]) -> None:
         )
 
 
+def layers_of(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizer that moves the weights, then the wrappers around it (Lookahead, Accelerate's) from the inside out.
+
+    A wrapper may write weights after the inner step, and may call it at some steps only: the inner one is the clock,
+    masks hold after the step of each. Those that skip torch's constructor get the hooks that it would have made.
+    """
+    chain = [optimizer]
+    while inner := [v for v in vars(chain[0]).values() if isinstance(v, Optimizer) and all(v is not c for c in chain)]:
+        chain.insert(0, inner[0])
+    for each in chain:
+        if each is not chain[0] or not hasattr(each, "_optimizer_step_pre_hooks"):
+            Optimizer.__setstate__(each, {})  # as after unpickling: hook dictionaries, and a `step` that reads them
+    return chain
+
+
 def _wrapper(model: nn.Module) -> str | None:
+    if any(type(holder) is dict and holder.get("_orig_mod") is model for holder in gc.get_referrers(model)):
+        return "compiled"  # the user kept the compiled one, and gave us what is inside
     for module in model.modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             return "wrapped in DistributedDataParallel"

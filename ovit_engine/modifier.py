@@ -32,6 +32,7 @@ class Run:
     masks: Masks = field(default_factory=Masks)
     grad_scale: Tensor | float = 1.0
     calibration: Calibration | None = None
+    copies_behind: bool = False  # whether an averaged copy of the model must follow, apart from masks
     history: list[tuple[int, str, float]] = field(default_factory=list)
     # told how far long work is, as progress("ovit_prune: gradients", 512, 1024); the default logs now and then
     progress: Progress = field(default_factory=ProgressLog)

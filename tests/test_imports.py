@@ -23,7 +23,7 @@ LAYERS = [
     ["recipe"],
     ["shrink", "export"],
     ["deploy"],
-    ["guards", "hooks", "state", "sweep_folder"],
+    ["guards", "hooks", "state", "sweep_folder", "watch"],
     ["sweep"],
     ["engine"],
     ["points"],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ class FakeQuantize(nn.Module):
         """``x`` rounded to the grid, same shape and dtype."""
         # On the CPU a flag costs nothing to read; on CUDA it would wait for the device, in a compiled graph break it.
         readable = not torch.compiler.is_compiling() and self.enabled.device.type == "cpu"
-        watching = self.training or not self.observer.only_in_training
+        watching = (self.training or not self.observer.only_in_training) and not _is_recomputing()
         if watching and not (readable and not self.observing):
             self.observe(x)
         if readable and not (self.enabled and self.observed):
@@ -78,6 +79,16 @@ class FakeQuantize(nn.Module):
         self.zero_point.copy_(torch.where(take, zero_point, self.zero_point))
         self.observed.logical_or_(take)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Ranges stay float32 in a model that is made half precise: in float16 a small scale is zero."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in self._buffers.items():
+            old = before[name]
+            if buffer is not None and old is not None and buffer.dtype != old.dtype:
+                self._buffers[name] = old.to(buffer.device)
+        return self
+
     def extra_repr(self) -> str:
         where = "per tensor" if self.axis is None else f"per channel of axis {self.axis}"
         return f"[{self.grid.low}, {self.grid.high}] {where}, {self.observer}"
@@ -97,6 +108,14 @@ class FakeQuantize(nn.Module):
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
+
+
+def _is_recomputing() -> bool:
+    """Whether this forward is gradient checkpointing's second one, inside backward.
+
+    It must compute what the first did: an observer that followed the same tensor twice would have moved on.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def weight_quantizer(weight: Tensor, axis: int = 0) -> FakeQuantize:

@@ -91,17 +91,18 @@ def test_groups_and_optimizers_keep_their_ratios() -> None:
         assert found == pytest.approx([rate, rate / 10, rate * 2])
 
 
-def test_a_tensor_is_filled_in_place() -> None:
+def test_tensors_are_filled_in_place() -> None:
     model = mlp()
-    rate = torch.tensor(0.5)
-    optimizer = torch.optim.SGD(model.parameters(), rate, foreach=False)
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": torch.tensor(0.25)}]
+    optimizer = torch.optim.SGD(groups, torch.tensor(0.5), foreach=False)
     Engine(model, recipe("cyclic_lr: {max: 0.2, min: 0.1}"), steps_per_epoch=10, epochs=1).attach(optimizer)
-    held = optimizer.param_groups[0]["lr"]
+    held = [group["lr"] for group in optimizer.param_groups]
     for step in range(10):
         plain(model, optimizer)  # and no rival is seen in the rounding of float32
-        assert isinstance(held, Tensor)
-        assert optimizer.param_groups[0]["lr"] is held
-        assert float(held) == pytest.approx(0.2 - 0.1 * step / 10)
+        assert all(isinstance(rate, Tensor) for rate in held)
+        assert all(group["lr"] is rate for group, rate in zip(optimizer.param_groups, held, strict=True))
+        rate = 0.2 - 0.1 * step / 10
+        assert [float(each) for each in held] == pytest.approx([rate, rate / 2])
 
 
 def test_it_is_written_before_a_closure_runs() -> None:

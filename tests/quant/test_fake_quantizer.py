@@ -135,3 +135,23 @@ def test_flipping_the_flags_compiles_nothing_again_and_computes_the_same():
     assert counter.frame_count == 1
     assert twin.quantizer.scale != 1
     assert torch.equal(layer.quantizer.scale, twin.quantizer.scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_ranges_stay_float32_in_a_model_of_another_precision(dtype):
+    quantizer = weight_quantizer(torch.randn(4, 8))
+    quantizer.observing.fill_(True)
+    quantizer.enabled.fill_(True)
+    before = 1e-7 * torch.randn(4, 8)
+    quantizer(before)
+    expected = quantizer.scale.clone()
+    module = torch.nn.Sequential(quantizer).to(dtype)
+    assert torch.equal(quantizer.scale, expected)  # float16 would make it zero, and zeros NaN
+    assert {buffer.dtype for buffer in quantizer.buffers()} == {torch.float32, torch.int32, torch.bool}
+    assert bool(torch.isfinite(module(torch.zeros(4, 8, dtype=dtype))).all())
+    assert module(torch.zeros(4, 8, dtype=dtype)).dtype == dtype
+
+
+def test_a_quantizer_made_on_meta_gets_memory():
+    quantizer = weight_quantizer(torch.randn(4, 8)).to("meta")
+    assert quantizer.to_empty(device="cpu").scale.device.type == "cpu"

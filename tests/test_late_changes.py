@@ -1,0 +1,68 @@
+"""What comes too late, and says so: surgery on a model that is compiled, a model that moves after attach."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ovit_engine import Engine
+from tests.loops import PRUNE, X, Y, hooks_on, mlp, plain, recipe
+
+
+@pytest.mark.parametrize("run", [False, True], ids=["not run", "run"])
+@pytest.mark.parametrize("given", ["inner", "compiled"])
+def test_surgery_after_compile_says_where_to_put_the_line(given: str, run: bool) -> None:
+    """Attach prepares too. Masks need no surgery: they may come at any time."""
+    model = mlp()
+    compiled: Any = torch.compile(model, backend="eager")
+    if run:
+        compiled(X)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    chosen = model if given == "inner" else compiled
+    engine = Engine(chosen, recipe("quantize: {}"), steps_per_epoch=9, epochs=1)
+    for late in (engine.prepare, lambda: engine.attach(optimizer)):
+        with pytest.raises(RuntimeError, match=r"replaces layers, and the model is compiled already: call engine.prep"):
+            late()
+    assert hooks_on(optimizer) == 0
+    Engine(chosen, recipe(PRUNE), steps_per_epoch=10, epochs=4).attach(optimizer)
+
+
+def test_surgery_after_compile_in_place_is_refused() -> None:
+    model = mlp()
+    model.compile(backend="eager")
+    with pytest.raises(RuntimeError, match="the model is compiled already"):
+        Engine(model, recipe("quantize: {}"), steps_per_epoch=9, epochs=1).prepare()
+
+
+def test_a_compiled_function_that_ran_before_surgery_is_compiled_again() -> None:
+    """Nothing tells that a function has compiled the model; its guards do."""
+    model = mlp()
+    function = torch.compile(lambda x: model(x), backend="eager")
+    function(X)
+    engine = Engine(model, recipe("quantize: {start: 1st}"), steps_per_epoch=4, epochs=1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    engine.attach(optimizer)
+    for _ in range(4):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(function(X), Y).backward()
+        optimizer.step()
+    engine.detach()
+    assert bool(model[0].input_quantizer.observed)
+    assert torch.equal(function(X), model(X))
+
+
+@pytest.mark.parametrize("pruned", [False, True], ids=["dense", "pruned"])
+def test_a_model_that_moves_to_another_device_after_attach(pruned: bool) -> None:
+    """Masks stay where they were made, so the next step says so; a model without any just goes on."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    Engine(model, recipe(PRUNE), steps_per_epoch=10, epochs=4).attach(optimizer)
+    for _ in range(15 if pruned else 5):
+        plain(model, optimizer)
+    model.to("meta")
+    model(X.to("meta")).sum().backward()
+    words = r"'0\.weight' moved from cpu to meta after attach: move the model first"
+    with pytest.raises(RuntimeError, match=words) if pruned else nullcontext():
+        optimizer.step()
