@@ -163,6 +163,7 @@ class Quantize(Modifier):
             quant.freeze_batch_norm(run.model)
         if start in due or freeze in due:
             run.masks.changed = True  # copies of the model follow
+            run.tell({f"{self.name}/phase": 2.0 if freeze in due else 1.0})  # 1: ranges move, 2: they are frozen
         self._done = run.step
 
     def _choose(self, model: nn.Module) -> list[str]:

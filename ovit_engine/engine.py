@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from ovit_engine.calibration import Calibration
 from ovit_engine.event import Event
 from ovit_engine.guards import check_arguments, check_claims, check_surgery, nests
+from ovit_engine.loggers import Log, learning_rates, sparsities
 from ovit_engine.modifier import Modifier, Run
 from ovit_engine.recipe import Recipe
 from ovit_engine.schedule import Clock
@@ -37,21 +38,29 @@ class Engine:
         recipe: a Recipe, a path, or the name of one of ours. Its modifiers are copied, so a recipe can be used again.
         steps_per_epoch: applied optimizer steps an epoch: len(loader) divided by gradient accumulation.
         epochs: how long training is.
+        total_steps: the same in applied optimizer steps, in place of `epochs`, for loops that end within an epoch.
 
     Raises:
         RecipeError: anything in the recipe that can't be followed on this model or in this time.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe | str | Path, *, steps_per_epoch: int, epochs: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe | str | Path,
+        *,
+        steps_per_epoch: int,
+        epochs: int | None = None,
+        total_steps: int | None = None,
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         if not isinstance(recipe, (Recipe, str, Path)):
             raise TypeError(f"recipe must be a Recipe, a path or a name, not {type(recipe).__name__}")
-        if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
-            raise ValueError(f"epochs must be a positive whole number, not {epochs!r}")
         self.recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
         self.modifiers: tuple[Modifier, ...] = tuple(_copies(self.recipe.modifiers))
-        self.run = Run(model, Clock(steps_per_epoch, steps_per_epoch * epochs))
+        self.run = Run(model, _clock(steps_per_epoch, epochs, total_steps))
+        self._rate_logs: list[tuple[Log, int]] = []
         self._handles: list[RemovableHandle] = []
         self._stage: Event | None = None
         self._finished = False
@@ -192,6 +201,19 @@ class Engine:
         """Tell the engine a measured value (validation accuracy, say): it is kept beside the step in `run.history`."""
         self.run.log(name, value)
 
+    def log_to(self, log: Log, *, every: int | None = 1) -> "Engine":
+        """Give `log(values, step)` what is measured, as it happens; `step` counts applied optimizer steps.
+
+        These are the sparsity of each weight where masks change, phases, seconds of pruning and calibration, metrics,
+        and after each `every` steps the learning rates that the step was made with (None: never).
+        """
+        if every is not None:
+            if every < 1:
+                raise ValueError(f"every must be at least 1 step, not {every!r}")
+            self._rate_logs.append((log, every))
+        self.run.logs.append(log)
+        return self
+
     def apply_to(self, model: nn.Module) -> None:
         """Bring another copy of the model, such as an EMA copy, to the same masks and phases."""
         self.run.masks.apply_to(model)
@@ -330,6 +352,9 @@ class Engine:
         if self._skipped:
             return
         self.run.step += 1
+        for log_rates, every in self._rate_logs:
+            if self.run.step % every == 0:
+                log_rates(learning_rates(self.run.optimizers), self.run.step)
         self.run.masks.project()
         self._fire(Event.STEP_END)
         self._follow()
@@ -347,6 +372,8 @@ class Engine:
         """Mask the EMA copy where masks changed: it averages dense history otherwise."""
         if self._ema is not None and (self.run.masks.changed or self._stage is Event.DETACH):
             self.apply_to(self._ema)
+        if self.run.masks.changed and self.run.logs:
+            self.run.tell(sparsities(self.run.masks))
         self.run.masks.changed = False
 
     def _remove_hooks(self) -> None:
@@ -382,6 +409,17 @@ class _AddTerms:
 
     def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         return self._engine.loss(output)
+
+
+def _clock(steps_per_epoch: int, epochs: int | None, total_steps: int | None) -> Clock:
+    if (epochs is None) == (total_steps is None):
+        raise ValueError(f"give either epochs or total_steps, not epochs={epochs!r} and total_steps={total_steps!r}")
+    if epochs is None:
+        assert total_steps is not None
+        return Clock(steps_per_epoch, total_steps)
+    if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
+        raise ValueError(f"epochs must be a positive whole number, not {epochs!r}")
+    return Clock(steps_per_epoch, steps_per_epoch * epochs)
 
 
 def _difference(theirs: str, ours: str) -> str:
