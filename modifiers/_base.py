@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from time import perf_counter
 from typing import Annotated, Any, Literal
 
 import torch
@@ -233,9 +234,11 @@ class PruningModifier(MaskingModifier):
             self._prune(run, event)
 
     def _prune(self, run: Run, event: int) -> None:
+        begin = perf_counter()
         masks, weights = self.solve(run, self._slots, self._events[event])
         self.write(run, masks, weights)
         self._done = event
+        run.tell({f"{self.name}/seconds": perf_counter() - begin})
 
 
 def _mask(run: Run, slot: Slot) -> Tensor:

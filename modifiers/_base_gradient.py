@@ -176,6 +176,7 @@ class GradientPruningModifier(PruningModifier):
         for stage, seconds in pruned.timings.items():
             name = f"{self.name}/{stage}"
             run.timings[name] = run.timings.get(name, 0.0) + seconds
+            run.tell({f"{name}_seconds": seconds})
         if pruned.passes:
             spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in pruned.timings.items())
             log.info("%s: gradients came %d times; %s", what, pruned.passes, spent)

@@ -186,6 +186,10 @@ class Quantize(Modifier):
             self._freeze(run)
         if norm in due:
             quant.freeze_batch_norm(run.model)
+        # 0: ranges are watched, 1: values are rounded besides, 2: ranges are frozen
+        phases = [phase for phase, step in enumerate((observe, start, freeze)) if step in due]
+        if phases:
+            run.tell({f"{self.name}/phase": float(phases[-1])})
         if start <= run.step and self._done < freeze:
             # copies of the model follow at every step: an average of ranges that begins before they were seen is none
             run.copies_behind = True

@@ -43,6 +43,8 @@ def deploy(
     reference = copy.deepcopy(unwrapped(engine.model if model is None else model))
     if model is not None:
         engine.apply_to(reference)
+    if "_original_forward" in vars(reference):  # Accelerate put one on the object that computes in half precision
+        del reference.forward, reference._original_forward
     reference.eval()
     baked = copy.deepcopy(reference)
     for modifier in engine.modifiers:

@@ -18,9 +18,10 @@ from ovit_engine.calibration import Calibration
 from ovit_engine.event import Event
 from ovit_engine.guards import check_arguments, check_claims, check_surgery, layers_of, nests
 from ovit_engine.hooks import AddTerms, MaskedClosure
-from ovit_engine.modifier import Modifier, Run
+from ovit_engine.loggers import Log, learning_rates, sparsities
+from ovit_engine.modifier import Modifier, Run, anew
 from ovit_engine.recipe import Recipe
-from ovit_engine.schedule import Clock
+from ovit_engine.schedule import make_clock
 from ovit_engine.state import STATE_VERSION, check_state, whole_state_dict
 from ovit_engine.sweep import Evaluate, find_sweep
 from ovit_engine.targets import unwrapped
@@ -40,6 +41,7 @@ class Engine:
         recipe: a Recipe, a path, or the name of one of ours. Its modifiers are copied, so a recipe can be used again.
         steps_per_epoch: applied optimizer steps an epoch: len(loader) divided by gradient accumulation.
         epochs: how long training is.
+        total_steps: the same in applied optimizer steps, in place of `epochs`, for loops that end within an epoch.
         output: the folder of this run, for recipes that leave files while they train (a sweep).
 
     Raises:
@@ -52,18 +54,18 @@ class Engine:
         recipe: Recipe | str | Path,
         *,
         steps_per_epoch: int,
-        epochs: int,
+        epochs: int | None = None,
+        total_steps: int | None = None,
         output: str | Path | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         if not isinstance(recipe, (Recipe, str, Path)):
             raise TypeError(f"recipe must be a Recipe, a path or a name, not {type(recipe).__name__}")
-        if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
-            raise ValueError(f"epochs must be a positive whole number, not {epochs!r}")
         self.recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-        self.modifiers: tuple[Modifier, ...] = tuple(_copies(self.recipe.modifiers))
-        self.run = Run(model, Clock(steps_per_epoch, steps_per_epoch * epochs))
+        self.modifiers: tuple[Modifier, ...] = tuple(map(anew, self.recipe.modifiers))
+        self.run = Run(model, make_clock(steps_per_epoch, epochs, total_steps))
+        self._rate_logs: list[tuple[Log, int]] = []
         self._handles: list[RemovableHandle | StepWatch] = []
         self._stage: Event | None = None
         self._finished = False
@@ -220,6 +222,19 @@ class Engine:
         if self.sweep is not None:
             self.sweep.metric(name, value)
 
+    def log_to(self, log: Log, *, every: int | None = 1) -> "Engine":
+        """Give `log(values, step)` what is measured, as it happens; `step` counts applied optimizer steps.
+
+        These are the sparsity of each weight where masks change, phases, seconds of pruning and calibration, metrics,
+        and after each `every` steps the learning rates that the step was made with (None: never).
+        """
+        if every is not None:
+            if every < 1:
+                raise ValueError(f"every must be at least 1 step, not {every!r}")
+            self._rate_logs.append((log, every))
+        self.run.logs.append(log)
+        return self
+
     def apply_to(self, model: nn.Module) -> None:
         """Bring another copy of the model, such as an EMA copy, to the same masks and phases."""
         self.run.masks.apply_to(model)
@@ -354,6 +369,9 @@ class Engine:
         if self._skipped:
             return
         self.run.step += 1
+        for log_rates, every in self._rate_logs:
+            if self.run.step % every == 0:
+                log_rates(learning_rates(self.run.optimizers), self.run.step)
         self.run.masks.project()
         self._change(Event.STEP_END)
         if self.run.step == self.run.total_steps + 1:
@@ -371,6 +389,8 @@ class Engine:
         behind = self.run.masks.changed or self.run.copies_behind or self._stage is Event.DETACH
         if self._ema is not None and behind:
             self.apply_to(self._ema)
+        if self.run.masks.changed and self.run.logs:
+            self.run.tell(sparsities(self.run.masks))
         self.run.masks.changed = self.run.copies_behind = False
 
     def _remove_hooks(self) -> None:
@@ -383,10 +403,3 @@ class Engine:
 def _has_engine(optimizer: Optimizer) -> bool:
     hooks = optimizer._optimizer_step_pre_hooks.values()
     return any(isinstance(getattr(inspect.unwrap(hook), "__self__", None), Engine) for hook in hooks)
-
-
-def _copies(modifiers: Iterable[Modifier]) -> Iterable[Modifier]:
-    for modifier in modifiers:
-        copy = modifier.model_copy(deep=True)
-        copy._origins = modifier._origins
-        yield copy

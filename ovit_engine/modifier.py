@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ovit_engine.calibration import Calibration
+from ovit_engine.loggers import Log
 from ovit_engine.masks import Masks
 from ovit_engine.progress import Progress, ProgressLog
 from ovit_engine.schedule import Clock, check_time
@@ -38,6 +39,7 @@ class Run:
     progress: Progress = field(default_factory=ProgressLog)
     # seconds of such work by modifier and stage ("ovit_prune/gradients"); never the same twice, so no part of history
     timings: dict[str, float] = field(default_factory=dict)
+    logs: list[Log] = field(default_factory=list)  # who is told; `Engine.log_to` adds to it
 
     @property
     def steps_per_epoch(self) -> int:
@@ -63,6 +65,12 @@ class Run:
         """Record a measured value at the present step."""
         self.history.append((self.step, name, float(value)))
         log.info("step %d: %s = %.6g", self.step, name, value)
+        self.tell({name: float(value)})
+
+    def tell(self, values: dict[str, float]) -> None:
+        """Give values to the loggers alone, such as seconds: what is in no history may differ in a resumed run."""
+        for each in self.logs if values else ():
+            each(values, self.step)
 
 
 @dataclass(frozen=True)
@@ -185,3 +193,10 @@ class Modifier(BaseModel):
                 f"({clock.epochs(clock.total_steps):g} epochs of {clock.steps_per_epoch} steps)",
                 option,
             )
+
+
+def anew(modifier: Modifier) -> Modifier:
+    """A copy of a modifier for a run of its own, which remembers where it stood in its file."""
+    copy = modifier.model_copy(deep=True)
+    copy._origins = modifier._origins
+    return copy

@@ -108,3 +108,15 @@ class Cyclic:
         """The value `step` steps after the first cycle began."""
         rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         return rise * self.schedule.value((step % self.period) / self.period)
+
+
+def make_clock(steps_per_epoch: int, epochs: int | None, total_steps: int | None) -> Clock:
+    """The clock of a training that is so many epochs or so many steps long; ValueError unless one is given."""
+    if (epochs is None) == (total_steps is None):
+        raise ValueError(f"give either epochs or total_steps, not epochs={epochs!r} and total_steps={total_steps!r}")
+    if epochs is None:
+        assert total_steps is not None
+        return Clock(steps_per_epoch, total_steps)
+    if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
+        raise ValueError(f"epochs must be a positive whole number, not {epochs!r}")
+    return Clock(steps_per_epoch, steps_per_epoch * epochs)

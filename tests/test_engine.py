@@ -392,3 +392,17 @@ def test_detach_holds_the_masks_a_last_time() -> None:
     model[0].weight.data.fill_(1.0)  # as Lookahead's slow weights do
     engine.detach()
     assert int((model[0].weight == 0).sum()) == 8
+
+
+@pytest.mark.parametrize("length", [{}, {"epochs": 4, "total_steps": 40}])
+def test_a_length_is_given_in_one_way(length: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="give either epochs or total_steps, not epochs="):
+        Engine(mlp(), recipe(), steps_per_epoch=10, **length)
+
+
+def test_training_that_ends_within_an_epoch() -> None:
+    engine = Engine(mlp(), recipe(PRUNE), steps_per_epoch=10, total_steps=34)
+    assert engine.run.total_steps == 34
+    assert engine.run.clock.steps("50%") == 17
+    with pytest.raises(ValueError, match="total_steps must be a positive whole number, not 0"):
+        Engine(mlp(), recipe(), steps_per_epoch=10, total_steps=0)

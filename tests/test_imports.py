@@ -16,7 +16,7 @@ LAYERS = [
     ["second_order", "presets", "plots", "samples", "torch_files"],
     ["targets"],
     ["masks", "gradient_pass"],
-    ["calibration", "flops"],
+    ["calibration", "flops", "loggers"],
     ["modifier"],
     ["registry"],
     ["reader"],
@@ -30,7 +30,18 @@ LAYERS = [
 ]
 
 CORE = [name for layer in LAYERS for name in layer]
-LAZY = ["timm", "onnx", "onnxruntime", "neural_compressor", "torch_pruning", "transformers", "lightning", "matplotlib"]
+LAZY = [
+    "timm",
+    "onnx",
+    "onnxruntime",
+    "neural_compressor",
+    "torch_pruning",
+    "transformers",
+    "lightning",
+    "accelerate",
+    "tensorboard",
+    "matplotlib",
+]
 HEAVY = [*LAZY, "onnxscript", "sklearn", "click", "rich", "torchvision"]
 
 

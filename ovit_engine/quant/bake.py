@@ -34,7 +34,7 @@ class QuantizeDequantize(nn.Module):
 class _BakedLayer(nn.Module):
     """Int8 levels and scales of a weight, as buffers; the bias stays float."""
 
-    weight: Tensor
+    axis: int  # of the output channels, in `levels`
     weight_scale: Tensor
     weight_zero_point: Tensor
     bias: Tensor | None
@@ -45,21 +45,45 @@ class _BakedLayer(nn.Module):
         quantizer, weight = layer.weight_quantizer, layer.weight.detach()
         quantizer.observe(weight)  # a live range belongs to the weight of this moment; a frozen one stays
         zero_point = quantizer.zero_point
-        self.register_buffer("weight", quantize(weight, quantizer.scale, zero_point, quantizer.grid, quantizer.axis))
+        levels = quantize(weight, quantizer.scale, zero_point, quantizer.grid, quantizer.axis)
+        self._buffers["weight"] = levels  # not registered: that refuses the name of a property
         self.register_buffer("weight_scale", quantizer.scale.detach().float().clone())
         self.register_buffer("weight_zero_point", torch.zeros_like(zero_point, dtype=quantizer.grid.dtype))
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float().clone())
+
+    @property
+    def levels(self) -> Tensor:
+        """The int8 weight as the file holds it, under its old name."""
+        levels = self._buffers["weight"]
+        assert levels is not None
+        return levels
+
+    @levels.setter
+    def levels(self, levels: Tensor) -> None:
+        self._buffers["weight"] = levels
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in float: models ask a layer for its type, and Hugging Face's ViT casts images to it."""
+        values: Tensor = dequantize_linear(self.levels, self.weight_scale, self.weight_zero_point, self.axis)
+        return values
 
 
 class BakedLinear(_BakedLayer):
     """The weight is stored as ONNX MatMul reads it, [in, out]: no transpose in the graph, one kernel a layer."""
 
+    axis = 1
+
     def __init__(self, layer: QuantLinear) -> None:
         super().__init__(layer)
-        self.weight = self.weight.t().contiguous()
+        self.levels = self.levels.t().contiguous()
+
+    @property
+    def weight(self) -> Tensor:
+        return super().weight.t()
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = dequantize_linear(self.weight, self.weight_scale, self.weight_zero_point, 1)
+        weight = super().weight
         # ONNX Runtime makes MatMul + bias of rank 2 a Gemm, which it runs in float when the bias is float
         flat = x.dim() < 3
         x = self.input(x)
@@ -70,6 +94,8 @@ class BakedLinear(_BakedLayer):
 
 class BakedConv2d(_BakedLayer):
     """Int8 convolution between explicit Q/DQ pairs."""
+
+    axis = 0
 
     def __init__(self, layer: QuantConv2d) -> None:
         super().__init__(layer)
@@ -86,8 +112,8 @@ class BakedConv2d(_BakedLayer):
         A negative factor flips the levels' sign ([-127, 127] is symmetric), a factor of zero makes a channel of zeros.
         """
         factor, bias = fold_factors(norm, self.bias)
-        sign = torch.sign(factor).to(self.weight.dtype)
-        self.weight = self.weight * sign.view(-1, 1, 1, 1)
+        sign = torch.sign(factor).to(self.levels.dtype)
+        self.levels = self.levels * sign.view(-1, 1, 1, 1)
         scale = (self.weight_scale.double() * factor.abs()).float()
         self.weight_scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         self.bias = bias.float()
@@ -96,8 +122,7 @@ class BakedConv2d(_BakedLayer):
         x = self.input(x)
         if self.padding_mode != "zeros":
             x = F.pad(x, self.border, mode=self.padding_mode)
-        weight = dequantize_linear(self.weight, self.weight_scale, self.weight_zero_point, 0)
-        y = F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         rounded: Tensor = self.output(y)
         return rounded
 

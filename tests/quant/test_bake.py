@@ -78,11 +78,11 @@ def test_batch_norm_folds_exactly_with_negative_and_zero_factors():
     baked = bake(copy.deepcopy(model))
     conv = next(module for module in baked.modules() if isinstance(module, BakedConv2d))
     assert not any(isinstance(module, nn.BatchNorm2d) for module in baked.modules())
-    assert (conv.weight[:, 0] == 0).all()
-    assert (conv.weight[2] == 0).all()
+    assert (conv.levels[:, 0] == 0).all()
+    assert (conv.levels[2] == 0).all()
     assert (conv.weight_scale > 0).all()
     levels = (model[0].weight / model[0].weight_quantizer.scale.view(-1, 1, 1, 1)).round()
-    assert torch.equal(conv.weight[1].float(), -levels[1])
+    assert torch.equal(conv.levels[1].float(), -levels[1])
 
 
 @pytest.mark.parametrize("name", ["test_resnet.r160_in1k", "test_efficientnet.r160_in1k"])
@@ -156,3 +156,15 @@ def test_a_shared_layer_is_baked_in_all_its_places():
     baked = bake(model)
     assert isinstance(baked["a"], BakedLinear)
     assert baked["b"][0] is baked["a"]
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 4), nn.Conv2d(6, 4, 1)])
+def test_an_int8_layer_tells_the_float_weight_that_it_computes_with(layer):
+    x = torch.randn(8, 6) if isinstance(layer, nn.Linear) else torch.randn(8, 6, 3, 3)
+    model = trained(nn.Sequential(copy.deepcopy(layer)), x)
+    quantizer, before = model[0].weight_quantizer, model[0].weight.detach()
+    rounded = quantizer(before)
+    baked = bake(copy.deepcopy(model))[0]
+    assert baked.weight.dtype == torch.float32  # as Hugging Face's ViT asks, to cast its images
+    torch.testing.assert_close(baked.weight, rounded.detach())
+    assert baked.state_dict()["weight"].dtype == torch.int8

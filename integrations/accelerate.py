@@ -1,0 +1,70 @@
+"""Accelerate: the engine of a loop whose objects an Accelerator prepares."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard  # type: ignore[import-untyped]
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ovit_engine.calibration import Calibration
+from ovit_engine.engine import Engine
+from ovit_engine.integrations.plain_forward import plain_forward
+from ovit_engine.recipe import Recipe
+from ovit_engine.targets import Slot
+
+
+def accelerate_engine(
+    accelerator: Accelerator, model: nn.Module, recipe: Recipe | str | Path, loader: Any, *, epochs: int
+) -> Engine:
+    """A prepared engine. Call it before the optimizer is made and `accelerator.prepare(model, ...)`.
+
+    Steps are counted as `accelerator.accumulate` makes them, and `accelerator.save_state` saves the engine too: call
+    `load_state` after `prepare` and before `attach_accelerate`.
+
+    Args:
+        loader: the training loader, prepared already: its length is that of one process's share.
+
+    Raises:
+        TypeError: a loader that is not prepared.
+    """
+    if not isinstance(loader, (DataLoaderShard, DataLoaderDispatcher)):
+        raise TypeError(f"give the loader that accelerator.prepare(loader) returns, not a {type(loader).__name__}")
+    micro_batches, group = len(loader), accelerator.gradient_accumulation_steps
+    if accelerator.gradient_state.sync_with_dataloader:  # an epoch's last step may have fewer micro-batches
+        steps = math.ceil(micro_batches / group)
+        total = steps * epochs
+    else:
+        steps, total = max(1, round(micro_batches / group)), micro_batches * epochs // group
+    engine = Engine(model, recipe, steps_per_epoch=steps, total_steps=total).prepare()
+    accelerator.register_for_checkpointing(engine)
+    return engine
+
+
+def attach_accelerate(
+    engine: Engine, *optimizers: Optimizer, calibration: Calibration | None = None, **options: Any
+) -> Engine:
+    """`engine.attach` for optimizers that an Accelerator prepared; calibration is free of its mixed precision."""
+    inner = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
+    plain = None if calibration is None else _PlainCalibration(calibration)
+    return engine.attach(*inner, calibration=plain, **options)
+
+
+class _PlainCalibration(Calibration):
+    def __init__(self, calibration: Calibration) -> None:
+        self._calibration = calibration
+
+    def gradients(self, model: nn.Module, slots: Sequence[Slot], **options: Any) -> Iterator[list[Tensor]]:
+        return self._calibration.gradients(_Plain(model), slots, **options)
+
+
+class _Plain(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return plain_forward(self.model)(*inputs, **named)

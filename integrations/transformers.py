@@ -1,0 +1,121 @@
+"""Hugging Face Transformers: `RecipeTrainerCallback(trainer, recipe)`, then `trainer.train()` as before."""
+
+import base64
+import copy
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from ovit_engine.calibration import Calibration
+from ovit_engine.engine import Engine
+from ovit_engine.export import Certificate
+from ovit_engine.integrations.keyword_batches import KeywordCalibration, deployed
+from ovit_engine.integrations.transformers_trainer import (
+    OptimizersRates,
+    check_arguments,
+    keep_names,
+    sampled,
+    training_length,
+)
+from ovit_engine.recipe import Recipe
+
+LABELS = ("labels", "label")
+
+
+class RecipeTrainerCallback(TrainerCallback, ExportableState):
+    """Applies a recipe to the model that a Trainer trains, and adds itself to the Trainer.
+
+    Make it before `trainer.train()`, in a resumed run too: surgery on the model comes before checkpoint and optimizer.
+    Checkpoints hold the engine's state inside trainer_state.json. Where the recipe writes the learning rate, the
+    Trainer makes no scheduler, and logs the rate that is used. Evaluation metrics reach `engine.metric`.
+
+    Args:
+        calibration: the source of gradients for second-order pruners; without it the model's own loss on the training
+            data.
+
+    Raises:
+        ValueError: training arguments that a recipe can't be followed with.
+    """
+
+    def __init__(
+        self, trainer: Trainer, recipe: Recipe | str | Path, *, calibration: Calibration | None = None
+    ) -> None:
+        check_arguments(trainer)
+        self._trainer, self._calibration = trainer, calibration
+        steps_per_epoch, total_steps = training_length(trainer.args, trainer.get_train_dataloader())
+        model: Any = trainer.model
+        self.engine = Engine(model, recipe, steps_per_epoch=steps_per_epoch, total_steps=total_steps).prepare()
+        keep_names(model)
+        claims = [claim.what for modifier in self.engine.modifiers for claim in modifier.claims(self.engine.run)]
+        if trainer.lr_scheduler is None and "the learning rate" in claims:
+            trainer.lr_scheduler = OptimizersRates(self.engine)  # type: ignore[assignment]  # all that a Trainer asks for
+        self._told: dict[str, float] = {}
+        self.engine.log_to(lambda values, step: self._told.update(values), every=None)  # the Trainer logs its rate
+        trainer.add_callback(self)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step:
+            self._resume(state)
+        loader = kwargs["train_dataloader"]
+        calibration = self._calibration or KeywordCalibration(loader.dataset, loader.collate_fn)
+        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+        self.engine.attach(optimizer, calibration=calibration)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._told:
+            values, self._told = self._told, {}
+            due = control.should_log
+            self._trainer.log(values)
+            control.should_log = due  # the Trainer's own line at this step is still to come
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        for name, value in (metrics or {}).items() if self.engine.is_attached else ():
+            if isinstance(value, (int, float)) and not name.endswith(("_runtime", "_per_second", "epoch")):
+                self.engine.metric(name, value)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.engine.detach()
+
+    def _resume(self, state: TrainerState) -> None:
+        states: Any = state.stateful_callbacks or {}
+        saved = states.get(type(self).__name__)
+        where = f"the checkpoint of step {state.global_step}"
+        if saved is None:
+            raise ValueError(f"{where} was not trained under a recipe: it holds no engine's state")
+        parts = (saved[-1] if isinstance(saved, list) else saved)["attributes"]
+        loaded = sampled(self.engine.model)
+        lost = [name for name, value in parts["weights"].items() if loaded.get(name) != value]
+        if lost:
+            raise ValueError(f"the Trainer did not load {len(lost)} weights of {where}, such as {lost[0]!r}")
+        file = io.BytesIO(base64.b64decode(parts["engine"]))
+        self.engine.load_state_dict(torch.load(file, weights_only=True))
+
+    def state(self) -> dict[str, Any]:
+        file = io.BytesIO()
+        torch.save(self.engine.state_dict(), file)
+        saved = base64.b64encode(file.getvalue()).decode()
+        return {"args": {}, "attributes": {"engine": saved, "weights": sampled(self.engine.model)}}
+
+    def export(self, path: str | Path) -> Certificate:
+        """Write the deployable ONNX file and its certificate, verified on the Trainer's evaluation data.
+
+        The inputs of the file are those of its batches, labels left out, in their order; the output is the logits.
+
+        Raises:
+            ExportError: what the file fails of its promise.
+        """
+        batches = [dict(batch) for batch in self._trainer.get_eval_dataloader()]
+        names = [name for name in batches[0] if name not in LABELS]
+        data = [(tuple(batch[name] for name in names), batch.get("labels")) for batch in batches]
+        model = deployed(copy.deepcopy(self.engine.model), names)
+        return self.engine.export(path, data[0][0], model=model, data=data)
