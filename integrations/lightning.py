@@ -7,8 +7,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from ovit_engine.calibration import Calibration, LossFunction
+from ovit_engine.calibration import Calibration
 from ovit_engine.engine import Engine
+from ovit_engine.gradient_pass import LossFunction
 from ovit_engine.recipe import Recipe
 
 

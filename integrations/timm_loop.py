@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from ovit_engine.calibration import Calibration, LossFunction
+from ovit_engine.calibration import Calibration
 from ovit_engine.engine import Engine
+from ovit_engine.gradient_pass import LossFunction
 from ovit_engine.recipe import Recipe
 
 
