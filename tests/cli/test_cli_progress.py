@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ovit_engine.cli.train import _Bars
+from ovit_engine.cli.train import Bars
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_a_bar_shows_how_far_a_pruning_step_is(is_terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Console, "is_terminal", property(lambda console: is_terminal))
-    bars: Any = _Bars()
+    bars: Any = Bars()
     progress = bars.progress()
     if not is_terminal:
         assert progress.work is None  # the run's own log line
