@@ -56,6 +56,14 @@ CONVNETS = ["table6_resnet50d", "table6_efficientnetv2_tiny"]
 
 
 @pytest.mark.parametrize("name", [*GRADUAL, *CONVNETS])
+def test_a_run_leaves_every_row_of_its_table(name: str) -> None:
+    clock = Clock(2, 600)
+    rows = [value for each in Recipe.load(f"paper/{name}").modifiers for _, what, value in each.timeline(clock)]
+    kept = [row.split("%")[0] for row in rows if "sweep point" in row]
+    assert kept == ["50.00", "60.00", "75.00", *["80.00"] * name.startswith("table2"), "90.00"]
+
+
+@pytest.mark.parametrize("name", [*GRADUAL, *CONVNETS])
 def test_gradual_pruning_takes_the_steps_of_table_2(name: str) -> None:
     assert sparsities(name) == TABLE_2
     assert Recipe.load(f"paper/{name}").training.epochs == 300
@@ -194,10 +202,10 @@ PRUNABLE = {
 @pytest.mark.parametrize(
     ("name", "variables"), [*((name, {}) for name in PAPER), *((f"paper/{name}", vars) for name, vars in OTHERS)]
 )
-def test_on_the_model_it_names(name: str, variables: dict[str, Any]) -> None:
+def test_on_the_model_it_names(name: str, variables: dict[str, Any], tmp_path: Path) -> None:
     recipe = Recipe.load(name, **variables)
     model = empty_model(recipe.training)
-    engine = Engine(model, recipe, steps_per_epoch=2, epochs=recipe.training.epochs).prepare()
+    engine = Engine(model, recipe, steps_per_epoch=2, epochs=recipe.training.epochs, output=tmp_path).prepare()
     masked = {
         claim.what for modifier in engine.modifiers for claim in modifier.claims(engine.run) if "mask of" in claim.what
     }
