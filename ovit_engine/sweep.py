@@ -19,6 +19,7 @@ from torch import nn
 from ovit_engine.masks import Masks
 from ovit_engine.modifier import Modifier, Run, SweepPlan
 from ovit_engine.quant import dense_state_dict
+from ovit_engine.random_states import random_state, set_random_state
 from ovit_engine.recipe import Recipe
 from ovit_engine.sweep_folder import FOLDER, INDEX, Index, Point, draw, is_of, point_name, weigh, write_index
 from ovit_engine.torch_files import load_file, save_file
@@ -242,12 +243,12 @@ def _measure(evaluate: Evaluate, model: nn.Module) -> float:
     Raises:
         TypeError: `evaluate` gives no number.
     """
-    flags = [(module, module.training) for module in model.modules()]
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    flags, state = [(module, module.training) for module in model.modules()], random_state()
     try:
-        with torch.no_grad(), torch.random.fork_rng(sorted(devices, key=str)):
+        with torch.no_grad():
             value = evaluate(model)
     finally:
+        set_random_state(state)
         for module, flag in flags:
             module.training = flag
     try:
