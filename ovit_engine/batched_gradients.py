@@ -157,6 +157,18 @@ def joined(batches: Sequence[Any]) -> Any:
     return tree_unflatten([torch.cat(column) for column in columns], flat[0][1])
 
 
+def rows_of(inputs: Any) -> int:
+    """How many images a batch of nested inputs holds.
+
+    Raises:
+        ValueError: there is no tensor in it.
+    """
+    first = next((leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor) and leaf.ndim), None)
+    if first is None:
+        raise ValueError("inputs are not made of tensors")
+    return first.shape[0]
+
+
 def parted(outputs: Any, rows: int, count: int) -> list[Any]:
     """Nested outputs of `rows` images as `count` equal parts; what is no tensor is in each.
 
@@ -180,7 +192,7 @@ def record(model: Callable[[Any], Any], inputs: Sequence[Any], tensors: Sequence
     recorder = Recorder(tensors, count)
     with recorder:
         outputs = model(whole)
-    return parted(outputs, tree_flatten(whole)[0][0].shape[0], count), recorder
+    return parted(outputs, rows_of(whole), count), recorder
 
 
 def batched_gradients(losses: Sequence[Tensor], recorder: Recorder, rows: Sequence[Tensor]) -> bool:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from ovit_engine.batched_gradients import Recorder, Trace, batched_gradients, record
+from ovit_engine.batched_gradients import Recorder, Trace, batched_gradients, parted, record, rows_of
 from ovit_engine.random_states import mixed, random_state, seed_everything, set_random_state
 from ovit_engine.targets import Slot
 
@@ -57,11 +58,14 @@ class GradientPass:
         activations = 0
         reason = self._obstacle()
         if reason is None:
-            activations = self._activations(batches[0])
-            if activations * LEAST_AT_ONCE > ACTIVATIONS:
-                reason = f"{activations} activations a gradient are work enough for one"
-            else:
-                reason = self._difference(list(enumerate(batches)))
+            try:
+                activations = self._activations(_copied(batches[0]))
+            except Exception as error:
+                reason = f"the model does not take one image: {error!r}"
+        if reason is None and activations * LEAST_AT_ONCE > ACTIVATIONS:
+            reason = f"{activations} activations a gradient are work enough for one"
+        if reason is None:
+            reason = self._difference(list(enumerate(batches)))
         if reason is not None:
             log.debug("one gradient a backward pass: %s", reason)
             return 1
@@ -141,18 +145,18 @@ class GradientPass:
         return None
 
     def _activations(self, batch: Any) -> int:
-        """How many numbers all linear layers and convolutions of the model put out for one gradient."""
+        """How many numbers all linear layers and convolutions of the model put out for one gradient, by one image."""
         inputs, _ = _split(batch, self.slots[0].tensor)
-        recorder = Recorder()
+        rows, recorder = rows_of(inputs), Recorder()
         with recorder:
-            self.model(inputs)
-        return recorder.activations
+            self.model(parted(inputs, rows, rows)[0])
+        return recorder.activations * rows
 
     def _difference(self, batches: Sequence[tuple[int, Any]]) -> str | None:
         """Why batched gradients of these batches are not right, if they are not."""
-        singles = [self._plain(self.slots, number, batch) for number, batch in batches]
+        singles = [self._plain(self.slots, number, _copied(batch)) for number, batch in batches]
         pair = [torch.empty(len(batches), *grad.shape, device=grad.device) for grad in singles[0]]
-        trace = self._batched(self.slots, pair, batches)
+        trace = self._batched(self.slots, pair, [(number, _copied(batch)) for number, batch in batches])
         if trace is None:
             return "no other way was found"
         for slot, rows, grads in zip(self.slots, pair, zip(*singles, strict=True), strict=True):
@@ -162,6 +166,11 @@ class GradientPass:
                     return f"{slot.name} would be {difference:.2g} off, where its largest entry is {largest:.2g}"
         self._trace = trace
         return None
+
+
+def _copied(batch: Any) -> Any:
+    """A batch that a model may write into, where it is needed again."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
 
 
 def _split(batch: Any, like: Tensor) -> tuple[Any, Any]:

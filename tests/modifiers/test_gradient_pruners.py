@@ -129,6 +129,7 @@ def test_less_memory_means_more_passes_and_the_same_result(
     class Counted(Calibration):
         def gradients(self, model: Any, slots: Any, **options: Any) -> Any:
             calls.append(len(slots))
+            assert len(options["among"]) == 2  # so that groups come the way that all would
             return super().gradients(model, slots, **options)
 
     def trained(more: str) -> nn.Sequential:
