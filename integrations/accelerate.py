@@ -55,6 +55,7 @@ def attach_accelerate(
 
 class _PlainCalibration(Calibration):
     def __init__(self, calibration: Calibration) -> None:
+        super().__init__(calibration.dataset, calibration.loss_fn, seed=calibration.seed)
         self._calibration = calibration
 
     def gradients(self, model: nn.Module, slots: Sequence[Slot], **options: Any) -> Iterator[list[Tensor]]:

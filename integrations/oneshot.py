@@ -64,7 +64,7 @@ def oneshot(
     pruners = choose_pruners(recipe, compare)
     grid = list(_grid(pruners, list(dict.fromkeys(sparsities))))
     for *_, modifier in grid:  # whatever can't be followed is said before hours of work
-        check_on(model, modifier)
+        check_on(model, modifier, calibration)
     total = EVALUATION + sum(cost(modifier) for *_, modifier in grid)
     options = {pruner.label: pruner.all_options(sparsity) for pruner, sparsity, _ in grid}
     dense = accuracy_of(evaluate, copy.deepcopy(model))  # a copy: evaluation may change modes
@@ -131,9 +131,13 @@ def prune_copy(model: nn.Module, modifier: Modifier, calibration: Calibration) -
     return PrunedCopy(pruned, engine, time.perf_counter() - start)
 
 
-def check_on(model: nn.Module, modifier: Modifier) -> None:
-    """Raise RecipeError where the modifier's targets or pattern do not fit the model."""
-    _engine(model, modifier)
+def check_on(model: nn.Module, modifier: Modifier, calibration: Calibration | None) -> None:
+    """Raise RecipeError where targets or pattern do not fit the model, MemoryError where memory is too small."""
+    engine = _engine(model, modifier)
+    engine.run.calibration = calibration
+    check_memory = getattr(engine.modifiers[0], "check_memory", None)
+    if check_memory is not None:
+        check_memory(engine.run)
 
 
 def cost(modifier: Modifier) -> int:

@@ -17,6 +17,8 @@ SUFFIX = "_prune"
 SHARED = ("targets", "scope", "pattern", "gradients", "images_per_gradient", "recomputations", "memory_limit")
 # When and how much: a one-shot run sets these itself.
 SCHEDULE = ("start", "end", "every", "sparsity", "sweep")
+# Pruners that need training first.
+TRAINED = ("movement_prune",)
 # Names for --compare beside those of the modifiers: a modifier with options of its own.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "obert_independent": ("obert", {"update": "independent"}),  # WoodFisher and oBERT as published
@@ -82,7 +84,7 @@ def choose_pruners(recipe: Recipe, compare: Sequence[str] = ()) -> list[Pruner]:
 
 def pruner_names() -> list[str]:
     """What can be compared."""
-    registered = [name.removesuffix(SUFFIX) for name in modifiers() if name.endswith(SUFFIX)]
+    registered = [name.removesuffix(SUFFIX) for name in modifiers() if name.endswith(SUFFIX) and name not in TRAINED]
     return sorted([*registered, *VARIANTS])
 
 

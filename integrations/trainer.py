@@ -163,7 +163,9 @@ class Trainer:
             if progress.work is not None:
                 engine.run.progress = progress.work
             engine.attach(
-                self.optimizer, calibration=Calibration(self.calibration_loader, cross_entropy), evaluate=self.accuracy
+                self.optimizer,
+                calibration=Calibration(self.calibration_loader, cross_entropy, seed=self.training.seed),
+                evaluate=self.accuracy,
             )
             if self.optimizer_state is not None:
                 self.optimizer.load_state_dict(dict(self.optimizer_state))

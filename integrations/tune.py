@@ -170,7 +170,8 @@ def tune(
     chosen.check_sparsities([] if sparsity is None else [sparsity])
     own, grid = settings(chosen, sparsity)
     modifiers = [chosen.at(sparsity, **options) for options in grid]
-    check_on(model, modifiers[0])
+    for modifier in modifiers:  # whatever can't be followed is said before hours of work
+        check_on(model, modifier, calibration)
     total = 4 * EVALUATION + sum(map(cost, modifiers))
     dense_loss = mean_loss(copy.deepcopy(model), held_out, calibration)
     if math.isinf(dense_loss):

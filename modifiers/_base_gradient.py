@@ -69,16 +69,27 @@ class GradientPruningModifier(PruningModifier):
                     "pruning at step 0 needs gradients: attach(optimizer, calibration=Calibration(loader, loss_fn))"
                 )
             warnings.warn(
-                f"{self.name}: no calibration was given, so the gradients of the last {self.window} training steps "
+                f"{self.name}: no calibration was given, so the gradients of at most {self.window} training steps "
                 "before each pruning step are used: larger batches at moving weights, with dropout. The published "
                 "method is attach(optimizer, calibration=Calibration(loader, loss_fn))",
                 stacklevel=4,
             )
         if any(step >= run.step for step in self._events):
-            self._check_memory(run)
+            self.check_memory(run)
+            self._check_images(run)
         super().attach(run)
 
-    def _check_memory(self, run: Run) -> None:
+    def _check_images(self, run: Run) -> None:
+        """Warn where one gradient takes all images there are: without augmentation all gradients are then the same."""
+        images = None if run.calibration is None else run.calibration.images
+        if images is not None and images <= self.images_per_gradient:
+            warnings.warn(
+                f"{self.name}: there are {images} calibration images, and images_per_gradient is "
+                f"{self.images_per_gradient}: every gradient takes all of them, so they are alike",
+                stacklevel=5,
+            )
+
+    def check_memory(self, run: Run) -> None:
         """Say what a pruning step needs, in log and history, and raise MemoryError now rather than hours later."""
         count = self.gradients if run.calibration is not None else self.window
         weights = [slot.tensor for slot in self._slots]

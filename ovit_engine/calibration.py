@@ -45,6 +45,11 @@ class Calibration:
         self.loss_fn = loss_fn
         self.seed = seed
 
+    @property
+    def images(self) -> int | None:
+        """How many images there are, None for a stream."""
+        return None if isinstance(self.dataset, IterableDataset) else len(self.dataset)  # type: ignore[arg-type]
+
     def gradients(
         self,
         model: nn.Module,
@@ -75,9 +80,12 @@ class Calibration:
                 would: bit by bit the same gradients in whichever parts they are asked for.
 
         Raises:
-            ValueError: a slot that the loss does not depend on; a rank that is not below `ranks`.
+            ValueError: a slot that the loss does not depend on; a rank that is not below `ranks`; a number below 1.
         """
         rank, ranks = share
+        for what, value in (("count", count), ("images_per_gradient", images_per_gradient), ("chunk", chunk)):
+            if value < 1:
+                raise ValueError(f"{what} must be at least 1, not {value!r}")
         if not 0 <= rank < ranks:
             raise ValueError(f"share must be (rank, ranks) with 0 <= rank < ranks, not {share}")
         chunks = [range(first, min(first + chunk, count)) for first in range(0, count, chunk)][rank::ranks]
@@ -96,9 +104,8 @@ def _chunks(
         return
     shapes = [(slot.tensor.shape, slot.tensor.device) for slot in work.slots[:wanted]]
     buffers = [torch.empty(min(chunk, count), *shape, device=device) for shape, device in shapes]
-    tried = (
-        2 if count >= LEAST_COUNT and chunk >= LEAST_AT_ONCE else 0
-    )  # of every rank the same, so that all choose alike
+    # of every rank the same, so that all choose alike
+    tried = 2 if count >= LEAST_COUNT and chunk >= LEAST_AT_ONCE else 0
     with work.undisturbed():
         batches = samples.batches(sorted({*range(tried), *(number for part in chunks for number in part)}))
         kept = dict(enumerate(islice(batches, tried)))

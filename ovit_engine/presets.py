@@ -8,12 +8,16 @@ tables and norms stay dense.
 
 import difflib
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 PREFIX = "preset:"
+
+# What every preset leaves dense: it grows with the classes of the data, so it says nothing about how a preset fits.
+_CLASSIFIER = re.compile(r"(head\w*|classifier|fc)(\.[a-z_]+)*\.weight")
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -237,8 +241,9 @@ def match_preset(
         )
     taken = preset.take(sizes)
     left = [name for name in sizes if name not in taken and name not in others]
-    rest = _total(sizes, left)
-    if 2 * rest > _total(sizes, sizes):
+    counted = [name for name in sizes if not _CLASSIFIER.fullmatch(name)]
+    rest = _total(sizes, [name for name in left if name in counted])
+    if 2 * rest > _total(sizes, counted):
         biggest = max(left, key=sizes.__getitem__)
         raise ValueError(
             f"{target} takes {_total(sizes, taken):,} weights of {owner}, and {rest:,} stay dense, such as {biggest!r}"
@@ -251,7 +256,26 @@ def match_preset(
                 f"{target} is not made for {owner}: '{PREFIX}{name}' takes the same and {_total(sizes, more):,} "
                 f"weights more, such as {more[0]!r}"
             )
+    _warn_of_strangers(target, sizes, taken, left)
     return preset.find(sizes)
+
+
+def _warn_of_strangers(target: str, sizes: Mapping[str, int], taken: Collection[str], left: Collection[str]) -> None:
+    """Warn of weights that stay dense in blocks of which the preset takes others: they may have been renamed."""
+    blocks = {_block(name) for name in taken} - {""}
+    strangers = [name for name in left if _block(name) in blocks]
+    if strangers:
+        warnings.warn(
+            f"{target} leaves {_total(sizes, strangers):,} weights dense in blocks that it prunes, such as "
+            f"{strangers[0]!r}: name them beside it if they should go too",
+            stacklevel=2,
+        )
+
+
+def _block(name: str) -> str:
+    """The numbered module that a weight lies in: blocks.3 of blocks.3.attn.qkv.weight."""
+    found = re.match(r"(.*\.)?\d+(?=\.)", name)
+    return found[0] if found else ""
 
 
 def _total(sizes: Mapping[str, int], names: Collection[str]) -> int:

@@ -40,22 +40,28 @@ class TimeLeft:
 
 
 class ProgressLog:
-    """Logs at INFO, no more often than every so many seconds: "ovit_prune: gradients 512 of 1024, about 80 s left"."""
+    """Says "ovit_prune: gradients 512 of 1024, about 80 s left" where work begins and every so many seconds.
 
-    def __init__(self, every: float = 10.0) -> None:
-        self.every = every
+    Args:
+        say: takes the lines; our log at INFO without it.
+        every: seconds between two lines.
+    """
+
+    def __init__(self, say: Callable[[str], None] | None = None, every: float = 10.0) -> None:
+        self._say = log.info if say is None else say
+        self._every = every
         self._time_left = TimeLeft()
         self._said: float | None = None
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """Log, if it is time."""
+        """Say it, if it is time."""
         now = time.monotonic()
         left = self._time_left(what, done, total, now)
         if self._said is None:
             self._said = now
-        if now - self._said >= self.every:
+        if done == 0 or now - self._said >= self._every:
             self._said = now
-            log.info("%s %d of %d%s", what, done, total, "" if left is None else f", about {spell_seconds(left)} left")
+            self._say(f"{what} {done} of {total}" + ("" if left is None else f", about {spell_seconds(left)} left"))
 
 
 def spell_seconds(seconds: float) -> str:

@@ -60,6 +60,15 @@ class Numbered(Dataset[Any]):
         return X[index], index
 
 
+@pytest.mark.parametrize("wrong", ["count", "images_per_gradient", "chunk"])
+def test_numbers_below_one_are_refused(wrong: str) -> None:
+    model = nn.Linear(2, 1)
+    data = torch.utils.data.TensorDataset(torch.randn(8, 2), torch.randn(8, 1))
+    numbers = {"count": 2, "images_per_gradient": 2, "chunk": 2, wrong: 0}
+    with pytest.raises(ValueError, match=f"{wrong} must be at least 1, not 0"):
+        Calibration(data, nn.functional.mse_loss).gradients(model, parameter_slots(model), **numbers)
+
+
 def test_gradients_of_16_images_are_their_mean_by_hand() -> None:
     model, seen = linear(), []
 

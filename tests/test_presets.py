@@ -8,10 +8,27 @@ from torch import nn
 
 from ovit_engine import Engine, Recipe, RecipeError
 from ovit_engine.modifiers.quantize import Quantize
-from ovit_engine.presets import PRESETS, is_prunable, preset_of
+from ovit_engine.presets import PRESETS, is_prunable, match_preset, preset_of
 from ovit_engine.targets import check_target, find_slots, parameter_slots
 from tests.loops import recipe
 from tests.test_preset_models import Roberta, make, total
+
+
+def test_layers_that_were_renamed_in_some_blocks_are_noticed() -> None:
+    sizes = {f"blocks.{i}.{rest}.weight": 100 for i in range(12) for rest in ("attn.proj", "mlp.fc1", "mlp.fc2")}
+    sizes |= {f"blocks.{i}.attn.{'qkv' if i else 'fused'}.weight": 300 for i in range(12)}
+    with pytest.warns(
+        UserWarning, match=r"leaves 300 weights dense in blocks that it prunes, such as 'blocks.0.attn.fu"
+    ):
+        match_preset("preset:vit", sizes, owner="VisionTransformer")
+    found = match_preset("preset:vit", sizes, others=["blocks.0.attn.fused.weight"], owner="VisionTransformer")
+    assert len(found["qkv"]) == 11
+
+
+def test_a_large_head_says_nothing_about_the_fit() -> None:
+    sizes = {f"blocks.0.{rest}.weight": 100 for rest in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    sizes |= {"patch_embed.proj.weight": 100, "head.weight": 100_000}
+    assert match_preset("preset:vit", sizes, owner="VisionTransformer")["proj"] == ["blocks.0.attn.proj.weight"]
 
 
 def test_a_layer_that_was_renamed_is_noticed() -> None:

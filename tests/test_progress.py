@@ -42,11 +42,13 @@ def test_a_line_no_more_often_than_asked(monkeypatch: pytest.MonkeyPatch, caplog
             tell("ovit_prune: gradients", done, 1024)
             now += 2.5
         tell("ovit_prune: eliminate", 1, 2)
+        now += 1
+        tell("ovit_prune: gradients", 0, 1024)
     lines = caplog.messages
     assert lines[0] == "ovit_prune: gradients 80 of 1024, about 148 s left".replace("148 s", "2 min")
     assert lines[6] == "ovit_prune: gradients 464 of 1024, about 88 s left"
-    assert len(lines) == 16
-    assert lines[-1] == "ovit_prune: eliminate 1 of 2"
+    assert len(lines) == 17
+    assert lines[-2:] == ["ovit_prune: eliminate 1 of 2", "ovit_prune: gradients 0 of 1024"]
 
 
 @pytest.mark.parametrize(

@@ -66,9 +66,16 @@ def train(
     args = options.as_mapping(model_args)
     if model is None or model == read.training.model:  # the recipe's arguments go with the recipe's model
         args = {**read.training.model_args, **args}
+    if start is not None and recipe is None and epochs not in (None, read.training.epochs):
+        raise click.UsageError(
+            f"a resumed run keeps its {read.training.epochs} epochs: to train its model further, "
+            f"begin a new run with --checkpoint {start}"
+        )
     read = with_training(read, model=model, model_args=args, epochs=epochs, batch_size=batch_size, seed=seed)
     if output is None:
         output = Path("runs") / read.name if start is None else (start if start.is_dir() else start.parent)
+    if start is not None:
+        click.echo(f"going on from {start}")
     with Bars() as bars:
         trained = run(
             read,
@@ -148,8 +155,9 @@ class Bars:
 
     def progress(self) -> Any:
         from ovit_engine.integrations.timm import Progress
+        from ovit_engine.progress import ProgressLog
 
-        work = self._show_work if self._console.is_terminal else None
+        work = self._show_work if self._console.is_terminal else ProgressLog(self._console.print)
         return Progress(begin=self._begin, step=self._step, end=self._end, work=work)
 
     def _begin(self, epoch: int, epochs: int, steps: int) -> None:

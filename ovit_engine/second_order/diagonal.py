@@ -22,7 +22,7 @@ class Accumulated(ABC):
 
     needs_gradients: ClassVar[bool] = True
     updates: ClassVar[tuple[str, ...]] = EVERY_UPDATE  # none is read
-    advice: ClassVar[str] = "use fewer targets"
+    advice: ClassVar[str] = "leave it out of the targets"
     stage: ClassVar[str] = "score"
     power: ClassVar[int]  # sum of |g| ** power
 

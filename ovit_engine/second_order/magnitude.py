@@ -17,7 +17,7 @@ class Magnitude:
 
     needs_gradients: ClassVar[bool] = False
     updates: ClassVar[tuple[str, ...]] = EVERY_UPDATE  # none is read
-    advice: ClassVar[str] = "use fewer targets"
+    advice: ClassVar[str] = "leave it out of the targets"
     stage: ClassVar[str] = "score"
 
     def __init__(self, problem: Problem, count: int) -> None:

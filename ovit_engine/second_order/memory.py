@@ -24,6 +24,11 @@ class Memory:
         return sum(self.held) + self.besides
 
 
+def spell_bytes(size: int) -> str:
+    """1.50 GiB, 12 MiB."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{max(1, round(size / 2**20))} MiB"
+
+
 def available_memory(device: torch.device) -> int | None:
     """Bytes that can still be had on the device, or None where the system does not tell."""
     if device.type == "cuda":
@@ -47,11 +52,13 @@ def balance(sizes: Sequence[int], bins: int) -> list[list[int]]:
     return [sorted(each) for each in shared]
 
 
-def into_groups(memory: Memory, limit: int | None, names: Sequence[str], where: str, advice: str) -> list[list[int]]:
+def into_groups(
+    memory: Memory, limit: int | None, names: Sequence[str], limited_by: str, advice: str
+) -> list[list[int]]:
     """Tensors in few groups of nearly equal size, each of which fits into `limit` bytes (None: one group).
 
     Raises:
-        MemoryError: a tensor that does not fit alone, with its name, what it needs on `where`, and advice.
+        MemoryError: a tensor that does not fit alone, with its name, what it needs, what limits it, and advice.
     """
     every = list(range(len(memory.held)))
     if limit is None or memory.total <= limit:
@@ -59,9 +66,10 @@ def into_groups(memory: Memory, limit: int | None, names: Sequence[str], where: 
     room = limit - memory.besides
     largest = max(every, key=lambda index: memory.held[index])
     if memory.held[largest] > room:
+        needed = spell_bytes(memory.held[largest] + memory.besides)
         raise MemoryError(
-            f"{names[largest]}: second-order pruning needs {(memory.held[largest] + memory.besides) / GIB:.2f} GiB on "
-            f"{where} for this tensor alone, {limit / GIB:.2f} GiB available: {advice}"
+            f"{names[largest]}: second-order pruning needs {needed} for this tensor alone, "
+            f"{limited_by} {spell_bytes(limit)}: {advice}"
         )
     for bins in range(-(-sum(memory.held) // room), len(every)):
         groups = balance(memory.held, bins)

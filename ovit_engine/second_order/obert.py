@@ -46,7 +46,7 @@ class Obert:
 
     needs_gradients: ClassVar[bool] = True
     updates: ClassVar[tuple[str, ...]] = EVERY_UPDATE
-    advice: ClassVar[str] = "use a smaller block or fewer targets"
+    advice: ClassVar[str] = "use a smaller block, or leave it out of the targets"
     stage: ClassVar[str] = "score"
     held_as: ClassVar[type[Curvature]] = BlockInverse
 
@@ -122,5 +122,5 @@ class Obert:
 class Mfac(Obert):
     """M-FAC: the same without ever forming H; memory is numel * N numbers."""
 
-    advice: ClassVar[str] = "use fewer gradients or fewer targets"
+    advice: ClassVar[str] = "use fewer gradients, or leave it out of the targets"
     held_as: ClassVar[type[Curvature]] = MatrixFree

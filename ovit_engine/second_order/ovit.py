@@ -45,7 +45,7 @@ class Ovit:
 
     needs_gradients: ClassVar[bool] = True
     updates: ClassVar[tuple[str, ...]] = ("joint", "none")
-    advice: ClassVar[str] = "use a smaller block or fewer targets"
+    advice: ClassVar[str] = "use a smaller block, or leave it out of the targets"
     stage: ClassVar[str] = "eliminate"
 
     def __init__(self, problem: Problem, count: int) -> None:

@@ -125,6 +125,7 @@ class Event:
         if not self._solver_type.needs_gradients:
             return solver
         self._passes += 1
+        self._stages.advance("gradients", 0)  # the first of them may take long
         chunks = iter(self._source(union))
         seen, is_over = 0, False
         while not is_over:

@@ -69,7 +69,8 @@ def make_plan(
             room = limit if limit is not None else _available(device, users[device], held_besides)
             if not solver_type.needs_gradients:  # nothing comes twice, so nothing is gained by groups
                 room = None
-            groups = into_groups(memory, room, [names[index] for index in here], str(device), solver_type.advice)
+            limited_by = f"{device} has" if limit is None else "memory_limit is"
+            groups = into_groups(memory, room, [names[index] for index in here], limited_by, solver_type.advice)
             by_device.append([[here[place] for place in group] for group in groups])
         groups = [sorted(chain.from_iterable(each)) for each in zip_longest(*by_device, fillvalue=[])]
     rounds = [list(each) for each in zip_longest(*ranks.gather(groups), fillvalue=[])]

@@ -9,12 +9,16 @@ from ovit_engine.cli.train import Bars
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_a_bar_shows_how_far_a_pruning_step_is(is_terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bar_shows_how_far_a_pruning_step_is(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(Console, "is_terminal", property(lambda console: is_terminal))
     bars: Any = Bars()
     progress = bars.progress()
     if not is_terminal:
-        assert progress.work is None  # the run's own log line
+        progress.work("ovit_prune: gradients", 0, 32)
+        progress.work("ovit_prune: gradients", 16, 32)  # seconds have not passed since
+        assert capsys.readouterr().out == "ovit_prune: gradients 0 of 32\n"
         return
     rows = bars._bar.tasks
     assert [row.visible for row in rows] == [True, False]

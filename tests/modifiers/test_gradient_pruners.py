@@ -89,7 +89,7 @@ def test_gradual_counts_are_exact_and_zeros_hold(name: str) -> None:
 def test_without_calibration_the_gradients_of_training_serve(name: str) -> None:
     with pytest.raises(RecipeError, match=f"{name}: pruning at step 0 needs gradients"):
         started(name, "sparsity: 0.5", calibrated=False)
-    with pytest.warns(UserWarning, match=f"{name}: no calibration was given, so the gradients of the last 8 training"):
+    with pytest.warns(UserWarning, match=f"{name}: no calibration was given, so the gradients of at most 8 training"):
         model, optimizer, _ = started(name, "sparsity: 0.5, start: 3st", calibrated=False)
     for _ in range(3):
         plain(model, optimizer)
@@ -98,17 +98,27 @@ def test_without_calibration_the_gradients_of_training_serve(name: str) -> None:
 
 def test_too_little_memory_is_said_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda device: 100)
-    with pytest.raises(MemoryError, match="use fewer gradients or fewer targets"):
+    with pytest.raises(MemoryError, match="use fewer gradients, or leave it out of the targets"):
         started("mfac_prune", "sparsity: 0.5, start: 5st")
-    with pytest.raises(MemoryError, match="use a smaller block or fewer targets"):
+    with pytest.raises(MemoryError, match="use a smaller block, or leave it out of the targets"):
         started("obert_prune", "sparsity: 0.5, start: 5st")
+
+
+def test_too_few_images_for_a_gradient_are_warned_of() -> None:
+    model = mlp()
+    options = "start: 1st, sparsity: 0.5, gradients: 4, images_per_gradient: 4096, block: 16"
+    text = f"ovit_prune: {{{options}, targets: [0.weight]}}"
+    engine = Engine(model, recipe(text), steps_per_epoch=10, epochs=1)
+    message = rf"there are {len(DATA)} calibration images, and images_per_gradient is 4096: every gradient takes"
+    with pytest.warns(UserWarning, match=message):
+        engine.attach(torch.optim.SGD(model.parameters(), 0.1), calibration=Calibration(DATA, mse))
 
 
 def test_memory_is_that_of_the_gradients_which_come() -> None:
     _, _, engine = started("mfac_prune", "sparsity: 0.5, start: 5st, block: 4")
     expected = estimate_memory([(16, 8), (1, 16)], method="mfac", block=4, gradients=8) / 2**30
     assert engine.run.history == [(0, "mfac_prune/memory_gib", expected)]
-    with pytest.warns(UserWarning, match="the last 4 training steps"):
+    with pytest.warns(UserWarning, match="at most 4 training steps"):
         _, _, engine = started("mfac_prune", "sparsity: 0.5, start: 5st, block: 4", calibrated=False)
     expected = (estimate_memory([(16, 8), (1, 16)], method="mfac", block=4, gradients=4) + 4 * 144 * 4) / 2**30
     assert engine.run.history == [(0, "mfac_prune/memory_gib", expected)]
@@ -215,7 +225,8 @@ def test_a_run_hears_how_far_pruning_is() -> None:
     told: list[tuple[str, int, int]] = []
     engine.run.progress = lambda what, done, total: told.append((what, done, total))
     engine.attach(optimizer, calibration=Calibration(DATA, mse))
-    assert told[:3] == [
+    assert told[:4] == [
+        ("ovit_prune (part 1 of 2): gradients", 0, 20),
         ("ovit_prune (part 1 of 2): gradients", 16, 20),
         ("ovit_prune (part 1 of 2): gradients", 20, 20),
         ("ovit_prune (part 1 of 2): eliminate", 128, 128),

@@ -79,7 +79,7 @@ def test_zeros_hold_and_the_count_grows() -> None:
 
 
 def test_without_calibration_it_takes_the_gradients_of_training_and_says_so() -> None:
-    with pytest.warns(UserWarning, match="no calibration was given, so the gradients of the last 8 training steps"):
+    with pytest.warns(UserWarning, match="no calibration was given, so the gradients of at most 8 training steps"):
         model, optimizer, engine = started("sparsity: 0.5, start: 9st", calibrated=False)
     weight_before, gradients = torch.empty(0), []
     for count in range(1, 10):
