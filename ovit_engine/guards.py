@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Iterable
+from types import MappingProxyType
 
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -42,6 +43,9 @@ def check_surgery(model: nn.Module, modifiers: Iterable[Modifier]) -> None:
         )
 
 
+_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
+
 def layers_of(optimizer: Optimizer) -> list[Optimizer]:
     """The optimizer that moves the weights, then the wrappers around it (Lookahead, Accelerate's) from the inside out.
 
@@ -52,8 +56,11 @@ def layers_of(optimizer: Optimizer) -> list[Optimizer]:
     while inner := [v for v in vars(chain[0]).values() if isinstance(v, Optimizer) and all(v is not c for c in chain)]:
         chain.insert(0, inner[0])
     for each in chain:
-        if each is not chain[0] or not hasattr(each, "_optimizer_step_pre_hooks"):
+        if each is not chain[0] or _HOOKS[0] not in vars(each):
             Optimizer.__setstate__(each, {})  # as after unpickling: hook dictionaries, and a `step` that reads them
+            for hooks in _HOOKS:  # torch patches `step` of the class, so others of that class are asked for theirs too
+                if not hasattr(type(each), hooks):
+                    setattr(type(each), hooks, MappingProxyType({}))
     return chain
 
 

@@ -53,6 +53,16 @@ class Perturbing(Optimizer):
         self.base.step()
 
 
+def test_others_of_a_wrapper_class_step_as_before() -> None:
+    class Skips(Accelerated):
+        """A class that no other test attaches."""
+
+    layers_of(Skips(SGD(mlp().parameters(), 0.1)))
+    other = Skips(SGD(mlp().parameters(), 0.1))
+    other.step()
+    assert other.calls == 1
+
+
 def test_wrappers_from_the_inside_out() -> None:
     inner = SGD(mlp().parameters(), 0.1)
     slow = Lookahead(inner)

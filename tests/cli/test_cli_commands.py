@@ -117,9 +117,12 @@ def test_a_run_that_was_broken_off_needs_only_resume(ovit: Ovit, monkeypatch: py
     export = ovit("export", "run", "--output", "m.onnx")
     assert "the run is at epoch 1 of 2: go on with ovit train --resume run" in export.stderr
     assert not Path("m.onnx").exists()
+    longer = ovit("train", "--resume", "run", "--epochs", "4", "--device", "cpu")
+    assert "a resumed run keeps its 2 epochs: to train its model further, begin a new run with" in longer.stderr
     lines = ok(ovit("train", "--resume", "run", "--device", "cpu"))
-    assert lines[0].startswith("epoch 2/2")
-    assert lines[1].startswith("saved run/last.pt")
+    assert lines[0] == "going on from run"
+    assert lines[1].startswith("epoch 2/2")
+    assert lines[2].startswith("saved run/last.pt")
 
 
 BENCH = ("--repeats", "5", "--batch-size", "1,4", "--json", "b.json")
