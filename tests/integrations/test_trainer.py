@@ -42,6 +42,12 @@ def rows(trained: Trained) -> list[Any]:
     return [replace(metrics, seconds=0.0) for metrics in trained.metrics]
 
 
+def test_calibration_is_seeded_as_training_is(tmp_path: Path) -> None:
+    trained = run(tiny_recipe(epochs=1, extra="batch_size: 256, seed: 7"), tmp_path)
+    assert trained.engine.run.calibration is not None
+    assert trained.engine.run.calibration.seed == 7
+
+
 @pytest.mark.parametrize("optimizer", ["optimizer: adamw", "optimizer: sgd, clip_grad: 0.5"])
 def test_a_resumed_run_is_the_unbroken_run_bit_for_bit(tmp_path: Path, optimizer: str) -> None:
     recipe = tiny_recipe(
