@@ -26,7 +26,9 @@ from ovit_engine.targets import Slot
 
 log = logging.getLogger(__name__)
 
-CHUNK = 16  # gradients alive at a time: block Woodbury is fastest at 8 to 32 (specs/second-order.md §1.6)
+# Gradients alive at a time: many of a small model, whose backward passes are cheaper together, at most 64 MiB of them;
+# block Woodbury takes 16 at once whatever arrives.
+FEWEST, MOST, ENTRIES = 16, 64, 2**24
 
 
 class GradientPruningModifier(PruningModifier):
@@ -215,13 +217,18 @@ class GradientPruningModifier(PruningModifier):
                 [slots[index] for index in indices],
                 count=self.gradients,
                 images_per_gradient=self.images_per_gradient,
-                chunk=min(CHUNK, self.gradients),
+                chunk=chunk_size(sum(slot.tensor.numel() for slot in slots), self.gradients),
                 draw=draw,
                 share=(rank, ranks),
                 among=slots,
             )
 
         return gradients, self.gradients
+
+
+def chunk_size(weights: int, count: int) -> int:
+    """How many of `count` gradients of so many weights to hold at a time; at least sixteen chunks for ranks."""
+    return min(count, max(FEWEST, min(MOST, ENTRIES // weights, count // 16)))
 
 
 def _ranks() -> dist.ProcessGroup | None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ovit_engine import Calibration, Engine, RecipeError
+from ovit_engine.modifiers._base_gradient import chunk_size
 from ovit_engine.second_order import METHODS, estimate_memory, memory, prune_streamed, prune_tensors
 from ovit_engine.second_order.options import Options
 from ovit_engine.targets import find_slots
@@ -232,3 +233,18 @@ def test_a_run_hears_how_far_pruning_is() -> None:
         ("ovit_prune (part 1 of 2): eliminate", 128, 128),
     ]
     assert told[-1] == ("ovit_prune (part 2 of 2): move", 128, 128)
+
+
+@pytest.mark.parametrize(
+    ("weights", "count", "size"),
+    [
+        (196_608, 4096, 64),  # the digits ViT: many small gradients a backward pass
+        (5_308_416, 4096, 16),  # DeiT-Tiny: 340 MB are enough
+        (524_288, 4096, 32),  # never more than 64 MiB of them above sixteen
+        (196_608, 256, 16),  # sixteen chunks stay for ranks to share
+        (196_608, 5, 5),
+        (10**9, 4096, 16),
+    ],
+)
+def test_chunks_are_larger_for_small_models(weights: int, count: int, size: int) -> None:
+    assert chunk_size(weights, count) == size
