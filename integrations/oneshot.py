@@ -147,10 +147,14 @@ def cost(modifier: Modifier) -> int:
 
 def accuracy_of(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
     """What `evaluate` measures; ValueError if that is no share."""
-    accuracy = float(evaluate(model))
+    accuracy: object = evaluate(model)
+    if isinstance(accuracy, Tensor) and accuracy.numel() == 1:
+        accuracy = accuracy.item()
+    if not isinstance(accuracy, (int, float)):
+        raise ValueError(f"evaluate must return an accuracy between 0 and 1, not {accuracy!r}")
     if not (math.isfinite(accuracy) and 0 <= accuracy <= 1):
         raise ValueError(f"evaluate must return an accuracy between 0 and 1, not {accuracy:g}")
-    return accuracy
+    return float(accuracy)
 
 
 def _engine(model: nn.Module, modifier: Modifier) -> Engine:

@@ -80,6 +80,8 @@ class SweepOptions(BaseModel):
 
 
 def _check_sweep(value: Any) -> Any:
+    if not (value is None or isinstance(value, (list, tuple, dict, SweepOptions))):
+        raise ValueError(f"{value!r} is no sweep: write a list of sparsities such as [0.5, 0.75]")
     return SweepOptions(sparsity=value) if isinstance(value, (list, tuple)) else value
 
 

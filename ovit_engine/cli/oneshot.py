@@ -105,6 +105,8 @@ def oneshot(
     for pruner in choose_pruners(read, compare):  # before the model and the images are read
         pruner.check_sparsities(sparsities)
     folder = output or Path("runs") / f"{read.name}-{'tune' if tune else 'oneshot'}"
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{str(folder)!r} is a file: --output names the folder of the results")
     if any((folder / name).exists() for name in ("oneshot.json", "tune.json")):
         raise FileExistsError(f"{str(folder)!r} holds results already: choose another --output")
     bench = set_up(

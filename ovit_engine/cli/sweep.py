@@ -138,8 +138,13 @@ def _continue(
     start = folder / FOLDER / point.checkpoint
     output = folder / FOLDER / f"{point_name(point.sparsity)}-tail"
     resume = output if (output / LAST).exists() else None
-    if resume is not None and epochs is None:  # its own length
+    if resume is not None:
         recipe = Recipe.parse(load_checkpoint(resume)["recipe"], file=f"recipe in {resume}")
+        if epochs not in (None, recipe.training.epochs):
+            raise ValueError(
+                f"{str(output)!r} holds a tail of {recipe.training.epochs} epochs, not {epochs}: leave --epochs out to "
+                "go on with it, or move the folder away to begin another"
+            )
     else:
         recipe = tail_recipe(start, epochs or TAIL_EPOCHS)
     if resume is None:

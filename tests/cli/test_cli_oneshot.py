@@ -180,6 +180,7 @@ def test_random_weights_are_told(ovit: Ovit) -> None:
         (["--sparsity", "0.5", "--model", "vit_tinny"], "timm has no model 'vit_tinny'"),
         (["--sparsity", "0.5", "--checkpoint", "no.pt"], "no checkpoint 'no.pt'"),
         (["--sparsity", "0.5", "--data", "photos"], "no data 'photos'"),
+        (["--sparsity", "0.5", "--output", "dense.yaml"], "'dense.yaml' is a file: --output names the folder"),
     ],
 )
 def test_errors_are_one_line_and_leave_no_results(oneshot: Ovit, arguments: list[str], message: str) -> None:

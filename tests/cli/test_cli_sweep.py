@@ -90,6 +90,9 @@ def test_a_point_goes_on_with_the_tail(ovit: Ovit, swept: tuple[Path, str], monk
     assert sum(int(mask.sum()) for mask in before.values()) == round(0.9 * sum(m.numel() for m in before.values()))
     assert all(torch.equal(mask, after[name]) for name, mask in before.items())
     assert ovit("export", tail, "--output", "tail.onnx").exit_code == 0
+    longer = ovit("sweep", folder, "--continue", 0.9, "--epochs", 3)
+    assert longer.exit_code == 1
+    assert f"{str(tail)!r} holds a tail of 2 epochs, not 3: leave --epochs out" in longer.stderr
     again = ovit("sweep", folder, "--continue", 0.9)
     assert again.exit_code == 1
     assert "is finished: all 2 epochs are done" in again.stderr

@@ -67,6 +67,7 @@ def test_sparsities_that_no_step_reaches(options: str, words: str) -> None:
     ("sweep", "words"),
     [
         ("[0.5, 75]", r"magnitude_prune\.sweep.*: sparsity 75 is not in \[0, 1\): did you mean 0\.75\?"),
+        ("0.5", r"magnitude_prune\.sweep: 0\.5 is no sweep: write a list of sparsities such as \[0\.5, 0\.75\]"),
         ("[]", r"magnitude_prune\.sweep.*: list should have at least 1 item"),
         ("{metric: loss}", r"magnitude_prune\.sweep.sparsity is missing"),
         ("{sparsity: [0.5], bset: min}", r"magnitude_prune\.sweep has no option 'bset'"),
