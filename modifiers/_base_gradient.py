@@ -7,13 +7,13 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal
 
-import torch.distributed as dist
 from pydantic import Field, PositiveFloat, PositiveInt, PrivateAttr, model_validator
 from torch import Tensor
 
 from ovit_engine.modifier import Run
 from ovit_engine.modifiers._base import PruningModifier
 from ovit_engine.pattern import NM
+from ovit_engine.processes import process_group, ranks
 from ovit_engine.second_order import (
     LARGEST_BLOCK,
     Pruned,
@@ -22,6 +22,7 @@ from ovit_engine.second_order import (
     plan_pruning,
     prune_streamed,
 )
+from ovit_engine.sharding import gathered, whole_model
 from ovit_engine.targets import Slot
 
 log = logging.getLogger(__name__)
@@ -104,10 +105,10 @@ class GradientPruningModifier(PruningModifier):
             names=[slot.name for slot in self._slots],
             memory_limit=self._limit,
             held_besides=window,
-            process_group=_ranks(),
+            process_group=process_group(),
             **self._options(next(iter(self._events.values()))),
         )
-        needed = (plan.needed + window) / 2**30
+        needed = max(ranks().gather(plan.needed + window)) / 2**30  # the history is the same on every rank
         log.info("%s needs %.2f GiB on %s for each pruning step", self.name, needed, weights[0].device)
         if run.step == 0:  # once, and not again where training is resumed
             run.log(f"{self.name}/memory_gib", needed)
@@ -173,19 +174,20 @@ class GradientPruningModifier(PruningModifier):
         draw: int,
         what: str,
     ) -> Pruned:
-        chunks, count = self._chunks(run, slots, draw)
-        pruned = prune_streamed(
-            weights,
-            chunks,
-            count,
-            names=[slot.name for slot in slots],
-            masks=masks,
-            method=self.method,
-            memory_limit=self._limit,
-            process_group=_ranks(),
-            progress=lambda stage, done, total: run.progress(f"{what}: {stage}", done, total),
-            **self._options(sparsity),
-        )
+        with whole_model(run.model):
+            chunks, count = self._chunks(run, slots, draw)
+            pruned = prune_streamed(
+                weights,
+                chunks,
+                count,
+                names=[slot.name for slot in slots],
+                masks=masks,
+                method=self.method,
+                memory_limit=self._limit,
+                process_group=process_group(),
+                progress=lambda stage, done, total: run.progress(f"{what}: {stage}", done, total),
+                **self._options(sparsity),
+            )
         for stage, seconds in pruned.timings.items():
             name = f"{self.name}/{stage}"
             run.timings[name] = run.timings.get(name, 0.0) + seconds
@@ -197,8 +199,8 @@ class GradientPruningModifier(PruningModifier):
 
     def _chunks(self, run: Run, slots: Sequence[Slot], draw: int) -> tuple[Source, int]:
         """Gradients of slots by index, those of this rank, and how many there are on all ranks."""
-        group = _ranks()
-        rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        everyone = ranks()
+        rank, count = everyone.rank, everyone.count
         calibration = run.calibration
         if calibration is None:
             recent = list(self._recent)
@@ -207,8 +209,8 @@ class GradientPruningModifier(PruningModifier):
                 warnings.warn(
                     f"{self.name}: only {len(recent)} training gradients were seen before this step", stacklevel=6
                 )
-            # every rank has the same ones, averaged
-            mine = recent[rank::ranks]
+            # every rank has the same ones, averaged; shards become whole on all ranks at once
+            mine = [g for i, grads in enumerate(recent) if (g := list(map(gathered, grads))) and i % count == rank]
             return lambda indices: ([grads[i].unsqueeze(0) for i in indices] for grads in mine), len(recent)
 
         def gradients(indices: list[int]) -> Iterable[Sequence[Tensor]]:
@@ -219,7 +221,7 @@ class GradientPruningModifier(PruningModifier):
                 images_per_gradient=self.images_per_gradient,
                 chunk=chunk_size(sum(slot.tensor.numel() for slot in slots), self.gradients),
                 draw=draw,
-                share=(rank, ranks),
+                share=(rank, count),
                 among=slots,
             )
 
@@ -229,13 +231,6 @@ class GradientPruningModifier(PruningModifier):
 def chunk_size(weights: int, count: int) -> int:
     """How many of `count` gradients of so many weights to hold at a time; at least sixteen chunks for ranks."""
     return min(count, max(FEWEST, min(MOST, ENTRIES // weights, count // 16)))
-
-
-def _ranks() -> dist.ProcessGroup | None:
-    """The processes that train together, None for a single one."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return None
-    return dist.group.WORLD
 
 
 class BrainSurgeonModifier(GradientPruningModifier):

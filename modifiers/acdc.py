@@ -116,7 +116,8 @@ def forget(optimizers: Iterable[Optimizer], slot: Slot, revived: Tensor) -> None
     """Zero what optimizers remember of single weights: momentum, exp_avg, exp_avg_sq, max_exp_avg_sq and the like."""
     parameter = slot.tensor
     where = slot.scatter(revived)
-    for optimizer in optimizers:
+    # ZeroRedundancyOptimizer keeps what it remembers in an optimizer inside
+    for optimizer in (inner for each in optimizers for inner in (each, getattr(each, "optim", None)) if inner):
         for memory in optimizer.state.get(parameter, {}).values():
             if isinstance(memory, Tensor) and memory.shape == parameter.shape:
                 memory.masked_fill_(where.to(memory.device), 0)

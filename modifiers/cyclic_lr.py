@@ -122,7 +122,7 @@ class CyclicLR(Modifier):
             warnings.warn(
                 f"{self.name}: something else changed the learning rate from {self._written[0][0]:g} to "
                 f"{found[0][0]:g} (a scheduler?); the recipe's value is used at every step",
-                stacklevel=6,
+                stacklevel=7,
             )
             self._warned = True
 

@@ -4,12 +4,14 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from torch import nn
 
 from ovit_engine import quant
 from ovit_engine.modifier import Claim, Modifier, Run, Time
 from ovit_engine.modifiers._base import Targets
+from ovit_engine.processes import process_group
 from ovit_engine.registry import register
 from ovit_engine.schedule import Clock
 from ovit_engine.targets import select
@@ -134,6 +136,11 @@ class Quantize(Modifier):
             yield Claim(f"the quantization of {name}", self._times.observe, run.total_steps)
 
     def attach(self, run: Run) -> None:
+        if lost := quant.unrounded_outputs(run.model):
+            kind = type(run.model.get_submodule(lost[0])).__name__
+            raise self.error(
+                f"{lost[0]!r} became a new {kind} after engine.prepare(), and would not be rounded: convert it before"
+            )
         self._act(run)
         norm = self._times.freeze_norm
         if norm is not None and 0 < norm <= run.step:  # resumed: the hold on the statistics is in no state dict
@@ -178,6 +185,8 @@ class Quantize(Modifier):
         """Do what is due since the last time: a step whose end was interrupted is made up for at the next."""
         observe, start, freeze, norm = self._times
         due = range(self._done + 1, run.step + 1)
+        if observe < run.step and self._done < freeze:
+            self._share_ranges(run)
         if observe in due:
             quant.set_observing(run.model, True)
         if start in due:
@@ -195,6 +204,13 @@ class Quantize(Modifier):
             run.copies_behind = True
         self._done = run.step
 
+    def _share_ranges(self, run: Run) -> None:
+        """Every process watched its share of the batch; a weight's range needs no more than the weight."""
+        group = process_group()
+        if group is not None:
+            watching = (q for _, q in quant.quantizers(run.model) if q.observer.only_in_training)
+            quant.share_ranges(watching, group)
+
     def _freeze(self, run: Run) -> None:
         """Let no range move any more; a layer that training never called has none and stays float."""
         layers = {name: run.model.get_submodule(name) for name in self._layers}
@@ -202,13 +218,15 @@ class Quantize(Modifier):
         if len(unseen) == len(layers):
             raise self.error("no layer was called in training mode, where ranges are watched: call model.train()")
         quant.set_observing(run.model, False)
+        for name, quantizer in quant.quantizers(run.model):
+            run.shared[f"the range of {name!r}"] = torch.stack((quantizer.minimum, quantizer.maximum))
         for name in unseen:
             quant.set_enabled(layers[name], False)
         if unseen:
             warnings.warn(
                 f"{self.name}: {', '.join(unseen)} stayed float, since training never called "
                 f"{'it' if len(unseen) == 1 else 'them'}: name such layers in 'exclude'",
-                stacklevel=8,
+                stacklevel=9,
             )
 
     def _choose(self, model: nn.Module) -> list[str]:

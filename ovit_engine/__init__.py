@@ -13,6 +13,7 @@ from ovit_engine.points import load_point as load_point
 from ovit_engine.recipe import Recipe as Recipe
 from ovit_engine.registry import register as register
 from ovit_engine.schedule import Clock as Clock
+from ovit_engine.sharding import whole_model as whole_model
 from ovit_engine.targets import Slot as Slot
 
 __version__ = "0.1.0"

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from ovit_engine.gradient_pass import LEAST_AT_ONCE, GradientPass, LossFunction
@@ -80,7 +81,8 @@ class Calibration:
                 would: bit by bit the same gradients in whichever parts they are asked for.
 
         Raises:
-            ValueError: a slot that the loss does not depend on; a rank that is not below `ranks`; a number below 1.
+            ValueError: a slot that the loss does not depend on; a rank that is not below `ranks`; a number below 1; a
+                model that is sharded.
         """
         rank, ranks = share
         for what, value in (("count", count), ("images_per_gradient", images_per_gradient), ("chunk", chunk)):
@@ -92,6 +94,10 @@ class Calibration:
         seed = mixed(self.seed, draw)
         samples = Samples(self.dataset, images_per_gradient, seed=seed, options=self._loader_options)
         known = [*slots, *(slot for slot in among if slot not in slots)]
+        if sharded := next((slot.name for slot in known if isinstance(slot.tensor, DTensor)), None):
+            raise ValueError(
+                f"{sharded!r} is sharded: take gradients in `with whole_model(model):`, on all ranks at once"
+            )
         work = GradientPass(unwrapped(model), self.loss_fn, known, seed=seed)
         return _chunks(work, samples, len(slots), chunks, count, chunk)
 

@@ -11,6 +11,7 @@ from ovit_engine.export import Certificate, Promise, PromisedLayer
 from ovit_engine.export.exporter import export_model
 from ovit_engine.masks import Masks
 from ovit_engine.quant import QuantConv2d, QuantLinear
+from ovit_engine.sharding import sharded_modules
 from ovit_engine.targets import clean_name, unwrapped
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def deploy(
     """Write `path` and its certificate from copies of the model; the model itself stays as it is, in training form.
 
     Raises:
-        RuntimeError: training under the recipe is not over.
+        RuntimeError: training under the recipe is not over, or the model is sharded.
         ExportError: the file is not what the recipe promised.
     """
     if engine.modifiers and not engine.finished:
@@ -40,6 +41,10 @@ def deploy(
         if engine.is_attached:
             raise RuntimeError(f"{where}: call engine.detach() before export")
         raise RuntimeError(f"{where}, and training was cut short: the file could not be what the recipe promises")
+    if sharded_modules(engine.model if model is None else model):
+        raise RuntimeError(
+            "the model is sharded: enter `with whole_model(engine.model):` on all ranks, and export inside it on one"
+        )
     reference = copy.deepcopy(unwrapped(engine.model if model is None else model))
     if model is not None:
         engine.apply_to(reference)

@@ -1,6 +1,5 @@
 """Fires a recipe's events from hooks that PyTorch optimizers already have."""
 
-import inspect
 import logging
 import warnings
 from collections.abc import Iterable, Mapping
@@ -14,14 +13,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ovit_engine.agreement import Agreement
 from ovit_engine.calibration import Calibration
 from ovit_engine.event import Event
-from ovit_engine.guards import check_arguments, check_claims, check_surgery, layers_of, nests
-from ovit_engine.hooks import AddTerms, MaskedClosure
+from ovit_engine.guards import (
+    check_arguments,
+    check_claims,
+    check_device,
+    check_parameters,
+    check_supported,
+    check_surgery,
+    layers_of,
+)
+from ovit_engine.hooks import AddTerms, StepHooks
 from ovit_engine.loggers import Log, learning_rates, sparsities
 from ovit_engine.modifier import Modifier, Run, anew
 from ovit_engine.recipe import Recipe
 from ovit_engine.schedule import make_clock
+from ovit_engine.sharding import reshard, sharded_modules
 from ovit_engine.state import STATE_VERSION, check_state, whole_state_dict
 from ovit_engine.sweep import Evaluate, find_sweep
 from ovit_engine.targets import unwrapped
@@ -64,20 +73,22 @@ class Engine:
             raise TypeError(f"recipe must be a Recipe, a path or a name, not {type(recipe).__name__}")
         self.recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
         self.modifiers: tuple[Modifier, ...] = tuple(map(anew, self.recipe.modifiers))
+        check_supported(model)
         self.run = Run(model, make_clock(steps_per_epoch, epochs, total_steps))
         self._rate_logs: list[tuple[Log, int]] = []
         self._handles: list[RemovableHandle | StepWatch] = []
         self._stage: Event | None = None
         self._finished = False
-        self._skipped = False
-        self._depth = 0  # of calls of `step` inside one another
         self._new: list[nn.Parameter] = []  # parameters that PREPARE made
         self._ema: nn.Module | None = None
         self._watch: StepWatch | None = None
+        self._sharded: list[nn.Module] = []  # what fully_shard was called on
+        self._device: torch.device | None = None
         for modifier in self.modifiers:
             for _ in modifier.timeline(self.run.clock):  # times past the end are errors before anything is done
                 pass
         self.sweep = find_sweep(self.modifiers, self.recipe, self.run, None if output is None else Path(output))
+        self._agreement = Agreement(self.recipe, self.modifiers, self.run)
 
     @property
     def is_attached(self) -> bool:
@@ -137,19 +148,19 @@ class Engine:
         check_arguments((optimizer, *others), calibration, criterion, ema, evaluate)
         if self._stage not in (None, Event.PREPARE):
             raise RuntimeError("the engine is attached already, or was detached: make a new Engine for a new training")
+        check_supported(self.model)
         chains = [layers_of(each) for each in (optimizer, *others)]
         optimizers, wrappers = [chain[0] for chain in chains], [w for chain in chains for w in chain[1:]]
-        if any(map(_has_engine, optimizers)):
+        if any(map(StepHooks.are_on, optimizers)):
             raise RuntimeError("another engine is attached to this optimizer: detach it first")
+        self._sharded = sharded_modules(self.model)
+        reshard(self._sharded)
         if self._stage is None:
             self.prepare()
-        held = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
-        if self.modifiers and not any(id(parameter) in held for parameter in self.model.parameters()):
-            raise ValueError("the optimizer holds no parameter of this model: was it made for a copy of it?")
-        if any(id(parameter) not in held for parameter in self._new):
-            raise RuntimeError(
-                "the recipe adds parameters that the optimizer lacks: call engine.prepare() before making it"
-            )
+        if self.modifiers:
+            check_parameters(self.model, optimizers, self._new)
+        self._agreement.begin()
+        self._device = next((parameter.device for parameter in self.model.parameters()), None)
         self.run.optimizers = optimizers
         self.run.calibration = calibration
         self._ema = None if ema is None else unwrapped(ema)
@@ -158,12 +169,11 @@ class Engine:
         self.run.masks.project()
         self._change(Event.ATTACH)
         self._watch = StepWatch(optimizers[0], self.run.steps_per_epoch)
-        # a compiled step calls its hooks, but is not compiled together with them
-        before, after, project = map(torch.compiler.disable, (self._before_step, self._after_step, self._after_other))
+        hooks = StepHooks(self.run, write=self._write, begin=partial(self._fire, Event.STEP_BEGIN), end=self._end_step)
+        project = torch.compiler.disable(self._after_other)
         self._handles = [
             self._watch,
-            optimizers[0].register_step_pre_hook(before),
-            optimizers[0].register_step_post_hook(after),
+            *hooks.register(optimizers[0]),
             *(other.register_step_post_hook(project) for other in (*optimizers[1:], *wrappers)),
         ]
         if criterion is not None:
@@ -182,6 +192,7 @@ class Engine:
         if self._stage is not Event.ATTACH:
             raise RuntimeError("engine.detach() without engine.attach()")
         self._remove_hooks()
+        reshard(self._sharded)
         self.run.masks.project()  # a wrapper such as Lookahead may have brought weights back since the last step
         self._change(Event.DETACH)
         self._finished = True
@@ -319,7 +330,9 @@ class Engine:
         until = self.run.total_steps if event is Event.DETACH else self.run.step
         if self.sweep is not None:
             self.sweep.leave(until)
-        self._fire(event)
+            reshard(self._sharded)  # it may have evaluated
+        with self._agreement.over(event):
+            self._fire(event)
         if self.sweep is not None:
             self.sweep.enter(until)
         self._follow()
@@ -337,48 +350,28 @@ class Engine:
             with torch.no_grad():
                 getattr(modifier, event.value)(self.run)
 
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _write(self) -> None:
+        """A step is about to be applied, and its closure, if any, was not called yet."""
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
-        if nests(optimizer):
-            self._depth += 1
-            if self._depth > 1:
-                return None
-        # A fused optimizer steps under GradScaler even when it will skip, with gradients still scaled.
-        found_inf = getattr(optimizer, "found_inf", None)
-        self._skipped = found_inf is not None and bool(found_inf)
-        scale = getattr(optimizer, "grad_scale", None)
-        self.run.grad_scale = 1.0 if scale is None else scale
-        if self._skipped:
-            return None
+        check_device(self.model, self._device)
         for modifier in self.modifiers:
             modifier.pre_step(self.run)
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
-            self._fire(Event.STEP_BEGIN)
-            return None
-        others = {key: value for key, value in kwargs.items() if key != "closure"}
-        return (args[0], MaskedClosure(self.run, closure, partial(self._fire, Event.STEP_BEGIN)), *args[2:]), others
 
-    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._depth:
-            self._depth -= 1
-            if self._depth:
-                return
-        if self._skipped:
-            return
+    def _end_step(self) -> None:
         self.run.step += 1
         for log_rates, every in self._rate_logs:
             if self.run.step % every == 0:
                 log_rates(learning_rates(self.run.optimizers), self.run.step)
+        reshard(self._sharded)
         self.run.masks.project()
         self._change(Event.STEP_END)
         if self.run.step == self.run.total_steps + 1:
             warnings.warn(
                 f"training goes on past the {self.run.total_steps} steps that steps_per_epoch and epochs gave: the "
                 "recipe's schedule was too short for this loop",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _after_other(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -398,8 +391,3 @@ class Engine:
             handle.remove()
         self._handles = []
         self._stage = Event.DETACH
-
-
-def _has_engine(optimizer: Optimizer) -> bool:
-    hooks = optimizer._optimizer_step_pre_hooks.values()
-    return any(isinstance(getattr(inspect.unwrap(hook), "__self__", None), Engine) for hook in hooks)

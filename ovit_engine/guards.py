@@ -4,12 +4,14 @@ import gc
 from collections.abc import Iterable
 from types import MappingProxyType
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ovit_engine.calibration import Calibration
 from ovit_engine.modifier import Claim, Modifier
+from ovit_engine.sharding import is_sharded, sharded_modules
 
 
 def check_arguments(
@@ -17,6 +19,12 @@ def check_arguments(
 ) -> None:
     """Raise TypeError for what `attach` can't work with, before anything is done."""
     for each in optimizers:
+        if _is_of_deepspeed(type(each)):
+            raise TypeError(f"{type(each).__name__} of DeepSpeed keeps weights in flat buffers: {_INSTEAD}")
+        if getattr(each, "_overlap_with_ddp", False):
+            raise TypeError(
+                "ZeroRedundancyOptimizer(overlap_with_ddp=True) has no step to follow: leave the option out"
+            )
         if not isinstance(each, Optimizer):
             kind = type(each).__name__
             raise TypeError(f"attach needs a torch optimizer, not {kind}: of a wrapper, give the inner one")
@@ -33,6 +41,48 @@ def check_arguments(
         raise TypeError(f"evaluate must be a function of the model, not {type(evaluate).__name__}")
 
 
+def check_supported(model: nn.Module) -> None:
+    """Raise TypeError for a model whose parameters other software has put into flat buffers of its own."""
+    found = None
+    modules = list(model.modules())
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in modules):
+        found = "FSDP1 (FullyShardedDataParallel)"
+    elif "_is_fsdp_managed_module" in vars(model) and not is_sharded(model) and not sharded_modules(model):
+        found = "FSDP1 (FullyShardedDataParallel)"  # the wrapper is outside, and the model holds views of a flat buffer
+    elif any(_is_of_deepspeed(type(module)) for module in modules):
+        found = "DeepSpeed's engine"
+    elif any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        found = "DeepSpeed ZeRO"
+    if found is not None:
+        raise TypeError(f"the model is in {found}, where no weight can be masked: {_INSTEAD}")
+
+
+def check_parameters(model: nn.Module, optimizers: Iterable[Optimizer], new: Iterable[nn.Parameter]) -> None:
+    """Raise where no optimizer trains this model, or none has the parameters that PREPARE made."""
+    held = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
+    if not any(id(parameter) in held for parameter in model.parameters()):
+        why = (
+            "it was made before fully_shard, which replaces them"
+            if is_sharded(model)
+            else "was it made for a copy of it?"
+        )
+        raise ValueError(f"the optimizer holds no parameter of this model: {why}")
+    if any(id(parameter) not in held for parameter in new):
+        raise RuntimeError(
+            "the recipe adds parameters that the optimizer lacks: call engine.prepare() before making it"
+        )
+
+
+def check_device(model: nn.Module, device: torch.device | None) -> None:
+    """Raise RuntimeError where the model's first parameter is not where it was at attach."""
+    now = next((parameter.device for parameter in model.parameters()), None)
+    if now != device:
+        raise RuntimeError(
+            f"the model moved from {device} to {now} after engine.attach, and masks, scores and the optimizer did not: "
+            "move it before the optimizer is made"
+        )
+
+
 def check_surgery(model: nn.Module, modifiers: Iterable[Modifier]) -> None:
     """Raise where the recipe replaces modules and the model is wrapped already: the wrapper would not see it."""
     names = [modifier.name for modifier in modifiers if modifier.surgery]
@@ -43,6 +93,7 @@ def check_surgery(model: nn.Module, modifiers: Iterable[Modifier]) -> None:
         )
 
 
+_INSTEAD = "use DistributedDataParallel or FSDP2 (torch.distributed.fsdp.fully_shard)"
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
@@ -53,6 +104,8 @@ def layers_of(optimizer: Optimizer) -> list[Optimizer]:
     masks hold after the step of each. Those that skip torch's constructor get the hooks that it would have made.
     """
     chain = [optimizer]
+    if type(optimizer).__name__ == "ZeroRedundancyOptimizer":  # after the inner step each rank has moved its share only
+        return chain
     while inner := [v for v in vars(chain[0]).values() if isinstance(v, Optimizer) and all(v is not c for c in chain)]:
         chain.insert(0, inner[0])
     for each in chain:
@@ -75,6 +128,11 @@ def _wrapper(model: nn.Module) -> str | None:
         if any(isinstance(parameter, DTensor) for parameter in module.parameters(recurse=False)):
             return "sharded"
     return None
+
+
+def _is_of_deepspeed(kind: type) -> bool:
+    """Whether a class, or one that it is made of, is DeepSpeed's, but for its plain optimizers (FusedAdam)."""
+    return any(base.__module__.startswith("deepspeed.runtime") for base in kind.__mro__)
 
 
 def nests(optimizer: Optimizer) -> bool:

@@ -1,15 +1,77 @@
-"""What the engine hangs on a user's closure and criterion."""
+"""What the engine hangs on a user's optimizer, closure and criterion."""
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
+from ovit_engine.guards import nests
 from ovit_engine.modifier import Run
 
 if TYPE_CHECKING:
     from ovit_engine.engine import Engine
+
+
+class StepHooks:
+    """The two hooks on the clock optimizer: they tell a step that is applied from one that is skipped or nested.
+
+    Args:
+        run: whose gradient scale is set before a step.
+        write: called first before each applied step, before a closure runs.
+        begin: called where gradients are there: then, or after a closure's first evaluation.
+        end: called after each applied step.
+    """
+
+    def __init__(
+        self, run: Run, *, write: Callable[[], None], begin: Callable[[], None], end: Callable[[], None]
+    ) -> None:
+        self._run, self._write, self._begin, self._end = run, write, begin, end
+        self._skipped = False
+        self._depth = 0  # of calls of `step` inside one another
+
+    def register(self, optimizer: Optimizer) -> list[RemovableHandle]:
+        """Hang both on `optimizer`."""
+        # a compiled step calls its hooks, but is not compiled together with them
+        before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
+        return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+
+    @staticmethod
+    def are_on(optimizer: Optimizer) -> bool:
+        """Whether an engine is attached to `optimizer`."""
+        hooks = optimizer._optimizer_step_pre_hooks.values()
+        return any(isinstance(getattr(inspect.unwrap(hook), "__self__", None), StepHooks) for hook in hooks)
+
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if nests(optimizer):
+            self._depth += 1
+            if self._depth > 1:
+                return None
+        # A fused optimizer steps under GradScaler even when it will skip, with gradients still scaled.
+        found_inf = getattr(optimizer, "found_inf", None)
+        self._skipped = found_inf is not None and bool(found_inf)
+        scale = getattr(optimizer, "grad_scale", None)
+        self._run.grad_scale = 1.0 if scale is None else scale
+        if self._skipped:
+            return None
+        self._write()
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._begin()
+            return None
+        others = {key: value for key, value in kwargs.items() if key != "closure"}
+        return (args[0], MaskedClosure(self._run, closure, self._begin), *args[2:]), others
+
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._depth:
+            self._depth -= 1
+            if self._depth:
+                return
+        if not self._skipped:
+            self._end()
 
 
 class MaskedClosure:

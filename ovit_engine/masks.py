@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ovit_engine.pattern import Spelling
+from ovit_engine.sharding import local_part
 from ovit_engine.targets import Slot, parameter_slots
 
 
@@ -22,7 +22,7 @@ class Masks:
     def __init__(self) -> None:
         self.changed = False  # since the engine last looked: copies of the model follow then
         self._slots: dict[str, Slot] = {}
-        self._pruned: dict[str, Tensor] = {}  # True = zero; each placed as its weight is (a shard under FSDP2)
+        self._pruned: dict[str, Tensor] = {}  # True = zero; the part that this process holds (a shard under FSDP2)
         self._bits: dict[str, Tensor | None] = {}  # the same as bits to keep, where that is faster
         self._whole: dict[str, Tensor] = {}  # True = kept; whole on every rank
         self._patterns: dict[str, Spelling] = {}
@@ -43,8 +43,8 @@ class Masks:
         self._slots[slot.name] = slot
         self._whole[slot.name] = mask.detach().clone()
         self._patterns[slot.name] = pattern
-        self._pruned[slot.name] = slot.scatter(~mask)
-        self._bits[slot.name] = _kept_bits(self._pruned[slot.name], slot.tensor)
+        self._pruned[slot.name] = local_part(slot.scatter(~mask))
+        self._bits[slot.name] = _kept_bits(self._pruned[slot.name], local_part(slot.tensor))
         self.changed = True
         self.project([slot.name])
 
@@ -64,14 +64,14 @@ class Masks:
     def project(self, names: Iterable[str] | None = None) -> None:
         """Zero the pruned weights again. Not by a product: that leaves -0.0, and NaN where weights are NaN or inf."""
         for name in self._pruned if names is None else names:
-            weight, pruned = self._slots[name].tensor, self._pruned[name]
+            weight, pruned = local_part(self._slots[name].tensor), self._pruned[name]
             if pruned.device != weight.device:
                 raise RuntimeError(
                     f"{name!r} moved from {pruned.device} to {weight.device} after attach: move the model first"
                 )
             bits = self._bits[name]
             if bits is not None and bits.element_size() == weight.element_size():
-                weight.detach().view(bits.dtype).bitwise_and_(bits)
+                weight.view(bits.dtype).bitwise_and_(bits)
             else:
                 weight.masked_fill_(pruned, 0.0)
 
@@ -81,7 +81,7 @@ class Masks:
         for name, pruned in self._pruned.items():
             grad = self._slots[name].tensor.grad
             if grad is not None:
-                grad.masked_fill_(pruned, 0.0)
+                local_part(grad).masked_fill_(pruned, 0.0)
 
     @torch.no_grad()
     def apply_to(self, model: nn.Module) -> None:
@@ -120,7 +120,7 @@ class Masks:
 def _kept_bits(pruned: Tensor, weight: Tensor) -> Tensor | None:
     """All ones where a weight is kept. On the CPU `and` on the bits is ten times faster than `masked_fill_`."""
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(weight.element_size())
-    if kind is None or isinstance(weight, DTensor) or weight.device.type != "cpu":
+    if kind is None or weight.device.type != "cpu":
         return None
     return (~pruned).to(kind).neg_()
 

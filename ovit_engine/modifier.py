@@ -40,6 +40,8 @@ class Run:
     # seconds of such work by modifier and stage ("ovit_prune/gradients"); never the same twice, so no part of history
     timings: dict[str, float] = field(default_factory=dict)
     logs: list[Log] = field(default_factory=list)  # who is told; `Engine.log_to` adds to it
+    # by name, what a modifier just made final: it must be the same in all processes, or the run stops (masks always do)
+    shared: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ovit_engine.presets import is_preset, is_prunable, match_preset, preset_of
+from ovit_engine.sharding import gathered
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module)\.")
 _REGEX = "re:"
@@ -33,14 +34,14 @@ class Slot:
 
     def gather(self) -> Tensor:
         """The whole weight, detached, on every rank."""
-        tensor = self.tensor.detach()
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return gathered(self.tensor)
 
     def scatter(self, whole: Tensor) -> Tensor:
-        """The part of a whole tensor that this rank holds, placed as the weight is."""
+        """The part of a whole tensor that this rank holds, placed as the weight is; no rank waits for another."""
         tensor = self.tensor
         if isinstance(tensor, DTensor):
-            return distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements)
+            mesh, placements = tensor.device_mesh, tensor.placements
+            return distribute_tensor(whole.to(tensor.device), mesh, placements, src_data_rank=None)
         return whole.to(tensor.device)
 
     @torch.no_grad()

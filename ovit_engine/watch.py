@@ -4,8 +4,9 @@ import warnings
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from ovit_engine.sharding import local_part
 
 CHANGES = 3  # of weights without a step of ours: loading a checkpoint after attach is one
 PASSES = 256  # backward passes without a step: more than anyone accumulates
@@ -60,5 +61,4 @@ class StepWatch:
 
 
 def _norm(parameter: Tensor) -> float:
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    return float(torch.linalg.vector_norm(local.detach(), dtype=torch.float64))
+    return float(torch.linalg.vector_norm(local_part(parameter), dtype=torch.float64))

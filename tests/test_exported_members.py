@@ -23,6 +23,7 @@ def test_public_names() -> None:
         "Recipe",
         "register",
         "Clock",
+        "whole_model",
         "Slot",
     ]
     assert all(hasattr(ovit_engine, str(name)) for name in exported)

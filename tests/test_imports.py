@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[1]
 
 # Each layer may import from itself only where it is a package, and from any layer above it.
 LAYERS = [
-    ["event", "schedule", "pattern", "quant", "files", "progress", "random_states", "batched_gradients"],
+    ["event", "schedule", "pattern", "quant", "files", "progress", "random_states", "batched_gradients", "sharding"],
     ["second_order", "presets", "plots", "samples", "torch_files"],
-    ["targets"],
+    ["targets", "processes"],
     ["masks", "gradient_pass"],
     ["calibration", "flops", "loggers"],
     ["modifier"],
@@ -23,7 +23,8 @@ LAYERS = [
     ["recipe"],
     ["shrink", "export"],
     ["deploy"],
-    ["guards", "hooks", "state", "sweep_folder", "watch"],
+    ["agreement", "guards", "state", "sweep_folder", "watch"],
+    ["hooks"],
     ["sweep"],
     ["engine"],
     ["points"],

@@ -27,3 +27,5 @@ from ovit_engine.quant.prepare import prepare_quantization as prepare_quantizati
 from ovit_engine.quant.prepare import quantizers as quantizers
 from ovit_engine.quant.prepare import set_enabled as set_enabled
 from ovit_engine.quant.prepare import set_observing as set_observing
+from ovit_engine.quant.prepare import unrounded_outputs as unrounded_outputs
+from ovit_engine.quant.ranges import share_ranges as share_ranges

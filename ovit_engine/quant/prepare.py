@@ -84,6 +84,17 @@ def set_observing(model: nn.Module, observing: bool) -> None:
         quantizer.observing.fill_(observing)
 
 
+def unrounded_outputs(model: nn.Module) -> list[str]:
+    """Modules that have lost the hook which rounds their output, as `convert_sync_batchnorm` makes new ones."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if "output_quantizer" in module._modules
+        and not isinstance(module, QuantConv2d)
+        and quantize_output not in module._forward_hooks.values()
+    ]
+
+
 def dense_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """``state_dict`` without quantizer entries: loads with ``strict=True`` into the model before surgery.
 

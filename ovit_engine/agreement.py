@@ -1,0 +1,45 @@
+"""Sees to it that all processes of a run do the same to their model, or stop together."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+from ovit_engine.event import Event
+from ovit_engine.modifier import Modifier, Run
+from ovit_engine.processes import Fact, agree, digest, ranks
+from ovit_engine.recipe import Recipe
+
+
+class Agreement:
+    """Compares masks, and what modifiers put into `Run.shared`, after each event that changes them; not at each step.
+
+    A process alone pays nothing.
+    """
+
+    def __init__(self, recipe: Recipe, modifiers: Sequence[Modifier], run: Run) -> None:
+        self._recipe, self._modifiers, self._run = recipe, modifiers, run
+        self._changes = {step for modifier in modifiers for step in modifier.changes(run.clock)}
+
+    def begin(self) -> None:
+        """Raise RuntimeError on every rank where the ranks would not act at the same steps."""
+        everyone, run = ranks(), self._run
+        if everyone.count > 1 and self._modifiers:
+            facts: dict[str, Fact] = {
+                "steps_per_epoch": run.steps_per_epoch,
+                "the number of steps": run.total_steps,
+                "the recipe": self._recipe.hash.encode(),
+                "the step to go on from": run.step,
+            }
+            agree(everyone, facts, "at attach")
+
+    @contextmanager
+    def over(self, event: Event) -> Iterator[None]:
+        """Around what may change the model: it fails on all ranks where it fails on one, or where results differ."""
+        everyone, run = ranks(), self._run
+        due = bool(self._modifiers) and (event is Event.ATTACH or run.step in self._changes and event is Event.STEP_END)
+        with everyone.together() if due else nullcontext():
+            yield
+        shared, run.shared = run.shared, {}
+        if everyone.count > 1 and (due or run.masks.changed or shared):
+            masks = {f"the mask of {name!r}": run.masks.get(name) for name in run.masks.names()}
+            facts = {name: digest(tensor) for name, tensor in {**masks, **shared}.items() if tensor is not None}
+            agree(everyone, facts, "at attach" if event is Event.ATTACH else f"after step {run.step}")

@@ -1,0 +1,47 @@
+"""Ranges that several processes watch, each on its share of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from ovit_engine.quant.fake_quantizer import FakeQuantize
+from ovit_engine.quant.functional import IntegerGrid, choose_qparams
+
+
+@torch.no_grad()
+def share_ranges(quantizers: Iterable[FakeQuantize], group: dist.ProcessGroup) -> None:
+    """Give each of these quantizers the widest range that any process of `group` has for it.
+
+    From equal ranges before, the smallest of the moving averages is the moving average of the smallest values: after a
+    batch in each process the range is the one that a single process would have seen on all of them together. A process
+    that has seen nothing does not count. All processes must call it with the same quantizers.
+    """
+    by_grid: dict[IntegerGrid, list[FakeQuantize]] = {}
+    for quantizer in quantizers:
+        by_grid.setdefault(quantizer.grid, []).append(quantizer)
+    for grid, alike in by_grid.items():
+        _share(alike, grid, group)
+
+
+def _share(quantizers: Sequence[FakeQuantize], grid: IntegerGrid, group: dist.ProcessGroup) -> None:
+    """All ranges at once: one by one they would cost a GPU a dozen kernels each, after every step."""
+    sizes = [quantizer.minimum.numel() for quantizer in quantizers]
+    old = {
+        name: torch.cat([getattr(quantizer, name).reshape(-1) for quantizer in quantizers])
+        for name in ("minimum", "maximum", "scale", "zero_point")
+    }
+    seen = torch.cat([q.observed.expand(size) for q, size in zip(quantizers, sizes, strict=True)])
+    widest = torch.where(seen, torch.stack((-old["minimum"], old["maximum"])), -torch.inf)
+    dist.all_reduce(widest, dist.ReduceOp.MAX, group=group)
+    low, high = -widest[0], widest[1]
+    seen = torch.isfinite(low)
+    scale, zero_point = choose_qparams(low, high, grid)
+    new = {"minimum": low, "maximum": high, "scale": scale, "zero_point": zero_point}
+    for name, values in new.items():
+        buffers = [getattr(quantizer, name) for quantizer in quantizers]
+        parts = torch.split(torch.where(seen, values, old[name]), sizes)
+        torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])
+    torch._foreach_copy_([q.observed for q in quantizers], [part[0] for part in torch.split(seen, sizes)])
