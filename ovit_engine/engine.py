@@ -166,6 +166,7 @@ class Engine:
         self._ema = None if ema is None else unwrapped(ema)
         if self.sweep is not None:
             self.sweep.start(self._snapshot, evaluate)
+        self.run.masks.place()
         self.run.masks.project()
         self._change(Event.ATTACH)
         self._watch = StepWatch(optimizers[0], self.run.steps_per_epoch)

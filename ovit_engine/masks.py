@@ -43,10 +43,19 @@ class Masks:
         self._slots[slot.name] = slot
         self._whole[slot.name] = mask.detach().clone()
         self._patterns[slot.name] = pattern
-        self._pruned[slot.name] = local_part(slot.scatter(~mask))
-        self._bits[slot.name] = _kept_bits(self._pruned[slot.name], local_part(slot.tensor))
+        self._place(slot)
         self.changed = True
         self.project([slot.name])
+
+    def place(self) -> None:
+        """Follow the weights to where they are now: a state is loaded before the model is sharded, or moves."""
+        for slot in self._slots.values():
+            self._place(slot)
+
+    def _place(self, slot: Slot) -> None:
+        whole = self._whole[slot.name] = self._whole[slot.name].to(slot.tensor.device)
+        self._pruned[slot.name] = local_part(slot.scatter(~whole))
+        self._bits[slot.name] = _kept_bits(self._pruned[slot.name], local_part(slot.tensor))
 
     def get(self, name: str) -> Tensor | None:
         """The whole mask of a weight (True = kept), or None where it is dense."""
