@@ -171,7 +171,7 @@ class Engine:
         self._change(Event.ATTACH)
         self._watch = StepWatch(optimizers[0], self.run.steps_per_epoch)
         hooks = StepHooks(self.run, write=self._write, begin=partial(self._fire, Event.STEP_BEGIN), end=self._end_step)
-        project = torch.compiler.disable(self._after_other)
+        (project,) = map(torch.compiler.disable, [self._after_other])  # as `hooks` does
         self._handles = [
             self._watch,
             *hooks.register(optimizers[0]),

@@ -36,7 +36,7 @@ class StepHooks:
     def register(self, optimizer: Optimizer) -> list[RemovableHandle]:
         """Hang both on `optimizer`."""
         # a compiled step calls its hooks, but is not compiled together with them
-        before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
+        before, after = map(torch.compiler.disable, (self._before, self._after))
         return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
     @staticmethod

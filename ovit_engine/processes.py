@@ -29,12 +29,9 @@ def ranks() -> Alone:
 
 def digest(tensor: Tensor) -> bytes:
     """16 bytes that hardly another tensor of this shape and type has; of a boolean one its packed bits are hashed."""
-    whole = gathered(tensor).cpu().contiguous()
-    if whole.dtype == torch.bool:
-        data = np.packbits(whole.numpy().reshape(-1))
-    else:
-        data = whole.flatten().view(torch.uint8).numpy()
-    return hashlib.blake2b(data, digest_size=16).digest()
+    flat = gathered(tensor).cpu().flatten().clone(memory_format=torch.contiguous_format)
+    data = np.packbits(flat.numpy()) if flat.dtype == torch.bool else flat.view(torch.uint8).numpy()
+    return hashlib.blake2b(data.data, digest_size=16).digest()
 
 
 def agree(everyone: Alone, facts: Mapping[str, Fact], when: str) -> None:

@@ -118,9 +118,9 @@ def _is_of_fsdp(hook: Any) -> bool:
 
 def _with_whole_parameters(module: nn.Module) -> Callable[[], None]:
     """Put gathered parameters in place of sharded ones; the result puts those back."""
-    before = {name: p for name, p in module._parameters.items() if isinstance(p, DTensor)}
+    before = {name: p for name, p in module._parameters.items() if p is not None and isinstance(p, DTensor)}
     for name, parameter in before.items():
-        module._parameters[name] = nn.Parameter(parameter.detach().full_tensor(), parameter.requires_grad)
+        module._parameters[name] = nn.Parameter(gathered(parameter), parameter.requires_grad)
 
     def undo() -> None:
         module._parameters.update(before)

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from ovit_engine import Calibration, Engine, whole_model
-from ovit_engine.quant import quantizers
 from ovit_engine.targets import find_slots
 from tests.loops import X, Y, mlp, recipe
 from tests.scale_out import (
@@ -54,18 +54,28 @@ def lose_a_row(engine: Any) -> None:
     engine.run.masks.get("0.weight")[3] = False
 
 
+def engine_of(model: nn.Module, steps: int = STEPS) -> Engine:
+    return Engine(model, recipe(*RECIPES["magnitude"]), steps_per_epoch=steps, epochs=1)
+
+
 def failures(rank: int) -> dict[str, str]:
     """What each process says where one of them is not as the other."""
     model = mlp()
-    sharded = Engine(model, recipe(*RECIPES["magnitude"]), steps_per_epoch=STEPS, epochs=1)
+    sharded = engine_of(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     spread("fsdp2", model, "cpu")
     calibration = Calibration(torch.utils.data.TensorDataset(X, Y), loss_fn)
     split = nn.Linear(4, 4)
     mesh = dist.init_device_mesh("cpu", (RANKS,))
     split.weight = nn.Parameter(distribute_tensor(split.weight.detach(), mesh, [Shard(0)]))
-    uneven = Engine(mlp(), recipe(*RECIPES["magnitude"]), steps_per_epoch=STEPS + rank, epochs=1)
+    uneven = engine_of(mlp(), STEPS + rank)
+    flat = {views: mlp() for views in (True, False)}
+    unaware = {views: engine_of(flat[views]) for views in flat}
+    wrapped = [FullyShardedDataParallel(flat[v], use_orig_params=v, device_id=torch.device("cpu")) for v in flat]
     kinds: dict[str, Callable[[], object]] = {
+        "fsdp1": lambda: engine_of(wrapped[0]),
+        "fsdp1, made later": lambda: unaware[True].attach(torch.optim.SGD(wrapped[0].parameters(), 0.1)),
+        "fsdp1, one buffer": lambda: unaware[False].attach(torch.optim.SGD(wrapped[1].parameters(), 0.1)),
         "mask": lambda: train("ddp", "magnitude", before=on_rank_1(rank, 2, lose_a_row)),
         "mask of a shard": lambda: train("fsdp2", "magnitude", before=on_rank_1(rank, 2, lose_a_row)),
         "range": lambda: train("ddp", "int8", before=on_rank_1(rank, 5, lambda e: e.model[2].weight.mul_(2))),
@@ -184,6 +194,18 @@ def test_ranges_are_those_of_the_whole_batch(found: list[dict[str, Any]], alone:
     ("what", "raised"),
     [
         (
+            "fsdp1",
+            ["TypeError: the model is in FSDP1 (FullyShardedDataParallel), where no weight can be masked: use"] * 2,
+        ),
+        (
+            "fsdp1, made later",
+            ["TypeError: the model is in FSDP1 (FullyShardedDataParallel), where no weight can be masked: use"] * 2,
+        ),
+        (
+            "fsdp1, one buffer",
+            ["TypeError: the model is in FSDP1 (FullyShardedDataParallel), where no weight can be masked: use"] * 2,
+        ),
+        (
             "mask",
             ["RuntimeError: the mask of '0.weight' after step 3 is not the same in all processes: rank 1 differs"] * 2,
         ),
@@ -250,3 +272,29 @@ def test_a_sharded_model_is_whole_for_a_while(found: list[dict[str, Any]], folde
         assert "FSDP" not in each["type"]
     assert (folder / "model.certificate.json").exists()
     assert not list(folder.glob("[01].onnx"))
+
+
+def work_on_gpu(rank: int, ranks: int, folder: str) -> None:
+    """As `work`, over NCCL."""
+    start(rank, ranks, f"{folder}/store", "cuda")
+    found = {f"{kind}: {name}": train(kind, name, "cuda") for kind, name in CASES if kind != "zero"}
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+def test_on_gpus(tmp_path: Path) -> None:
+    """On as many as there are, two at most; compiled by inductor, float16 with a scaler."""
+    ranks = min(RANKS, torch.cuda.device_count())
+    torch.multiprocessing.spawn(work_on_gpu, (ranks, str(tmp_path)), nprocs=ranks)  # type: ignore[no-untyped-call]
+    each = [torch.load(tmp_path / f"{rank}.pt", map_location="cpu") for rank in range(ranks)]
+    assert_same(each[0], each[-1])
+    for case, found in each[0].items():
+        one = train("alone", case.split(": ", 1)[1], "cuda")
+        assert found["passes"] == one["passes"] + ("fp16" in case), case
+        for name, tensor in one["last"].items():
+            assert bool(found["last"][name].isfinite().all()), (case, name)
+            assert int((found["last"][name] == 0).sum()) == int((tensor == 0).sum()) or "quantizer" in name, (
+                case,
+                name,
+            )
