@@ -35,9 +35,8 @@ class Agreement:
     def over(self, event: Event) -> Iterator[None]:
         """Around what may change the model: it fails on all ranks where it fails on one, or where results differ."""
         everyone, run = ranks(), self._run
-        due = bool(self._modifiers) and (
-            event is Event.ATTACH or (run.step in self._changes and event is Event.STEP_END)
-        )
+        now = event is Event.ATTACH or (event is Event.STEP_END and run.step in self._changes)
+        due = now and bool(self._modifiers)
         with everyone.together() if due else nullcontext():
             yield
         shared, run.shared = run.shared, {}
