@@ -226,7 +226,7 @@ class Quantize(Modifier):
             warnings.warn(
                 f"{self.name}: {', '.join(unseen)} stayed float, since training never called "
                 f"{'it' if len(unseen) == 1 else 'them'}: name such layers in 'exclude'",
-                stacklevel=9,
+                stacklevel=10,
             )
 
     def _choose(self, model: nn.Module) -> list[str]:

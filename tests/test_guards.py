@@ -8,7 +8,7 @@ from torch import nn
 
 from ovit_engine import Engine, RecipeError
 from tests.loops import PRUNE, closure, mlp, plain, recipe
-from tests.modifiers.test_contract import NAMES, started
+from tests.modifiers.test_contract import SETTINGS, started
 
 
 def engine_of(model: nn.Module) -> Engine:
@@ -51,7 +51,7 @@ def test_an_optimizer_without_steps_is_refused() -> None:
         engine_of(model).attach(optimizer)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(SETTINGS))
 @pytest.mark.parametrize("step", [lambda m, o: o.step(), closure], ids=["step", "closure"])
 def test_a_model_that_moves_after_attach_is_told(name: str, step: Any) -> None:
     model, optimizer, engine, calibration = started(name)
