@@ -1,5 +1,8 @@
 """Checkpoints of the bundled trainer: all that it takes to go on, or to export, read without running any code."""
 
+import logging
+import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,20 +11,36 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file as load_safetensors
 from torch import Tensor, nn
 
+from ovit_engine.files import remove_leftovers
+from ovit_engine.integrations.training_log import METRICS
 from ovit_engine.quant import dense_state_dict
 from ovit_engine.torch_files import first_line, load_file, save_file
 
+log = logging.getLogger(__name__)
+
+# what each has; besides, `loop`: what it takes to go on, and `ema`: the averaged weights, where there are such
 KEYS = {"model", "optimizer", "engine", "epoch", "recipe", "data", "preprocessing", "metrics"}
 LAST = "last.pt"
+PREVIOUS = "previous.pt"
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint whole, or leave the one that is there.
+    """Write a checkpoint whole, or leave the one that is there; that one stays as previous.pt.
+
+    A write that fails halfway leaves the last one whole: the previous one is for a file that was damaged later, by a
+    disk or by a copy. It is a second name of the same bytes, so it costs no time, and where the file system has no
+    such names there is none.
 
     Raises:
         OSError: the disk is full, or the folder can't be written.
     """
-    assert set(state) == KEYS
+    assert set(state) >= KEYS
+    previous = path.with_name(PREVIOUS)
+    try:
+        previous.unlink(missing_ok=True)
+        os.link(path, previous)
+    except OSError as error:  # the first of a run, or no hard links here
+        log.debug("no %s: %s", previous, error)
     save_file(path, state)
 
 
@@ -30,7 +49,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: damaged, or written by something else.
+        ValueError: damaged, if by one bit, or written by something else.
     """
     file = path / LAST if path.is_dir() else path
     if not file.is_file():
@@ -39,13 +58,47 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     missing = KEYS - set(state) if isinstance(state, dict) else KEYS
     if missing:
         raise ValueError(f"{str(file)!r} is no checkpoint of ovit train: it lacks {', '.join(sorted(missing))}")
+    with zipfile.ZipFile(file) as parts:  # torch reads past checksums
+        broken = parts.testzip()
+    if broken is not None:
+        raise ValueError(f"{str(file)!r} is damaged: the checksum of its {broken!r} is wrong")
     return dict(state)
+
+
+def last_whole(folder: Path) -> Path | None:
+    """The newest checkpoint of a run that can be read, None where there is none at all; a damaged one is told.
+
+    Raises:
+        ValueError: there are some, and all are damaged.
+    """
+    files = [folder / LAST, folder / PREVIOUS]
+    damage: list[str] = []
+    for file in files:
+        try:
+            load_checkpoint(file)
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            damage.append(str(error))
+            continue
+        if file.name == PREVIOUS:
+            log.warning("%s: going on from %s", damage[0] if damage else f"no {str(files[0])!r}", file)
+        return file
+    if damage:
+        raise ValueError(f"no whole checkpoint to go on from: {'; '.join(damage)}")
+    return None
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove the hidden files that a killed process of this run left: it is resumed, so nobody is at them."""
+    for name in (LAST, METRICS):
+        remove_leftovers(folder / name, older=0.0)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Start from the weights in a file: a checkpoint of ours, a state dict of timm's or torch's, or safetensors.
 
-    Nothing but weights is taken: masks, quantizers and the optimizer of another run are left behind.
+    Of a run with an averaged copy that copy is taken. Nothing but weights is: masks, quantizers and the optimizer of another run are left behind.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -55,6 +108,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"no checkpoint {str(file)!r}")
     found = _read(file)
+    if isinstance(found, dict) and KEYS <= set(found):
+        found = deployed_weights(found)
     for key in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
@@ -72,6 +127,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"{str(file)!r} does not fit the model: {'; '.join(wrong[:3])}{more}")
     model.load_state_dict(weights)
+
+
+def deployed_weights(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The weights of a checkpoint of ours that were validated, and are exported: the averaged ones, if there are."""
+    weights: Mapping[str, Any] = state["ema"] if state.get("ema") else state["model"]
+    return weights
 
 
 def _read(file: Path) -> Any:

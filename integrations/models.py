@@ -1,18 +1,16 @@
 """timm models as the `training` section of a recipe names them."""
 
 import difflib
-import random
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import timm
-import torch
 from pydantic import ValidationError
 from torch import nn
 
 from ovit_engine.integrations.augmentation import with_preset
 from ovit_engine.integrations.data import ImageData
+from ovit_engine.random_states import seed_everything
 from ovit_engine.recipe import Recipe, Training
 
 
@@ -79,10 +77,3 @@ def with_classes(recipe: Recipe, data: ImageData) -> Recipe:
     if data.classes is not None and given < data.classes:
         raise ValueError(f"the model has {given} classes, {data.name!r} has {data.classes}")
     return recipe
-
-
-def seed_everything(seed: int) -> None:
-    """Start torch's, NumPy's and Python's random numbers anew."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Subset
 from ovit_engine.calibration import Calibration
 from ovit_engine.integrations.checkpoint import load_weights
 from ovit_engine.integrations.data import ImageData, load_data, model_data_config
+from ovit_engine.integrations.evaluation import evaluate
 from ovit_engine.integrations.models import make_model, model_name, with_classes
-from ovit_engine.integrations.trainer import choose_device, evaluate
+from ovit_engine.integrations.processes import choose_device
 from ovit_engine.integrations.tune import hold_out
 from ovit_engine.recipe import Recipe
 

@@ -8,17 +8,19 @@ from typing import Any
 from torch import nn
 
 from ovit_engine.engine import Engine
-from ovit_engine.integrations.checkpoint import LAST, load_checkpoint
+from ovit_engine.integrations.checkpoint import LAST, PREVIOUS, deployed_weights, load_checkpoint
+from ovit_engine.integrations.evaluation import evaluate as evaluate
 from ovit_engine.integrations.models import make_model as make_model
 from ovit_engine.integrations.models import model_name as model_name
 from ovit_engine.integrations.models import with_training as with_training
+from ovit_engine.integrations.processes import choose_device, joined
 from ovit_engine.integrations.sweep import clear_broken_start
-from ovit_engine.integrations.trainer import SILENT as SILENT
-from ovit_engine.integrations.trainer import EpochMetrics as EpochMetrics
-from ovit_engine.integrations.trainer import Progress as Progress
+from ovit_engine.integrations.trainer import SAVE_EVERY, Trainer
+from ovit_engine.integrations.trainer import FinishedRunError as FinishedRunError
 from ovit_engine.integrations.trainer import Trained as Trained
-from ovit_engine.integrations.trainer import Trainer
-from ovit_engine.integrations.trainer import evaluate as evaluate
+from ovit_engine.integrations.training_log import SILENT as SILENT
+from ovit_engine.integrations.training_log import EpochMetrics as EpochMetrics
+from ovit_engine.integrations.training_log import Progress as Progress
 from ovit_engine.recipe import Recipe
 from ovit_engine.schedule import Clock
 
@@ -37,32 +39,63 @@ def train(
     workers: int = 0,
     strict: bool = False,
     root: str | Path | None = None,
+    amp: bool | None = None,
+    save_every: float = SAVE_EVERY,
     progress: Progress = SILENT,
 ) -> Trained:
     """Train the model of `recipe.training` under the recipe; `output` gets last.pt and metrics.csv at every epoch.
+
+    Processes that torchrun started train together: `batch_size` is that of all, which process 0 alone writes down.
 
     Args:
         data: "digits", an image folder, a timm dataset name (see `load_data`).
         checkpoint: weights to start from, as a file or a run's folder.
         pretrained: start from timm's own weights (downloads them).
-        resume: a checkpoint of a run of this recipe, to go on from the end of its last epoch. On a CPU the result is
-            the same, bit for bit, as that of an unbroken run.
+        resume: a checkpoint of a run of this recipe, to go on from its last step. On a CPU the result is the same, bit
+            for bit, as that of an unbroken run.
         device: "auto" takes a GPU where there is one.
         workers: processes that read images.
         strict: stop at the first unreadable image.
         root: where downloaded datasets are kept.
+        amp: mixed precision, float16 with scaled gradients on a GPU, bfloat16 on a CPU; None: as the resumed run.
+            Validation stays in float32, in which the model is exported.
+        save_every: seconds after which last.pt is written within an epoch too. It changes no bit of the result.
 
     Raises:
         RecipeError: the recipe can't be followed on this model or in this time.
         ValueError: data, weights or checkpoint that do not fit, or a loss that is no number any more.
+        FinishedRunError: (a ValueError) the run to resume is finished.
         FileExistsError: `output` holds another run.
     """
-    trainer = Trainer(recipe, str(data), Path(output), device, workers, strict, root)
+    place = choose_device(device)
+    with joined(place) as processes:
+        start = None if resume is None else str(resume)
+        processes.agree((recipe.hash, start), "the recipe, or the checkpoint to go on from (do all see the same disk?),")
+        trainer = Trainer(
+            recipe,
+            str(data),
+            Path(output),
+            place,
+            workers,
+            strict,
+            root,
+            amp=amp,
+            save_every=save_every,
+            processes=processes,
+        )
+        _set_up(trainer, recipe, checkpoint, pretrained, resume)
+        return trainer.fit(progress if processes.leads else SILENT)
+
+
+def _set_up(
+    trainer: Trainer, recipe: Recipe, checkpoint: str | Path | None, pretrained: bool, resume: str | Path | None
+) -> None:
+    """Make the model, and load what it starts from."""
     if resume is not None:
         trainer.prepare(pretrained=False, checkpoint=None)
         trainer.resume(Path(resume))
     else:
-        if (trainer.output / LAST).exists():
+        if any((trainer.output / name).exists() for name in (LAST, PREVIOUS)):
             raise FileExistsError(
                 f"{str(trainer.output)!r} holds a run already: resume it (--resume auto), or choose another --output"
             )
@@ -72,10 +105,10 @@ def train(
             )
         trainer.prepare(pretrained=pretrained, checkpoint=None if checkpoint is None else Path(checkpoint))
         if trainer.engine.sweep is not None:
-            clear_broken_start(trainer.output, trainer.recipe)
+            if trainer.processes.leads:
+                clear_broken_start(trainer.output, trainer.recipe)
             if checkpoint is not None or pretrained:
-                trainer.engine.sweep.baseline = trainer.accuracy(trainer.model)
-    return trainer.fit(progress)
+                trainer.engine.sweep.baseline = trainer.accuracy()
 
 
 def _prunes_at_once(recipe: Recipe) -> bool:
@@ -96,7 +129,7 @@ class Restored:
 
 
 def restore(path: str | Path) -> Restored:
-    """Rebuild model and engine of a run from its checkpoint, on the CPU.
+    """Rebuild model and engine of a run from its checkpoint, on the CPU; with the averaged weights, where it has some.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -108,6 +141,6 @@ def restore(path: str | Path) -> Restored:
     engine = Engine(
         model, recipe, steps_per_epoch=state["engine"]["steps_per_epoch"], epochs=recipe.training.epochs
     ).prepare()
-    model.load_state_dict(state["model"])
+    model.load_state_dict(deployed_weights(state))
     engine.load_state_dict(state["engine"])
     return Restored(model, engine, state["data"], state["preprocessing"], state["epoch"])

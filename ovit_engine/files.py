@@ -22,7 +22,7 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
         OSError: the disk is full, the folder missing or not writable; whatever else `write` raises.
     """
     path = Path(path)
-    _remove_leftovers(path)
+    remove_leftovers(path)
     # the name is new each time: what a killed process left is never in the way
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -37,11 +37,15 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     _sync_folder(path.parent)
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Hidden files of writes of `path` that were killed: so old that no other process can be at them still."""
+def remove_leftovers(path: Path, *, older: float = ABANDONED) -> None:
+    """Remove hidden files of writes of `path` that were killed; where another process may be writing, so old ones only.
+
+    Args:
+        older: seconds since a hidden file last grew.
+    """
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"):
         try:
-            if time.time() - leftover.stat().st_mtime > ABANDONED:
+            if time.time() - leftover.stat().st_mtime > older:
                 leftover.unlink()
         except OSError:  # another process was faster, or it is not ours to remove
             continue

@@ -33,8 +33,13 @@ def set_random_state(state: RandomState) -> None:
 
 def seed_everything(seed: int) -> None:
     """Start all random states from `seed`; CUDA's only where it is in use."""
-    torch.default_generator.manual_seed(seed)
+    seed_cpu(seed)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(seed)
+
+
+def seed_cpu(seed: int) -> None:
+    """Start the random states of the CPU from `seed`."""
+    torch.default_generator.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)

@@ -40,10 +40,16 @@ class Training(BaseModel):
     model: str | None = Field(None, description="timm model name")
     model_args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of timm.create_model")
     epochs: PositiveInt = Field(10, description="passes over the training images")
-    batch_size: PositiveInt = Field(64, description="images an optimizer step")
+    batch_size: PositiveInt = Field(64, description="images an optimizer step, of all processes together")
     accumulate: PositiveInt = Field(1, description="parts that a batch is computed in, one after the other")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="the optimizer")
     lr: PositiveFloat = Field(5e-4, description="learning rate; an LR modifier overrides it")
+    scheduler: Literal["cosine", "tanh", "poly", "step", "multistep"] | None = Field(
+        None, description="timm's learning-rate schedule, for a recipe without an LR modifier; constant if left out"
+    )
+    scheduler_args: dict[str, Any] = Field(
+        default_factory=dict, description="arguments of timm's create_scheduler_v2: warmup_epochs, warmup_lr, min_lr ..."
+    )
     weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay (adamw) or L2 (sgd)")
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the training loss; never of calibration")
@@ -53,6 +59,9 @@ class Training(BaseModel):
         "or a preset of augmentation and regularization, in which options that are written here win",
     )
     clip_grad: PositiveFloat | None = Field(None, description="largest gradient norm")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of an averaged copy of the weights, which is then validated and exported"
+    )
     seed: int = Field(0, ge=0, description="of weights, order and augmentation")
 
     @field_validator("augmentation", mode="before")
@@ -67,6 +76,12 @@ class Training(BaseModel):
     def _whole_parts(self) -> "Training":
         if self.batch_size % self.accumulate:
             raise ValueError(f"a batch of {self.batch_size} does not divide into {self.accumulate} equal parts")
+        return self
+
+    @model_validator(mode="after")
+    def _scheduled(self) -> "Training":
+        if self.scheduler_args and self.scheduler is None:
+            raise ValueError("scheduler_args without a scheduler: name one, as 'scheduler: cosine'")
         return self
 
 

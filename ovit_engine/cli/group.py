@@ -1,6 +1,7 @@
 """What all commands share: one line for an error, one for a warning."""
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,14 +35,14 @@ class OvitGroup(click.Group):
                 return super().invoke(ctx)
             except click.UsageError as error:
                 where = error.ctx.command_path if error.ctx else "ovit"
-                click.echo(f"ovit: error: {' '.join(error.format_message().split())} (see {where} --help)", err=True)
+                _tell_error(f"{' '.join(error.format_message().split())} (see {where} --help)")
                 ctx.exit(error.exit_code)
             except (click.ClickException, click.exceptions.Exit, click.Abort):
                 raise
             except Exception as error:
                 if debug:
                     raise
-                click.echo(f"ovit: error: {describe(error)}", err=True)
+                _tell_error(describe(error))
                 ctx.exit(1)
 
 
@@ -55,9 +56,28 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {text} (ovit --debug shows the traceback)"
 
 
+def _tell_error(message: str) -> None:
+    """One line on stderr; where torchrun started several processes, that of the first to fail."""
+    if _rank() is not None:
+        from ovit_engine.integrations.processes import first_to_fail
+
+        if not first_to_fail():
+            return
+    click.echo(f"ovit: error: {message}", err=True)
+
+
+def _rank() -> int | None:
+    """Which of torchrun's processes this is; None where it is the only one. (Read here, without loading torch.)"""
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return None if alone else int(os.environ.get("RANK", "0"))
+
+
 class _OneLine(logging.Handler):
+    """Our warnings. What they say is as a rule the same in all processes; which images are broken each one finds."""
+
     def emit(self, record: logging.LogRecord) -> None:
-        _warn(record.getMessage())
+        if not _rank() or record.name == "ovit_engine.integrations.images":
+            _warn(record.getMessage())
 
 
 def _warn(message: str) -> None:
@@ -70,7 +90,8 @@ def _told_on_stderr() -> Iterator[None]:
     show, handler, log = warnings.showwarning, _OneLine(logging.WARNING), logging.getLogger("ovit_engine")
 
     def one_line(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-        _warn(str(message))
+        if not _rank():
+            _warn(str(message))
 
     warnings.showwarning = one_line
     log.addHandler(handler)

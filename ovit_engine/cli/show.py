@@ -40,7 +40,7 @@ def show(recipe: str, epochs: int | None, steps_per_epoch: int | None, variables
     rows = [row for modifier in read.modifiers for row in modifier.timeline(clock)]
     trained = bool(read.training.model_fields_set)
     if trained and not any(what == "learning rate" for _, what, _ in rows):
-        rows.insert(0, (0, "learning rate", f"{read.training.lr:.3g} (constant, of the training section)"))
+        rows.insert(0, (0, "learning rate", f"{read.training.lr:.3g} ({read.training.scheduler or 'constant'}, of the training section)"))
     rows.sort(key=lambda row: row[0])
     for step, what, value in rows[:MOST_ROWS]:
         table.add_row(f"{clock.epochs(step):g}", str(step), what, value)
@@ -74,6 +74,7 @@ def training_line(training: "Training") -> str:
         *([f"label smoothing {full.label_smoothing:g}"] if full.label_smoothing else []),
         *([f"stochastic depth {drop:g}"] if drop else []),
         *([f"gradients clipped to norm {full.clip_grad:g}"] if full.clip_grad is not None else []),
+        *([f"weights averaged by {full.ema:g}"] if full.ema is not None else []),
     ]
     if full.accumulate > 1:
         parts[0] += f" in {full.accumulate} parts"

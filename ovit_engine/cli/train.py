@@ -1,5 +1,6 @@
 """ovit train: the bundled trainer."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,19 @@ if TYPE_CHECKING:
 @click.option("--seed", type=click.IntRange(min=0), help="Of weights, order and augmentation.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights to start from: a file, or a run's folder.")
 @click.option("--pretrained", is_flag=True, help="Start from timm's weights (downloads them).")
-@click.option("--resume", metavar="PATH|auto", help="Go on from a checkpoint; auto: from the one in --output, if any.")
+@click.option(
+    "--resume", metavar="PATH|auto", help="Go on from a checkpoint; auto: from the last whole one in --output, if any."
+)
+@click.option(
+    "--checkpoint-every",
+    "minutes",
+    type=click.FloatRange(min=0),
+    default=10.0,
+    show_default=True,
+    metavar="MINUTES",
+    help="Save within an epoch too; 0: at every step.",
+)
+@click.option("--amp", is_flag=True, default=None, help="Mixed precision: float16 on a GPU, bfloat16 on a CPU.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the run; runs/<recipe> if left out.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that read images.")
@@ -41,6 +54,8 @@ def train(
     checkpoint: Path | None,
     pretrained: bool,
     resume: str | None,
+    minutes: float,
+    amp: bool | None,
     output: Path | None,
     device: str,
     workers: int,
@@ -49,8 +64,11 @@ def train(
 ) -> None:
     """Train a timm model under a recipe.
 
-    A resumed run needs neither --recipe nor --data: its checkpoint knows them.
+    A resumed run needs neither --recipe nor --data: its checkpoint knows them. Where torchrun starts several processes
+    (torchrun --nproc-per-node 4 -m ovit_engine train ...), --batch-size is that of all together.
     """
+    from ovit_engine.integrations.processes import launched
+    from ovit_engine.integrations.timm import SILENT, FinishedRunError
     from ovit_engine.integrations.timm import train as run
     from ovit_engine.integrations.timm import with_training
 
@@ -74,22 +92,34 @@ def train(
     read = with_training(read, model=model, model_args=args, epochs=epochs, batch_size=batch_size, seed=seed)
     if output is None:
         output = Path("runs") / read.name if start is None else (start if start.is_dir() else start.parent)
-    if start is not None:
+    leads = launched().leads
+    if start is not None and leads:
         click.echo(f"going on from {start}")
-    with Bars() as bars:
-        trained = run(
-            read,
-            data=data,
-            output=output,
-            checkpoint=checkpoint,
-            pretrained=pretrained,
-            resume=start,
-            device=device,
-            workers=workers,
-            strict=strict_images,
-            root=data_root,
-            progress=bars.progress(),
-        )
+    try:
+        with Bars() if leads else nullcontext() as bars:
+            trained = run(
+                read,
+                data=data,
+                output=output,
+                checkpoint=checkpoint,
+                pretrained=pretrained,
+                resume=start,
+                device=device,
+                workers=workers,
+                strict=strict_images,
+                root=data_root,
+                amp=amp,
+                save_every=60 * minutes,
+                progress=SILENT if bars is None else bars.progress(),
+            )
+    except FinishedRunError as error:
+        if resume != "auto":
+            raise
+        if leads:  # no error: a job that is started until it is done is done
+            click.echo(f"{error}; next: ovit export {output} --output model.onnx")
+        return
+    if not leads:
+        return
     click.echo(f"saved {trained.checkpoint}; next: ovit export {output} --output model.onnx")
     if trained.engine.sweep is not None:
         names = ", ".join(trained.engine.sweep.names)
@@ -102,11 +132,10 @@ def _resumed(resume: str | None, output: Path | None, recipe: str | None) -> Pat
         return None if resume is None else Path(resume)
     if output is None and recipe is None:
         raise click.UsageError("--resume auto looks in --output: name it")
-    from ovit_engine.integrations.checkpoint import LAST
+    from ovit_engine.integrations.checkpoint import last_whole
     from ovit_engine.recipe import Recipe
 
-    folder = output or Path("runs") / Recipe.load(recipe or "").name
-    return folder if (folder / LAST).exists() else None
+    return last_whole(output or Path("runs") / Recipe.load(recipe or "").name)
 
 
 def _recipe_and_data(recipe: str | None, start: Path | None, variables: Any) -> tuple["Recipe", str | None]:

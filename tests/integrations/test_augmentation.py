@@ -21,7 +21,8 @@ from ovit_engine.integrations.augmentation import (
 )
 from ovit_engine.integrations.data import load_data, model_data_config
 from ovit_engine.integrations.timm import SILENT, Trained, make_model, train, with_training
-from ovit_engine.integrations.trainer import Trainer, part_size
+from ovit_engine.integrations.batches import part_size
+from ovit_engine.integrations.trainer import Trainer
 from ovit_engine.recipe import Augmentation, Training
 from tests.integrations.conftest import tiny_recipe
 
@@ -40,7 +41,7 @@ def folder_recipe(modifiers: str = "[]", **options: Any) -> Recipe:
 
 
 def make_trainer(recipe: Recipe, data: Path | str, output: Path) -> Trainer:
-    trainer = Trainer(recipe, str(data), output, "cpu", 0, False, None)
+    trainer = Trainer(recipe, str(data), output, torch.device("cpu"), 0, False, None)
     trainer.prepare(pretrained=False, checkpoint=None)
     return trainer
 
@@ -289,17 +290,16 @@ def test_calibration_takes_hard_labels_plain_loss_and_its_own_view(tmp_path: Pat
 
 def test_repeated_augmentation(tmp_path: Path, jpeg_folder: Path) -> None:
     trainer = make_trainer(folder_recipe(augmentation="deit", batch_size=6), jpeg_folder, tmp_path)
-    assert trainer.repeats is not None
     assert trainer.steps == 20 // 6  # as long an epoch as without
     orders = []
-    for seed in (1, 2, 1):
-        trainer.repeats.set_epoch(seed)
-        orders.append(list(trainer.repeats))
+    for epoch in (1, 2, 1):
+        trainer.batches.go_to(epoch, 0)
+        orders.append([index for batch in trainer.batches for _, index in batch])
     assert orders[0] == orders[2] != orders[1]
     assert all(order[i] == order[i + 1] == order[i + 2] for order in orders for i in range(0, 18, 3))
-    assert len(set(orders[0])) == 7
+    assert len(set(orders[0])) == 6
     seen = []
-    trainer.fit(replace(SILENT, end=lambda metrics: seen.append(list(trainer.train_loader.sampler))))
+    trainer.fit(replace(SILENT, end=lambda metrics: seen.append([i for batch in trainer.batches for _, i in batch])))
     assert len({tuple(order) for order in seen}) == 3  # other images in each epoch
     assert all(order[0] == order[1] == order[2] for order in seen)
 

@@ -132,7 +132,8 @@ def test_a_run_broken_off_before_its_first_checkpoint_starts_anew(
         run(swept("[0.3, 0.6]"), tmp_path)
     run(swept(), tmp_path)
     assert read_index(tmp_path / FOLDER).finished
-    (tmp_path / "last.pt").unlink()
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / name).unlink()
     with pytest.raises(FileExistsError, match="the sweep of another training"):  # it was finished: left alone
         run(swept(), tmp_path)
 

@@ -1,0 +1,135 @@
+"""The processes that train one model together, as torchrun starts them; without it there is one."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """This process among all: `rank` of `count`, and `local` on its machine."""
+
+    rank: int = 0
+    count: int = 1
+    local: int = 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the one process that writes files and speaks."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes; `tensor` itself is changed."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give all processes the buffers of the first: running statistics follow each one's own images."""
+        if self.count > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
+    @contextmanager
+    def first_on_machine(self) -> Iterator[None]:
+        """Let one process of each machine do something before the others, which find it done."""
+        if self.count > 1 and self.local > 0:
+            dist.barrier()
+        yield
+        if self.count > 1 and self.local == 0:
+            dist.barrier()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank."""
+        found: list[Any] = [value] * self.count
+        if self.count > 1:
+            dist.all_gather_object(found, value)
+        return found
+
+    def agree(self, value: Any, what: str) -> None:
+        """Raise ValueError where `value` is not the same in all processes."""
+        found = self.gather(value)
+        other = next((rank for rank, each in enumerate(found) if each != found[0]), None)
+        if other is not None:
+            raise ValueError(f"{what} differs: process 0 has {found[0]!r}, process {other} has {found[other]!r}")
+
+
+ALONE = Processes()
+
+
+def launched() -> Processes:
+    """What torchrun told this process, or ALONE."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count < 2 or "RANK" not in os.environ:
+        return ALONE
+    return Processes(rank=int(os.environ["RANK"]), count=count, local=int(os.environ.get("LOCAL_RANK", 0)))
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Processes]:
+    """Be one of torchrun's processes: over NCCL on GPUs, gloo on CPUs. A process group that is there is used.
+
+    Where an error leaves this context, the group stays: it ends with the process, after the error was told.
+    """
+    if dist.is_initialized():
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        yield Processes(rank=dist.get_rank(), count=dist.get_world_size(), local=local)
+        return
+    processes = launched()
+    if processes.count > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    yield processes
+    if processes.count > 1:
+        dist.destroy_process_group()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name; "auto" is a GPU where there is one. Each process of a machine has a GPU of its own.
+
+    Raises:
+        ValueError: a device that is not here, or fewer GPUs than processes.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"no device {name!r}: write auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r}: torch finds no GPU here")
+    processes = launched()
+    if device.type == "cuda" and processes.count > 1:
+        gpus = torch.cuda.device_count()
+        if processes.local >= gpus:
+            raise ValueError(f"{gpus} GPUs for more processes: start {gpus} a machine (--nproc-per-node {gpus})")
+        device = torch.device("cuda", processes.local)
+        torch.cuda.set_device(device)
+    return device
+
+
+def first_to_fail() -> bool:
+    """Whether this process is to tell the error that it met: of several, the one that meets one first.
+
+    The others fail soon after, for want of an answer, or in the same way: one message is enough.
+    """
+    if launched().count < 2:
+        return True
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=10),
+        )
+        return bool(store.add(f"ovit/failed/{attempt}", 1) == 1)
+    except (KeyError, ValueError, RuntimeError):  # no store: better told twice than not at all
+        return True

@@ -1,0 +1,75 @@
+"""One optimizer step of the bundled trainer: parts of a batch, mixed precision, mixed images, clipping, the average."""
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from timm.data.mixup import Mixup
+from timm.scheduler.scheduler import Scheduler
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from ovit_engine.engine import Engine
+from ovit_engine.recipe import Training
+
+
+class Steps:
+    """Makes the steps of a training.
+
+    Args:
+        network: the model, or the wrapper of several processes around it.
+        amp: compute in float16 with scaled gradients on a GPU, in bfloat16 on a CPU.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        engine: Engine,
+        network: nn.Module,
+        optimizer: Optimizer,
+        *,
+        device: torch.device,
+        mixup: Mixup | None,
+        scheduler: Scheduler | None,
+        ema: ModelEmaV3 | None,
+        amp: bool,
+    ) -> None:
+        self._training, self._engine, self._network, self._optimizer = training, engine, network, optimizer
+        self._device, self._mixup, self._scheduler, self._ema, self._amp = device, mixup, scheduler, ema, amp
+        on_gpu = device.type == "cuda"
+        self._dtype = torch.float16 if on_gpu else torch.bfloat16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp and on_gpu)  # type: ignore[attr-defined]
+
+    def __call__(self, parts: Iterable[Any], number: int) -> Tensor:
+        """Make step `number` of the training, which counts from 0; its mean loss."""
+        if self._scheduler is not None:
+            self._scheduler.step_update(number)
+        total = torch.zeros((), device=self._device)
+        self._optimizer.zero_grad()
+        for part, (images, labels) in enumerate(parts, start=1):
+            last = part == self._training.accumulate
+            waits = isinstance(self._network, DistributedDataParallel) and not last
+            with self._network.no_sync() if waits else nullcontext():  # type: ignore[operator]
+                loss = self._loss(images.to(self._device), labels.to(self._device)) / self._training.accumulate
+                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        if self._training.clip_grad is not None:
+            self.scaler.unscale_(self._optimizer)
+            nn.utils.clip_grad_norm_(self._engine.model.parameters(), self._training.clip_grad)
+        self.scaler.step(self._optimizer)
+        self.scaler.update()
+        if self._ema is not None:
+            self._ema.update(self._engine.model, step=self._engine.run.step)  # type: ignore[no-untyped-call]
+        return total
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        smoothing = self._training.label_smoothing
+        if self._mixup is not None:
+            images, labels = self._mixup(images, labels)
+            smoothing = 0.0  # the soft labels are smoothed
+        with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._amp):
+            return self._engine.loss(cross_entropy(self._network(images), labels, label_smoothing=smoothing))
