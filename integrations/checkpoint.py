@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,13 +36,17 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
         OSError: the disk is full, or the folder can't be written.
     """
     assert set(state) >= KEYS
-    previous = path.with_name(PREVIOUS)
+    kept = path.with_name(f".{PREVIOUS}.{secrets.token_hex(4)}.tmp")
     try:
-        previous.unlink(missing_ok=True)
-        os.link(path, previous)
+        os.link(path, kept)
     except OSError as error:  # the first of a run, or no hard links here
-        log.debug("no %s: %s", previous, error)
-    save_file(path, state)
+        log.debug("no %s: %s", PREVIOUS, error)
+    try:
+        save_file(path, state)
+        if kept.exists():  # only now: until here the file before it may be the one that is whole
+            os.replace(kept, path.with_name(PREVIOUS))
+    finally:
+        kept.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -91,7 +96,7 @@ def last_whole(folder: Path) -> Path | None:
 
 def clear_leftovers(folder: Path) -> None:
     """Remove the hidden files that a killed process of this run left: it is resumed, so nobody is at them."""
-    for name in (LAST, METRICS):
+    for name in (LAST, PREVIOUS, METRICS):
         remove_leftovers(folder / name, older=0.0)
 
 

@@ -54,7 +54,7 @@ class Steps:
             last = part == self._training.accumulate
             waits = isinstance(self._network, DistributedDataParallel) and not last
             with self._network.no_sync() if waits else nullcontext():  # type: ignore[operator]
-                loss = self._loss(images.to(self._device), labels.to(self._device)) / self._training.accumulate
+                loss = self.loss(images.to(self._device), labels.to(self._device)) / self._training.accumulate
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         if self._training.clip_grad is not None:
@@ -66,7 +66,8 @@ class Steps:
             self._ema.update(self._engine.model, step=self._engine.run.step)  # type: ignore[no-untyped-call]
         return total
 
-    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The loss to differentiate, of images [N, C, H, W] and classes [N]."""
         smoothing = self._training.label_smoothing
         if self._mixup is not None:
             images, labels = self._mixup(images, labels)

@@ -333,5 +333,6 @@ class Trainer:
             "scaler": self.step.scaler.state_dict(),
         }
         save_checkpoint(self.output / LAST, {**self._about(), **state, "epoch": epoch})
-        write_metrics(self.output, self.metrics)
+        if self.within.step == 0:
+            write_metrics(self.output, self.metrics)
         self._saved = time.monotonic()

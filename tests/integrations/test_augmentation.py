@@ -43,6 +43,7 @@ def folder_recipe(modifiers: str = "[]", **options: Any) -> Recipe:
 def make_trainer(recipe: Recipe, data: Path | str, output: Path) -> Trainer:
     trainer = Trainer(recipe, str(data), output, torch.device("cpu"), 0, False, None)
     trainer.prepare(pretrained=False, checkpoint=None)
+    trainer._begin()
     return trainer
 
 
@@ -239,7 +240,7 @@ def test_mixed_batches_and_their_loss(tmp_path: Path, jpeg_folder: Path) -> None
     torch.nn.init.normal_(trainer.model.head.weight)  # type: ignore[union-attr, arg-type]  # made as zeros, which answer all alike
     images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 1, 1])
     np.random.seed(3)
-    loss = trainer._loss(images.clone(), labels)
+    loss = trainer.step.loss(images.clone(), labels)
     np.random.seed(3)
     np.random.rand(2)  # whether to mix, and how
     share = np.random.beta(0.8, 0.8)
@@ -270,7 +271,7 @@ def test_light1_smooths_hard_labels(tmp_path: Path, jpeg_folder: Path) -> None:
     torch.nn.init.normal_(trainer.model.head.weight)  # type: ignore[union-attr, arg-type]
     images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 1, 0])
     expected = cross_entropy(trainer.model(images), labels, label_smoothing=0.1)
-    torch.testing.assert_close(trainer._loss(images, labels), expected)
+    torch.testing.assert_close(trainer.step.loss(images, labels), expected)
     assert {group["eps"] for group in trainer.optimizer.param_groups} == {1e-6}
     assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {
         0.0,

@@ -1,0 +1,255 @@
+"""Runs of the bundled trainer that are killed at any step, and go on as if nothing had been."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from ovit_engine import Recipe
+from ovit_engine.cli import main
+from ovit_engine.integrations.checkpoint import LAST, PREVIOUS, last_whole, load_checkpoint
+from ovit_engine.integrations.timm import SILENT, Trained, train, with_training
+from tests.integrations.conftest import tiny_recipe
+
+ALL = r"""
+  - magnitude_prune:
+      {start: 1ep, end: 2ep, every: 1ep, sparsity: {from: 0.3, to: 0.6}, targets: ['re:blocks.*(qkv|fc1)\.weight']}
+  - cyclic_lr: {max: 2.0e-3, min: 1.0e-5, period: 1ep}
+  - quantize: {start: 1.4ep, freeze_observers: 2.4ep}
+"""
+COLOUR = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "drop_rate": 0.1}
+
+
+class KilledError(Exception):
+    pass
+
+
+def run(recipe: Recipe, output: Path, *, stop_after: int | None = None, **options: Any) -> Trained:
+    """Train with a checkpoint a step; `stop_after` that many steps of the whole training it is broken off."""
+    seen = 0
+
+    def begin(epoch: int, epochs: int, steps: int) -> None:
+        nonlocal seen
+        seen = (epoch - 1) * steps
+
+    def step() -> None:
+        nonlocal seen
+        seen += 1
+        if seen == stop_after:
+            raise KilledError
+
+    options = {"data": "digits", "save_every": 0.0, **options}
+    return train(recipe, output=output, device="cpu", progress=replace(SILENT, begin=begin, step=step), **options)
+
+
+def broken(recipe: Recipe, output: Path, stops: list[int], **options: Any) -> Trained:
+    """The same run, broken off after each of `stops` and resumed."""
+    resume = None
+    for stop in stops:
+        with pytest.raises(KilledError):
+            run(recipe, output, stop_after=stop, resume=resume, **options)
+        resume = output
+    return run(recipe, output, resume=resume, **options)
+
+
+def check_same(one: Trained, two: Trained) -> None:
+    assert [replace(row, seconds=0.0) for row in one.metrics] == [replace(row, seconds=0.0) for row in two.metrics]
+    files = [load_checkpoint(each.checkpoint) for each in (one, two)]
+    for key in ("model", "ema"):
+        states = [file.get(key, {}) for file in files]
+        assert states[0].keys() == states[1].keys()
+        for name in states[0]:
+            assert torch.equal(states[0][name], states[1][name]), name
+    for name, tensor in one.model.state_dict().items():
+        assert torch.equal(tensor, two.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_mixed_erased_repeated_and_dropped_images_come_again_bit_for_bit(
+    tmp_path: Path, jpeg_folder: Path, workers: int
+) -> None:
+    """20 images in 5 steps an epoch; broken off within epochs, at their ends, around pruning and quantization."""
+    recipe = with_training(
+        tiny_recipe(ALL, epochs=3, extra="batch_size: 4, accumulate: 2, augmentation: deit, ema: 0.9, clip_grad: 1.0"),
+        model_args=COLOUR,
+    )
+    unbroken = run(recipe, tmp_path / "unbroken", data=jpeg_folder)
+    stops = [1, 5, 6, 7, 8, 13] if workers == 0 else [7]
+    resumed = broken(recipe, tmp_path / "broken", stops, data=jpeg_folder, workers=workers)
+    check_same(resumed, unbroken)
+    assert resumed.engine.run.masks.sparsity() == pytest.approx(0.6, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("modifiers", "extra"),
+    [
+        ("[]", "optimizer: sgd, scheduler: cosine, scheduler_args: {warmup_epochs: 1}"),
+        (
+            "[{ovit_prune: {start: 1.5ep, sparsity: 0.5, targets: ['re:.*qkv.weight'], block: 16, gradients: 8}}]",
+            "augmentation: noise",
+        ),
+    ],
+)
+def test_at_any_step(tmp_path: Path, modifiers: str, extra: str) -> None:
+    recipe = tiny_recipe(modifiers, epochs=2, extra=f"batch_size: 256, lr: 1.0e-3, {extra}")
+    stops = sorted(random.Random(0).sample(range(1, 10), 3))
+    check_same(broken(recipe, tmp_path / "broken", stops), run(recipe, tmp_path / "unbroken"))
+
+
+def test_scaled_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scaler of a GPU, here on the CPU: its scale grows every second step, so a forgotten state is seen."""
+    scaler = torch.amp.GradScaler  # type: ignore[attr-defined]
+    scales = []
+
+    class Growing(scaler):  # type: ignore[misc, valid-type]
+        def __init__(self, device: str, enabled: bool) -> None:
+            super().__init__(device, init_scale=2.0**127, growth_interval=2)  # the first steps overflow
+
+        def update(self, *arguments: Any) -> None:
+            super().update(*arguments)
+            scales.append(self.get_scale())
+
+    monkeypatch.setattr(torch.amp, "GradScaler", Growing)
+    recipe = tiny_recipe(epochs=5, extra="batch_size: 256, lr: 1.0e-3, clip_grad: 0.5, ema: 0.5")
+    unbroken = run(recipe, tmp_path / "unbroken")
+    expected, applied = list(scales), unbroken.engine.run.step
+    assert 0 < applied < 25
+    scales.clear()
+    check_same(broken(recipe, tmp_path / "broken", [2, 13]), unbroken)
+    assert scales == expected
+    assert load_checkpoint(tmp_path / "broken")["loop"]["scaler"]["scale"] == expected[-1]
+
+
+def test_what_is_lost_is_what_was_not_saved(tmp_path: Path) -> None:
+    recipe = tiny_recipe(epochs=3)
+    with pytest.raises(KilledError):
+        run(recipe, tmp_path, stop_after=8, save_every=3600.0)
+    state = load_checkpoint(tmp_path)
+    assert (state["epoch"], state["loop"]["step"]) == (1, 0)
+    with pytest.raises(KilledError):
+        run(recipe, tmp_path, stop_after=8, resume=tmp_path)
+    state = load_checkpoint(tmp_path)
+    assert (state["epoch"], state["loop"]["step"], state["engine"]["step"]) == (1, 3, 8)
+
+
+# --- `ovit train --resume auto`
+
+RECIPE = f"""
+name: tiny
+training:
+  model: vit_tiny_patch16_224
+  model_args: {{img_size: 8, patch_size: 2, in_chans: 1, embed_dim: 16, depth: 1, num_heads: 2, drop_path_rate: 0.1}}
+  epochs: 4
+  batch_size: 128
+  augmentation: noise
+  ema: 0.9
+modifiers: {ALL}
+"""
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """`ovit train`, but for the output, in an empty folder with its recipe."""
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(RECIPE)
+    return ["train", "--recipe", "tiny.yaml", "--data", "digits", "--device", "cpu", "--checkpoint-every", "0"]
+
+
+def ovit(*arguments: str) -> Any:
+    return CliRunner().invoke(main, arguments)
+
+
+def test_sigkill_at_random_times(command: list[str]) -> None:
+    again = [*command, "--resume", "auto", "--output", "broken"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    last, draw = Path("broken") / LAST, random.Random()
+    for _ in range(2):
+        before = last.stat().st_mtime_ns if last.exists() else 0
+        process = subprocess.Popen([sys.executable, "-m", "ovit_engine", *again], env=environment)
+        while process.poll() is None and (last.stat().st_mtime_ns if last.exists() else 0) == before:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert load_checkpoint(last_whole(Path("broken")) or last)["engine"]["step"] > 0
+    (Path("broken") / f".{LAST}.12345678.tmp").write_bytes(b"half of a checkpoint")
+    resumed, unbroken = ovit(*again), ovit(*command, "--output", "unbroken")
+    assert (resumed.exit_code, unbroken.exit_code) == (0, 0), resumed.output + unbroken.output
+    assert resumed.output.startswith("going on from broken/last.pt")
+    states = [load_checkpoint(Path(folder)) for folder in ("broken", "unbroken")]
+    for key in ("model", "ema"):
+        for name, tensor in states[0][key].items():
+            assert torch.equal(tensor, states[1][key][name]), name
+    assert states[0]["engine"]["masks"].keys() == states[1]["engine"]["masks"].keys()
+    assert sorted(path.name for path in Path("broken").iterdir()) == [LAST, "metrics.csv", PREVIOUS]
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-3000])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(
+    tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = tiny_recipe(epochs=2, extra="batch_size: 256, augmentation: noise")
+    with pytest.raises(KilledError):
+        run(recipe, tmp_path / "broken", stop_after=7)
+    last, previous = tmp_path / "broken" / LAST, tmp_path / "broken" / PREVIOUS
+    assert [load_checkpoint(file)["engine"]["step"] for file in (previous, last)] == [6, 7]
+    assert last_whole(last.parent) == last
+    damage(last)
+    assert last_whole(last.parent) == previous
+    assert f"going on from {previous}" in caplog.text
+    assert caplog.text.count(str(last)) == 1
+    resumed = run(recipe, last.parent, resume=previous)
+    check_same(resumed, run(recipe, tmp_path / "unbroken"))
+
+
+def test_auto_says_which_files_are_damaged(command: list[str]) -> None:
+    auto = [*command, "--resume", "auto", "--output", "out", "--epochs", "3"]
+    assert ovit(*auto).exit_code == 0  # nothing to resume: it starts
+    finished = ovit(*auto)
+    assert finished.exit_code == 0
+    assert "the run in 'out/last.pt' is finished: all 3 epochs are done" in finished.output
+    flip(Path("out") / LAST)
+    warned = ovit(*auto)
+    assert warned.exit_code == 0
+    assert warned.stderr.startswith("ovit: warning: 'out/last.pt' is damaged: the checksum of its ")
+    assert warned.stderr.endswith("is wrong: going on from out/previous.pt\n")
+    flip(Path("out") / PREVIOUS)
+    flip(Path("out") / LAST)
+    cut(Path("out") / LAST)
+    lost = ovit(*auto)
+    assert lost.exit_code == 1
+    assert lost.stderr.startswith("ovit: error: no whole checkpoint to go on from: 'out/last.pt' is damaged")
+    assert "'out/previous.pt' is damaged" in lost.stderr
+
+
+def test_mixed_precision_stays_as_the_run_began(command: list[str]) -> None:
+    recipe = Recipe.load("tiny.yaml")
+    with pytest.raises(KilledError):
+        run(recipe, Path("out"), stop_after=2)
+    refused = ovit(*command, "--resume", "auto", "--output", "out", "--amp")
+    assert "the run in 'out/last.pt' began with no mixed precision" in refused.stderr
+    with pytest.raises(KilledError):
+        run(recipe, Path("half"), stop_after=2, amp=True)
+    with pytest.raises(KilledError):
+        run(recipe, Path("half"), stop_after=4, resume=Path("half"))
+    assert load_checkpoint(Path("half"))["loop"]["amp"] is True
