@@ -59,7 +59,7 @@ class Within:
     """How far an epoch is."""
 
     step: int = 0
-    loss: torch.Tensor | None = None  # sum over its steps; of this process
+    loss: torch.Tensor | None = None  # sum over its steps and all processes
     seconds: float = 0.0
 
 
@@ -257,11 +257,11 @@ class Trainer:
                 # of the step alone, so that a resumed run draws what an unbroken one does
                 seed_everything(mixed(self.training.seed, epoch, step, self.processes.rank))
                 parts = islice(batches, self.training.accumulate)
-                within.loss += self.step(parts, epoch * self.steps + step)
+                within.loss += self.processes.sum(self.step(parts, epoch * self.steps + step))
                 within.step, within.seconds = step + 1, time.perf_counter() - start
                 self._save_in_time(epoch)
                 progress.step()
-        mean = float(self.processes.sum(within.loss.clone())) / self.steps / self.processes.count
+        mean = float(within.loss) / self.steps / self.processes.count
         self._check_loss(mean, epoch)
         return mean
 
