@@ -103,7 +103,8 @@ def clear_leftovers(folder: Path) -> None:
 def load_weights(model: nn.Module, path: Path) -> None:
     """Start from the weights in a file: a checkpoint of ours, a state dict of timm's or torch's, or safetensors.
 
-    Of a run with an averaged copy that copy is taken. Nothing but weights is: masks, quantizers and the optimizer of another run are left behind.
+    Of a run with an averaged copy that copy is taken. Nothing but weights is: masks, quantizers and the optimizer of
+    another run are left behind.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -113,7 +114,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"no checkpoint {str(file)!r}")
     found = _read(file)
-    if isinstance(found, dict) and KEYS <= set(found):
+    if isinstance(found, dict) and set(found) >= KEYS:
         found = deployed_weights(found)
     for key in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):

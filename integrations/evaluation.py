@@ -10,9 +10,7 @@ from ovit_engine.integrations.processes import ALONE, Processes
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, loader: DataLoader[Any], device: torch.device, *, processes: Processes = ALONE
-) -> float:
+def evaluate(model: nn.Module, loader: DataLoader[Any], device: torch.device, *, processes: Processes = ALONE) -> float:
     """Top-1 accuracy in eval mode; the model's training flags are put back.
 
     Args:

@@ -25,7 +25,9 @@ def make_scheduler(engine: Engine, optimizer: Optimizer, training: Training) -> 
         return None
     for modifier in engine.modifiers:
         if any(claim.what == "the learning rate" for claim in modifier.claims(engine.run)):
-            raise modifier.error(f"writes the learning rate, as training.scheduler {training.scheduler!r} does: keep one")
+            raise modifier.error(
+                f"writes the learning rate, as scheduler {training.scheduler!r} of training does: keep one"
+            )
     _check_arguments(training.scheduler_args)
     scheduler, epochs = create_scheduler_v2(
         optimizer,

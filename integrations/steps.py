@@ -42,7 +42,7 @@ class Steps:
         self._device, self._mixup, self._scheduler, self._ema, self._amp = device, mixup, scheduler, ema, amp
         on_gpu = device.type == "cuda"
         self._dtype = torch.float16 if on_gpu else torch.bfloat16
-        self.scaler = torch.amp.GradScaler(device.type, enabled=amp and on_gpu)  # type: ignore[attr-defined]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp and on_gpu)
 
     def __call__(self, parts: Iterable[Any], number: int) -> Tensor:
         """Make step `number` of the training, which counts from 0; its mean loss."""
@@ -63,7 +63,7 @@ class Steps:
         self.scaler.step(self._optimizer)
         self.scaler.update()
         if self._ema is not None:
-            self._ema.update(self._engine.model, step=self._engine.run.step)  # type: ignore[no-untyped-call]
+            self._ema.update(self._engine.model, step=self._engine.run.step)
         return total
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:

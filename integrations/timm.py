@@ -70,7 +70,7 @@ def train(
     place = choose_device(device)
     with joined(place) as processes:
         start = None if resume is None else str(resume)
-        processes.agree((recipe.hash, start), "the recipe, or the checkpoint to go on from (do all see the same disk?),")
+        processes.agree((recipe.hash, start), "what training starts from (hash of the recipe, checkpoint)")
         trainer = Trainer(
             recipe,
             str(data),

@@ -48,7 +48,8 @@ class Training(BaseModel):
         None, description="timm's learning-rate schedule, for a recipe without an LR modifier; constant if left out"
     )
     scheduler_args: dict[str, Any] = Field(
-        default_factory=dict, description="arguments of timm's create_scheduler_v2: warmup_epochs, warmup_lr, min_lr ..."
+        default_factory=dict,
+        description="of timm's create_scheduler_v2: warmup_epochs, warmup_lr, min_lr and the like",
     )
     weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay (adamw) or L2 (sgd)")
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")

@@ -40,7 +40,14 @@ def show(recipe: str, epochs: int | None, steps_per_epoch: int | None, variables
     rows = [row for modifier in read.modifiers for row in modifier.timeline(clock)]
     trained = bool(read.training.model_fields_set)
     if trained and not any(what == "learning rate" for _, what, _ in rows):
-        rows.insert(0, (0, "learning rate", f"{read.training.lr:.3g} ({read.training.scheduler or 'constant'}, of the training section)"))
+        rows.insert(
+            0,
+            (
+                0,
+                "learning rate",
+                f"{read.training.lr:.3g} ({read.training.scheduler or 'constant'}, of the training section)",
+            ),
+        )
     rows.sort(key=lambda row: row[0])
     for step, what, value in rows[:MOST_ROWS]:
         table.add_row(f"{clock.epochs(step):g}", str(step), what, value)

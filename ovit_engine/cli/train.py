@@ -68,9 +68,8 @@ def train(
     (torchrun --nproc-per-node 4 -m ovit_engine train ...), --batch-size is that of all together.
     """
     from ovit_engine.integrations.processes import launched
-    from ovit_engine.integrations.timm import SILENT, FinishedRunError
+    from ovit_engine.integrations.timm import SILENT, FinishedRunError, with_training
     from ovit_engine.integrations.timm import train as run
-    from ovit_engine.integrations.timm import with_training
 
     if resume is not None and (checkpoint is not None or pretrained):
         raise click.UsageError("--resume goes on with a run's own weights: no --checkpoint or --pretrained beside it")

@@ -96,7 +96,9 @@ def test_train_prints_a_line_an_epoch_and_overwrites_nothing(ovit: Ovit) -> None
     assert len(Path("runs/tiny/metrics.csv").read_text().splitlines()) == 4
     assert "'runs/tiny' holds a run already" in train().stderr
     finished = ok(train("--resume", "auto", "--epochs", 3, "--seed", 1))  # not an error: jobs are started until done
-    assert finished[-1].startswith("the run in 'runs/tiny/last.pt' is finished: all 3 epochs are done; next: ovit export")
+    assert finished[-1].startswith(
+        "the run in 'runs/tiny/last.pt' is finished: all 3 epochs are done; next: ovit export"
+    )
     assert "is finished: all 3 epochs are done" in ovit("train", "--resume", "runs/tiny").stderr
     fresh = train("--resume", "auto", "--output", "new", "--var", "sparsity=0.25")  # nothing to resume: it starts
     assert "sparsity 25.00%" in ok(fresh)[1]

@@ -19,9 +19,9 @@ from ovit_engine.integrations.augmentation import (
     training_transform,
     with_preset,
 )
+from ovit_engine.integrations.batches import part_size
 from ovit_engine.integrations.data import load_data, model_data_config
 from ovit_engine.integrations.timm import SILENT, Trained, make_model, train, with_training
-from ovit_engine.integrations.batches import part_size
 from ovit_engine.integrations.trainer import Trainer
 from ovit_engine.recipe import Augmentation, Training
 from tests.integrations.conftest import tiny_recipe

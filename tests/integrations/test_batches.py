@@ -97,7 +97,7 @@ def test_workers_change_nothing() -> None:
 
 def test_a_batch_is_that_of_all_processes() -> None:
     assert part_size(Training(batch_size=24, accumulate=2), 100, paired=False, processes=3) == 4
-    with pytest.raises(ValueError, match=r"batch_size 64, that of all together, does not divide among 3 processes, in 1"):
+    with pytest.raises(ValueError, match="batch_size 64, that of all together, does not divide among 3 processes"):
         part_size(Training(batch_size=64), 100, paired=False, processes=3)
     with pytest.raises(ValueError, match=r"batch_size / accumulate / processes must be even, not 3"):
         part_size(Training(batch_size=6, augmentation="deit"), 100, paired=True, processes=2)

@@ -25,7 +25,7 @@ STOP = 7  # of 10 steps: within an epoch, quantized, between two pruning steps
 
 
 def recipe() -> Recipe:
-    """Pruned by oViT, whose gradients are shared, swept, quantized, averaged; without dropout, which differs by process."""
+    """Pruned by oViT, whose gradients are shared, swept, quantized, averaged; no dropout, which differs by process."""
     modifiers = r"""
   - ovit_prune:
       {start: 5st, end: 8st, every: 3st, sparsity: {from: 0.3, to: 0.5}, targets: ['re:.*(qkv|fc1)\.weight'], block: 16,
@@ -82,12 +82,8 @@ def _process(rank: int, folder: str) -> None:
     assert found[0] == found[1]
     assert digests[0] == digests[1]
     processes = Processes(rank=rank, count=2)
-    try:
+    with pytest.raises(ValueError, match="the rank differs: process 0 has 0, process 1 has 1"):
         processes.agree(rank, "the rank")
-    except ValueError as error:
-        assert str(error) == "the rank differs: process 0 has 0, process 1 has 1"
-    else:
-        raise AssertionError
     dist.destroy_process_group()
 
 
@@ -152,13 +148,12 @@ def test_an_error_of_one_process_ends_all_with_one_message(tmp_path: Path, image
     (folder / "val" / "cat" / "1.png").write_bytes(b"no image")  # the second image: only process 1 reads it
     model = {"img_size": 8, "patch_size": 2, "in_chans": 3, "embed_dim": 16, "depth": 1, "num_heads": 2}
     made = tiny_recipe(epochs=2, extra="batch_size: 4")
-    (tmp_path / "tiny.yaml").write_text(
-        with_training(made, model_args=model).dump()
-    )
+    (tmp_path / "tiny.yaml").write_text(with_training(made, model_args=model).dump())
     done = torchrun(tmp_path, "--recipe", "tiny.yaml", "--data", str(folder), "--output", "run", "--strict-images")
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("ovit: ")]
-    assert errors == [f"ovit: error: '{folder / 'val' / 'cat' / '1.png'}' is unreadable: no image format is known in it"]
+    broken = folder / "val" / "cat" / "1.png"
+    assert errors == [f"ovit: error: '{broken}' is unreadable: no image format is known in it"]
     assert not (tmp_path / "run" / "last.pt").exists()
 
 

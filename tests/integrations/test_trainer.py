@@ -173,7 +173,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(tmp_p
     recipe = tiny_recipe(
         "[{cyclic_lr: {start: 1ep, max: 1.0e+30, min: 1.0e+30}}]", epochs=3, extra="batch_size: 256, optimizer: sgd"
     )
-    with pytest.raises(ValueError, match=r"loss of epoch 2 is (nan|inf).* the last checkpoint before that is '.*last.pt'"):
+    with pytest.raises(ValueError, match=r"loss of epoch 2 is (nan|inf).* the last checkpoint before that is '"):
         run(recipe, tmp_path)
     state = load_checkpoint(tmp_path)
     assert state["epoch"] == 1
