@@ -83,11 +83,23 @@ def joined(device: torch.device) -> Iterator[Processes]:
         yield Processes(rank=dist.get_rank(), count=dist.get_world_size(), local=local)
         return
     processes = launched()
-    if processes.count > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    yield processes
-    if processes.count > 1:
-        dist.destroy_process_group()
+    if processes.count < 2:
+        yield processes
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if dist.is_torchelastic_launched():
+        # torchrun keeps one store over its restarts: without a prefix the addresses of killed processes are found in it
+        store = dist.PrefixStore(f"ovit/{_attempt()}", _store(timedelta(minutes=30)))  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=processes.rank, world_size=processes.count)
+    else:
+        dist.init_process_group(backend)
+    try:
+        yield processes
+    except RuntimeError as error:
+        if isinstance(error, dist.DistBackendError) or "gloo" in str(error).lower():
+            raise ConnectionError("another process of this training ended, or can't be reached") from error
+        raise
+    dist.destroy_process_group()
 
 
 def choose_device(name: str) -> torch.device:
@@ -121,15 +133,23 @@ def first_to_fail() -> bool:
     """
     if launched().count < 2:
         return True
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
-        store = dist.TCPStore(  # type: ignore[attr-defined]  # public, though not re-exported by "as"
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=10),
-        )
-        return bool(store.add(f"ovit/failed/{attempt}", 1) == 1)
+        return bool(_store(timedelta(seconds=10)).add(f"ovit/failed/{_attempt()}", 1) == 1)
     except (KeyError, ValueError, RuntimeError):  # no store: better told twice than not at all
         return True
+
+
+def _attempt() -> str:
+    """How often torchrun has started the processes anew."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def _store(timeout: timedelta) -> Any:
+    """What the processes know each other by, as torchrun holds it."""
+    return dist.TCPStore(  # type: ignore[attr-defined]  # public, though not re-exported by "as"
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timeout,
+    )

@@ -59,7 +59,7 @@ class Within:
     """How far an epoch is."""
 
     step: int = 0
-    loss: torch.Tensor | None = None  # sum over its steps and all processes
+    loss: torch.Tensor | None = None  # sum over its steps, mean over processes
     seconds: float = 0.0
 
 
@@ -116,7 +116,7 @@ class Trainer:
         options["generator"] = torch.Generator()
         self.train_loader: DataLoader[Any] = DataLoader(
             SeededItems(self.data.train),
-            batch_sampler=self.batches,  # type: ignore[arg-type]  # of keys, not of indices
+            batch_sampler=self.batches,  # of keys, not of indices
             **options,
         )
         self.val_loader: DataLoader[Any] = DataLoader(self.data.val, batch_size=part, **options)
@@ -137,7 +137,7 @@ class Trainer:
                 raise ValueError(f"sweep by {self.engine.sweep.plan.metric!r}: the trainer measures {METRIC!r} only")
             self.engine.sweep.extra = self._about_point
         ema = self.training.ema
-        self.ema = None if ema is None else ModelEmaV3(self.model, decay=ema)  # type: ignore[no-untyped-call]
+        self.ema = None if ema is None else ModelEmaV3(self.model, decay=ema)
         options: dict[str, Any] = {}
         if self.preset is not None and self.training.optimizer == "adamw":
             options["eps"] = self.preset.eps
@@ -257,11 +257,12 @@ class Trainer:
                 # of the step alone, so that a resumed run draws what an unbroken one does
                 seed_everything(mixed(self.training.seed, epoch, step, self.processes.rank))
                 parts = islice(batches, self.training.accumulate)
-                within.loss += self.processes.sum(self.step(parts, epoch * self.steps + step))
+                loss = self.processes.sum(self.step(parts, epoch * self.steps + step))
+                within.loss += loss / self.processes.count
                 within.step, within.seconds = step + 1, time.perf_counter() - start
                 self._save_in_time(epoch)
                 progress.step()
-        mean = float(within.loss) / self.steps / self.processes.count
+        mean = float(within.loss) / self.steps
         self._check_loss(mean, epoch)
         return mean
 

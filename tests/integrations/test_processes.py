@@ -2,8 +2,10 @@
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -125,22 +127,43 @@ def test_only_one_process_writes(runs: Path) -> None:
         assert len((runs / name / "metrics.csv").read_text().splitlines()) == 3
 
 
-def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def torchrun(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Two processes of what `arguments` name."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [*command, "-m", "ovit_engine", "train", "--device", "cpu", *arguments],
-        cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
+    return subprocess.Popen(
+        [*command, *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
-def test_under_torchrun_one_process_speaks(tmp_path: Path) -> None:
-    (tmp_path / "tiny.yaml").write_text(tiny_recipe(epochs=2).dump())
-    done = torchrun(tmp_path, "--recipe", "tiny.yaml", "--data", "digits", "--output", "run", "--resume", "auto")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert [line.split()[:2] for line in lines] == [["epoch", "1/2"], ["epoch", "2/2"], ["saved", "run/last.pt;"]]
-    assert restore(tmp_path / "run").epoch == 2
+def children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
+def test_torchrun_starts_killed_processes_anew_and_they_go_on_bit_for_bit(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(recipe().dump())
+    train = ["-m", "ovit_engine", "train", "--device", "cpu", "--recipe", "tiny.yaml", "--data", "digits"]
+    options = ["--output", "run", "--resume", "auto", "--checkpoint-every", "0"]
+    launcher = torchrun(tmp_path, "--max-restarts", "1", *train, *options)
+    while launcher.poll() is None and not (tmp_path / "run" / "last.pt").exists():
+        time.sleep(0.01)
+    os.kill(children(launcher.pid)[-1], signal.SIGKILL)
+    output, errors = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0, errors
+    lines = [line.split()[:2] for line in output.splitlines()]  # one process speaks
+    assert lines[0] == ["going", "on"]
+    assert lines[-2:] == [["epoch", "2/2"], ["saved", "run/last.pt;"]]
+    told = [line for line in errors.splitlines() if line.startswith("ovit: error")]
+    assert set(told) <= {"ovit: error: another process of this training ended, or can't be reached"}
+    found, whole = (load_checkpoint(each) for each in (tmp_path / "run", runs / "whole"))
+    for key in ("model", "ema"):
+        for name, tensor in found[key].items():
+            assert torch.equal(tensor, whole[key][name]), name
 
 
 def test_an_error_of_one_process_ends_all_with_one_message(tmp_path: Path, image_folder: Callable[..., Path]) -> None:
@@ -149,9 +172,11 @@ def test_an_error_of_one_process_ends_all_with_one_message(tmp_path: Path, image
     model = {"img_size": 8, "patch_size": 2, "in_chans": 3, "embed_dim": 16, "depth": 1, "num_heads": 2}
     made = tiny_recipe(epochs=2, extra="batch_size: 4")
     (tmp_path / "tiny.yaml").write_text(with_training(made, model_args=model).dump())
-    done = torchrun(tmp_path, "--recipe", "tiny.yaml", "--data", str(folder), "--output", "run", "--strict-images")
-    assert done.returncode != 0
-    errors = [line for line in done.stderr.splitlines() if line.startswith("ovit: ")]
+    options = ["--recipe", "tiny.yaml", "--data", str(folder), "--output", "run", "--strict-images"]
+    launcher = torchrun(tmp_path, "-m", "ovit_engine", "train", "--device", "cpu", *options)
+    _, stderr = launcher.communicate(timeout=120)
+    assert launcher.returncode != 0
+    errors = [line for line in stderr.splitlines() if line.startswith("ovit: ")]
     broken = folder / "val" / "cat" / "1.png"
     assert errors == [f"ovit: error: '{broken}' is unreadable: no image format is known in it"]
     assert not (tmp_path / "run" / "last.pt").exists()
