@@ -111,7 +111,7 @@ def test_two_processes_make_the_steps_of_one(runs: Path, tmp_path: Path) -> None
         assert ours["sparsity"] == theirs.sparsity
     assert found[0][0]["loss"] == pytest.approx(found[0][1].loss, rel=1e-6)  # the same images, augmented alike
     assert found[0][0]["accuracy"] == found[0][1].accuracy
-    # sums in another order, and ranges of the half of each batch that the first process sees, flip near ties
+    # sums in another order flip near ties
     masks = [(two.engine.run.masks.get(name), one.engine.run.masks.get(name)) for name in one.engine.run.masks.names()]
     agree = [float((ours == theirs).float().mean()) for ours, theirs in masks if ours is not None]
     assert min(agree) > 0.95
