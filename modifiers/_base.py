@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BeforeValidator, Field, PlainSerializer, PrivateAttr, model_validator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ovit_engine.modifier import Claim, Modifier, Run, SweepPlan, Time
 from ovit_engine.modifiers._amount import Amount, SparsityRange, SparsitySteps, Sweep, place_targets
@@ -88,13 +89,13 @@ class MaskingModifier(Modifier):
         run.log(f"{self.name}/sparsity", zeros / sum(mask.numel() for mask in masks))
 
     def training_gradients(self, run: Run) -> list[Tensor]:
-        """Gradients of the training loss at STEP_BEGIN, one a slot; a slot without one is a RecipeError."""
+        """Whole gradients of the training loss at STEP_BEGIN, one a slot; a slot without one is a RecipeError."""
         found = []
         for slot in self._slots:
             grad = run.gradient(slot)
             if grad is None:
                 raise self.error(f"{slot.name!r} gets no gradient from the training loss", "targets")
-            found.append(grad)
+            found.append(grad.full_tensor() if isinstance(grad, DTensor) else grad)
         return found
 
     def present_masks(self, run: Run) -> list[Tensor]:

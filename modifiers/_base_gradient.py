@@ -4,8 +4,8 @@ import logging
 import warnings
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Iterable, Sequence
-from typing import ClassVar, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, PrivateAttr, model_validator
 from torch import Tensor
@@ -140,6 +140,22 @@ class GradientPruningModifier(PruningModifier):
             return
         self._recent.append([grad.detach().clone() for grad in self.training_gradients(run)])
 
+    def state_dict(self) -> dict[str, Any]:
+        # without them a run that goes on would prune by fewer gradients: another model
+        return {**super().state_dict(), "recent": [list(grads) for grads in self._recent]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        shapes = [slot.tensor.shape for slot in self._slots]
+        for grads in state["recent"]:
+            if [grad.shape for grad in grads] != shapes:
+                raise ValueError(f"{self.name}: the checkpoint's training gradients are not those of the targets here")
+        devices = [slot.tensor.device for slot in self._slots]
+        self._recent = deque(
+            [grad.to(device, copy=True) for grad, device in zip(grads, devices, strict=True)]
+            for grads in state["recent"]
+        )
+
     def solve(self, run: Run, slots: Sequence[Slot], sparsity: float | None) -> tuple[list[Tensor], list[Tensor]]:
         # the sparsity of N:M has no parts
         parts = self.recomputations if run.calibration is not None and not isinstance(self.pattern, NM) else 1
@@ -205,7 +221,7 @@ class GradientPruningModifier(PruningModifier):
         if calibration is None:
             recent = list(self._recent)
             before = max((step for step in self._events if step < run.step), default=0)
-            if len(recent) < min(self.window, run.step - before):  # a resumed run has seen no more
+            if len(recent) < min(self.window, run.step - before):  # it went on without its calibration
                 warnings.warn(
                     f"{self.name}: only {len(recent)} training gradients were seen before this step", stacklevel=6
                 )

@@ -1,7 +1,8 @@
 """Hold the zeros that a checkpoint already has, as when a sparse model is fine-tuned or quantized."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from pydantic import Field, PrivateAttr
 
@@ -24,6 +25,7 @@ class ConstantMask(Modifier):
     )
 
     _named: list[Slot] = PrivateAttr(default_factory=list)
+    _held: bool = PrivateAttr(default=False)
 
     def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
         yield 0, "mask", f"present zeros are held ({self.name})"
@@ -40,14 +42,21 @@ class ConstantMask(Modifier):
             yield Claim(f"the mask of {slot.name}", 0, run.total_steps)
 
     def attach(self, run: Run) -> None:
-        if run.step > 0:
+        if self._held:
             return  # resumed: the masks came with the state
         for slot in self._named or self._found(run):
             mask = slot.gather() != 0
             if bool(mask.all()):
                 raise self.error(f"{slot.name!r} has no zeros: load the sparse checkpoint before attach", "targets")
             run.masks.set(slot, mask)
+        self._held = True
         run.log(f"{self.name}/sparsity", run.masks.sparsity())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"held": self._held}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._held = state["held"]
 
     def _found(self, run: Run) -> list[Slot]:
         slots = _sparse(run)

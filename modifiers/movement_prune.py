@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from pydantic import PrivateAttr
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ovit_engine.modifier import Run
 from ovit_engine.modifiers._amount import SparsitySteps
@@ -39,10 +38,9 @@ class MovementPrune(PruningModifier):
         if run.step >= max(self._events):
             return
         for slot, gradient in zip(self._slots, self.training_gradients(run), strict=True):
-            whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
             if slot.name not in self._scores:
-                self._scores[slot.name] = torch.zeros_like(whole, dtype=torch.float32)
-            self._scores[slot.name].addcmul_(slot.gather().float(), whole.float(), value=-1)
+                self._scores[slot.name] = torch.zeros_like(gradient, dtype=torch.float32)
+            self._scores[slot.name].addcmul_(slot.gather().float(), gradient.float(), value=-1)
 
     def solve(self, run: Run, slots: Sequence[Slot], sparsity: float | None) -> tuple[list[Tensor], list[Tensor]]:
         pruned = prune_by_scores(
@@ -61,5 +59,8 @@ class MovementPrune(PruningModifier):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        devices = {slot.name: slot.tensor.device for slot in self._slots}
-        self._scores = {name: score.to(devices[name], copy=True) for name, score in state["scores"].items()}
+        slots = {slot.name: slot.tensor for slot in self._slots}
+        for name, score in state["scores"].items():
+            if name not in slots or score.shape != slots[name].shape:
+                raise ValueError(f"the checkpoint's scores of {name!r} {list(score.shape)} fit no target here")
+        self._scores = {name: score.to(slots[name].device, copy=True) for name, score in state["scores"].items()}

@@ -141,10 +141,19 @@ class Quantize(Modifier):
             raise self.error(
                 f"{lost[0]!r} became a new {kind} after engine.prepare(), and would not be rounded: convert it before"
             )
+        self._check_model_came_too(run)
         self._act(run)
         norm = self._times.freeze_norm
-        if norm is not None and 0 < norm <= run.step:  # resumed: the hold on the statistics is in no state dict
+        if norm is not None and norm <= run.step:  # resumed: the hold on the statistics is in no state dict
             quant.freeze_batch_norm(run.model)
+
+    def _check_model_came_too(self, run: Run) -> None:
+        """Ranges and phases are the model's own: without its state a resumed run would train float to the end."""
+        if self._done >= self._times.start and not any(bool(q.enabled) for _, q in quant.quantizers(run.model)):
+            raise RuntimeError(
+                f"{self.name}: at step {run.step} layers are rounded already, and the quantizers of this model are off: "
+                "call model.load_state_dict(...) between engine.load_state_dict(...) and attach"
+            )
 
     def step_end(self, run: Run) -> None:
         self._act(run)

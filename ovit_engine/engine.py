@@ -31,7 +31,14 @@ from ovit_engine.modifier import Modifier, Run, anew
 from ovit_engine.recipe import Recipe
 from ovit_engine.schedule import make_clock
 from ovit_engine.sharding import reshard, sharded_modules
-from ovit_engine.state import STATE_VERSION, check_state, whole_state_dict
+from ovit_engine.state import (
+    STATE_VERSION,
+    check_model,
+    check_modifiers,
+    check_state,
+    model_shapes,
+    whole_state_dict,
+)
 from ovit_engine.sweep import Evaluate, find_sweep
 from ovit_engine.targets import unwrapped
 from ovit_engine.watch import StepWatch
@@ -254,7 +261,12 @@ class Engine:
             modifier.apply_to(model)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is the engine's: clock, masks as packed bits, modifier state, recipe and its hash."""
+        """All that is the engine's: clock, masks as packed bits, modifier state, recipe and its hash.
+
+        Weights and the ranges of fake quantizers are in the model's own state, momenta and learning rates in the
+        optimizer's: a loop saves all three, after an optimizer step. Random numbers need no place here: what the
+        engine draws depends on seeds and on the step alone.
+        """
         return {
             "version": STATE_VERSION,
             "recipe": self.recipe.dump(),
@@ -263,6 +275,7 @@ class Engine:
             "step": self.run.step,
             "steps_per_epoch": self.run.steps_per_epoch,
             "total_steps": self.run.total_steps,
+            "shapes": model_shapes(self.model),
             "masks": self.run.masks.state_dict(),
             "modifiers": [modifier.state_dict() for modifier in self.modifiers],
             "history": [list(entry) for entry in self.run.history],
@@ -271,6 +284,9 @@ class Engine:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken. Call it before `attach`, so that nothing due at step 0 happens again.
+
+        Load the model's state after this (it fires PREPARE, which makes the quantizers that the state is of) and before
+        `attach`.
 
         Raises:
             RuntimeError: the engine is attached already.
@@ -281,11 +297,13 @@ class Engine:
         check_state(state, self.recipe, self.run.clock)
         if self._stage is None:
             self.prepare()
-        self.run.step = state["step"]
-        self.run.history = [(step, name, value) for step, name, value in state["history"]]
+        check_model(state, self.model)
+        check_modifiers(state["modifiers"], self.modifiers)
         self.run.masks.load_state_dict(state["masks"], self.model)
         for modifier, own in zip(self.modifiers, state["modifiers"], strict=True):
             modifier.load_state_dict(own)
+        self.run.step = state["step"]
+        self.run.history = [(step, name, value) for step, name, value in state["history"]]
         if self.sweep is not None:
             self.sweep.load_state_dict(state["sweep"])
         if state["finished"]:

@@ -112,15 +112,17 @@ class Masks:
         return {name: {**_pack(mask), "pattern": self._patterns[name]} for name, mask in self._whole.items()}
 
     def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
-        """Set the masks of `state` on the weights of `model`.
+        """Set the masks of `state` on the weights of `model`, all of them or, where one does not fit, none.
 
         Raises:
-            ValueError: a masked weight that the model lacks, or that has another shape.
+            ValueError: a masked weight that the model lacks, or that has another shape; a damaged mask.
         """
         slots = {slot.name: slot for slot in parameter_slots(model)}
         missing = [name for name in state if name not in slots]
         if missing:
             raise ValueError(f"the checkpoint masks {missing[0]!r}, which {type(model).__name__} does not have")
+        for name, packed in state.items():
+            _check_packed(name, packed, slots[name].tensor.shape)
         self._slots, self._pruned, self._bits, self._whole, self._patterns = {}, {}, {}, {}, {}
         for name, packed in state.items():
             self.set(slots[name], _unpack(packed).to(slots[name].tensor.device), packed["pattern"])
@@ -139,7 +141,18 @@ def _pack(mask: Tensor) -> dict[str, Any]:
     return {"shape": list(mask.shape), "bits": torch.from_numpy(bits)}
 
 
+def _check_packed(name: str, packed: Any, shape: torch.Size) -> None:
+    if not isinstance(packed, Mapping) or not {"shape", "bits", "pattern"} <= set(packed):
+        raise ValueError(f"the checkpoint's mask of {name!r} is damaged: it has no shape, bits and pattern")
+    if list(packed["shape"]) != list(shape):
+        raise ValueError(f"the checkpoint's mask of {name!r} is {list(packed['shape'])}, the weight {list(shape)}")
+    bits, size = packed["bits"], -(-shape.numel() // 8)
+    if not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or bits.shape != (size,):
+        found = f"{bits.dtype} of {list(bits.shape)}" if isinstance(bits, Tensor) else type(bits).__name__
+        raise ValueError(f"the checkpoint's mask of {name!r} is damaged: its bits must be {size} bytes, not {found}")
+
+
 def _unpack(packed: Mapping[str, Any]) -> Tensor:
     shape = torch.Size(packed["shape"])
-    bits = np.unpackbits(packed["bits"].numpy(), count=shape.numel())
+    bits = np.unpackbits(packed["bits"].cpu().numpy(), count=shape.numel())
     return torch.from_numpy(bits.astype(bool)).reshape(shape)

@@ -27,7 +27,7 @@ LAYERS = [
     ["hooks"],
     ["sweep"],
     ["engine"],
-    ["points"],
+    ["points", "verify_resume"],
 ]
 
 CORE = [name for layer in LAYERS for name in layer]

@@ -10,9 +10,10 @@ from ovit_engine.cli.sweep import sweep
 from ovit_engine.cli.train import train
 from ovit_engine.cli.validate import validate
 from ovit_engine.cli.verify import verify
+from ovit_engine.cli.verify_resume import verify_resume
 
 main = OvitGroup(
     name="ovit",
-    commands=[validate, show, oneshot, train, sweep, export, verify, bench, recipes],
+    commands=[validate, show, oneshot, train, sweep, export, verify, verify_resume, bench, recipes],
     help="Compress PyTorch models by recipe: prune, train int8, export a verified ONNX file.",
 )

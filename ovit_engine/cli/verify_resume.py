@@ -1,0 +1,128 @@
+"""ovit verify-resume: kill a training under a recipe again and again, and see that nothing comes of it."""
+
+import tempfile
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ovit_engine.cli import options
+
+if TYPE_CHECKING:
+    from ovit_engine.recipe import Recipe
+    from ovit_engine.verify_resume import Verdict
+
+BATCH = 8  # images a step
+CHECKPOINTS = 12  # about as many
+GRADIENTS = 16  # of a pruning step: the fewest of which several may be taken from one backward pass
+IMAGES_PER_GRADIENT = 4
+LARGEST_TOTAL = 5000  # steps of a training that we would wait for
+SHOWN = 5  # differences
+
+
+@click.command(name="verify-resume", short_help="Kill a small training again and again, compare with one unbroken.")
+@click.argument("recipe")
+@click.option("--kills", type=click.IntRange(min=1), default=8, show_default=True, help="How often it is killed.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of where it is killed.")
+@click.option("--steps", type=click.IntRange(min=8), default=60, show_default=True, help="Length of training, at least.")
+@click.option("--model", help="timm model, taken as it is; the recipe's own, made narrow, if left out.")
+@options.model_args
+@options.variables
+def verify_resume(
+    recipe: str,
+    kills: int,
+    seed: int,
+    steps: int,
+    model: str | None,
+    model_args: tuple[tuple[str, Any], ...],
+    variables: tuple[tuple[str, Any], ...],
+) -> None:
+    """Verify that a training under RECIPE can be killed at any moment and go on as if nothing had happened.
+
+    A small model is trained on random images, in epochs of few steps: once unbroken, and once killed (SIGKILL) before,
+    inside and after what the recipe does and while checkpoints are written, going on each time from the last whole one.
+    The exit code is 0 if every checkpoint of the two is the same, bit for bit: weights, masks, optimizer, quantizer
+    ranges and all else that the engine keeps.
+    """
+    from ovit_engine.integrations.small_models import shrink, small_setup
+    from ovit_engine.integrations.timm import with_training
+    from ovit_engine.recipe import Recipe
+    from ovit_engine.verify_resume import Job
+    from ovit_engine.verify_resume import verify_resume as verify
+
+    read = Recipe.load(recipe, **options.as_mapping(variables))
+    is_own = model in (None, read.training.model)  # the recipe's arguments go with the recipe's model
+    args = shrink(read.training) if model is None else read.training.model_args if is_own else {}
+    small = quick(with_training(read, model=model, model_args={**args, **options.as_mapping(model_args)}))
+    epochs, per_epoch = small.training.epochs, steps_per_epoch(small, steps)
+    job = Job(
+        build=partial(small_setup, small.training, BATCH * per_epoch),
+        recipe=small.dump(),
+        steps_per_epoch=per_epoch,
+        epochs=epochs,
+        batch_size=BATCH,
+        every=max(1, per_epoch * epochs // CHECKPOINTS),
+        seed=small.training.seed,
+    )
+    click.echo(f"{read.name} on {small.training.model}: {job.total_steps} steps, a checkpoint every {job.every}")
+    with tempfile.TemporaryDirectory(prefix="ovit-verify-resume-") as folder:
+        verdict = verify(job, Path(folder), kills=kills, seed=seed)
+    _print(verdict)
+    if not verdict.identical:
+        raise click.exceptions.Exit(1)
+
+
+def quick(recipe: "Recipe") -> "Recipe":
+    """`recipe` with few gradients a pruning step; whatever else it says stays."""
+    few = {"gradients": GRADIENTS, "images_per_gradient": IMAGES_PER_GRADIENT}
+    modifiers = []
+    for modifier in recipe.modifiers:
+        large = {key: value for key, value in few.items() if getattr(modifier, key, 0) > value}
+        modifiers.append(modifier.model_copy(update=large))
+    return replace(recipe, modifiers=tuple(modifiers))
+
+
+def steps_per_epoch(recipe: "Recipe", least: int) -> int:
+    """The fewest steps an epoch with which training has `least` steps and the recipe's times can be told apart.
+
+    Raises:
+        RecipeError: the recipe's times do not go together in trainings that we would wait for.
+    """
+    from ovit_engine.modifier import RecipeError
+    from ovit_engine.schedule import Clock
+
+    epochs = recipe.training.epochs
+    number = -(-least // epochs)
+    while True:
+        clock = Clock(number, number * epochs)
+        try:
+            for modifier in recipe.modifiers:
+                list(modifier.timeline(clock))
+            return number
+        except RecipeError:
+            number = number + max(1, number // 4)
+            if number * epochs > LARGEST_TOTAL:
+                raise
+
+
+def _print(verdict: "Verdict") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("killed", no_wrap=True)
+    table.add_column("resumed from step", justify="right")
+    for restart in verdict.restarts:
+        table.add_row(restart.killed, str(restart.resumed))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    kills = f"{len(verdict.restarts)} kill{'s' * (len(verdict.restarts) > 1)}"
+    if verdict.identical:
+        console.print(f"bit-identical: {kills}, all {len(verdict.compared)} checkpoints equal the unbroken run's")
+        return
+    console.print(f"NOT the same after {kills}: of {len(verdict.compared)} checkpoints the first that differs is")
+    console.print(f"{verdict.differs}, in {len(verdict.differences)} places:")
+    for difference in verdict.differences[:SHOWN]:
+        console.print(f"  {difference}", markup=False)
