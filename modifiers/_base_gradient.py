@@ -66,10 +66,12 @@ class GradientPruningModifier(PruningModifier):
         return min(self.gradients, self.options().get("block", 64))
 
     def attach(self, run: Run) -> None:
-        if run.calibration is None and any(step > run.step or run.step == 0 for step in self._events):
-            if run.step in self._events:
+        ahead = [step for step in self._events if step > self._done]  # what is done is no more where a run goes on
+        if run.calibration is None and ahead:
+            if ahead[0] <= run.step and not self._recent:
                 raise self.error(
-                    "pruning at step 0 needs gradients: attach(optimizer, calibration=Calibration(loader, loss_fn))"
+                    f"pruning at step {run.step} needs gradients: attach(optimizer, calibration=Calibration(loader, "
+                    "loss_fn))"
                 )
             warnings.warn(
                 f"{self.name}: no calibration was given, so the gradients of at most {self.window} training steps "
@@ -77,7 +79,7 @@ class GradientPruningModifier(PruningModifier):
                 "method is attach(optimizer, calibration=Calibration(loader, loss_fn))",
                 stacklevel=4,
             )
-        if any(step >= run.step for step in self._events):
+        if ahead:
             self.check_memory(run)
             self._check_images(run)
         super().attach(run)
@@ -110,8 +112,9 @@ class GradientPruningModifier(PruningModifier):
         )
         needed = max(ranks().gather(plan.needed + window)) / 2**30  # the history is the same on every rank
         log.info("%s needs %.2f GiB on %s for each pruning step", self.name, needed, weights[0].device)
-        if run.step == 0:  # once, and not again where training is resumed
-            run.log(f"{self.name}/memory_gib", needed)
+        name = f"{self.name}/memory_gib"
+        if all(known != name for _, known, _ in run.history):  # once, and not again where training is resumed
+            run.log(name, needed)
         if plan.passes > 1:
             limit = (
                 "more than is available" if self.memory_limit is None else f"memory_limit is {self.memory_limit:g} GiB"

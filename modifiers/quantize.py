@@ -151,7 +151,7 @@ class Quantize(Modifier):
         """Ranges and phases are the model's own: without its state a resumed run would train float to the end."""
         if self._done >= self._times.start and not any(bool(q.enabled) for _, q in quant.quantizers(run.model)):
             raise RuntimeError(
-                f"{self.name}: at step {run.step} layers are rounded already, and the quantizers of this model are off: "
+                f"{self.name}: at step {run.step} layers are rounded already, but this model's quantizers are off: "
                 "call model.load_state_dict(...) between engine.load_state_dict(...) and attach"
             )
 

@@ -1,13 +1,18 @@
 """A run that is broken off and taken up again equals the unbroken one bit for bit."""
 
+import copy
+import gc
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from timm.utils.model_ema import ModelEmaV3
+from torch import nn
 
 from ovit_engine import Calibration, Engine
+from ovit_engine.verify_resume import differences
 from tests.loops import PRUNE, X, Y, mlp, recipe, zeros
 
 LR = "cyclic_lr: {max: 0.1, min: 0.001, period: 10st}"
@@ -15,7 +20,16 @@ OVIT = (
     "ovit_prune: {start: 8st, end: 24st, every: 8st, sparsity: {from: 0.2, to: 0.5}, targets: ['re:.*weight'], "
     "block: 16, gradients: 6, images_per_gradient: 4, damp: 1.0e-4}"
 )
+MOVEMENT = PRUNE.replace("magnitude_prune", "movement_prune").replace("[0.weight]", "['re:.*weight']")
 DATA = torch.utils.data.TensorDataset(X, Y)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_starts() -> Iterator[None]:
+    """An engine that starts asks who holds the model: what is frozen here (all of torch) is not asked."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class Training:
@@ -27,8 +41,9 @@ class Training:
         self.optimizer = torch.optim.AdamW(groups, lr=0.2)
         self.engine = Engine(self.model, recipe(*modifiers), steps_per_epoch=10, epochs=4)
 
-    def attach(self) -> "Training":
-        self.engine.attach(self.optimizer, calibration=Calibration(DATA, nn.functional.mse_loss))
+    def attach(self, *, calibrated: bool = True) -> "Training":
+        calibration = Calibration(DATA, nn.functional.mse_loss) if calibrated else None
+        self.engine.attach(self.optimizer, calibration=calibration)
         return self
 
     def train(self, first: int, last: int) -> "Training":
@@ -46,14 +61,11 @@ class Training:
         return file.getvalue()
 
     def load(self, saved: bytes) -> "Training":
-        for part, state in zip((self.model, self.optimizer, self.engine), read(saved), strict=True):
-            part.load_state_dict(state)  # type: ignore[attr-defined]
+        model, optimizer, engine = read(saved)
+        self.engine.load_state_dict(engine)  # first: it makes the quantizers that the model's state is of
+        self.model.load_state_dict(model)
+        self.optimizer.load_state_dict(optimizer)
         return self
-
-    def result(self) -> list[Any]:
-        moments = [value for state in self.optimizer.state.values() for value in state.values()]
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        return [*self.model.state_dict().values(), *moments, rates, self.engine.run.history, self.engine.run.step]
 
 
 def read(saved: bytes) -> list[Any]:
@@ -61,37 +73,133 @@ def read(saved: bytes) -> list[Any]:
     return found
 
 
-def equal(one: list[Any], two: list[Any]) -> bool:
-    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(one, two, strict=True))
+def same(one: Training, two: bytes) -> bool:
+    """To the last bit, in all that is saved of them."""
+    return not list(differences(read(one.save()), read(two)))
 
 
-@pytest.mark.parametrize("cut", [0, 1, 9, 10, 17, 30, 39, 40])
-def test_magnitude_and_cyclic_lr(cut: int) -> None:
-    unbroken = Training(PRUNE, LR).attach().train(0, 40)
-    saved = Training(PRUNE, LR).attach().train(0, cut).save()
-    resumed = Training(PRUNE, LR).load(saved).attach().train(cut, 40)
-    assert equal(resumed.result(), unbroken.result())
-    for training in (resumed, unbroken):
-        training.engine.detach()
-        assert zeros(training.model[0]) == 64
-    assert equal(resumed.result(), unbroken.result())
+RECIPES = {
+    "magnitude": [PRUNE, LR],
+    "ovit, cyclic LR, int8": [OVIT, LR, "quantize: {start_observers: 26st, start: 28st, freeze_observers: 34st}"],
+    "movement": [MOVEMENT, LR],
+    "ac/dc": ["acdc: {start: 6st, every: 7st, last_sparse: 9st, sparsity: 0.5, targets: ['re:.*weight']}"],
+    "in parts": [OVIT.replace("gradients: 6", "gradients: 6, recomputations: 2")],
+    "int8 from the start": ["quantize: {start: 0ep}", LR],
+}
 
 
-@pytest.mark.parametrize("cut", [7, 8, 20])
-def test_ovit_with_calibration(cut: int) -> None:
-    unbroken = Training(OVIT).attach().train(0, 40)
-    saved = Training(OVIT).attach().train(0, cut).save()
-    resumed = Training(OVIT).load(saved).attach().train(cut, 40)
-    assert equal(resumed.result(), unbroken.result())
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_run_goes_on_from_any_step(name: str) -> None:
+    unbroken, saved = Training(*RECIPES[name]).attach(), []
+    for step in range(40):
+        saved.append(unbroken.save())
+        unbroken.train(step, step + 1)
+    saved.append(unbroken.save())
+    unbroken.engine.detach()
+    for cut, state in enumerate(saved):
+        until = min(cut + 3, 40)
+        resumed = Training(*RECIPES[name]).load(state).attach().train(cut, until)
+        assert same(resumed, saved[until]), cut
     resumed.engine.detach()
-    assert resumed.engine.run.masks.sparsity() == 0.5
+    assert same(resumed, unbroken.save())
+
+
+@pytest.mark.filterwarnings("ignore:.*no calibration was given:UserWarning")
+def test_the_gradients_of_training_are_kept_where_there_is_no_calibration() -> None:
+    window = OVIT.replace("block: 16", "block: 4")
+    unbroken, saved = Training(window).attach(calibrated=False), []
+    for step in range(40):
+        saved.append(unbroken.save())
+        unbroken.train(step, step + 1)
+    result = unbroken.save()
+    assert [len(read(state)[2]["modifiers"][0]["recent"]) for state in saved[:10]] == [0, 0, 0, 0, 0, 1, 2, 3, 0, 0]
+    for cut in (4, 5, 7, 8, 22):
+        assert same(Training(window).load(saved[cut]).attach(calibrated=False).train(cut, 40), result), cut
+
+
+class ConvNet(Training):
+    """With batch normalization, whose statistics a recipe may freeze."""
+
+    def __init__(self, *modifiers: str) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(8, 1), nn.BatchNorm1d(1))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
+        self.engine = Engine(self.model, recipe(*modifiers), steps_per_epoch=10, epochs=4)
+
+
+@pytest.mark.parametrize("freeze", [0, 5])
+def test_batch_norm_statistics_stay_frozen(freeze: int) -> None:
+    modifier = f"quantize: {{start: 2st, freeze_batch_norm: {freeze}st}}"
+    unbroken, saved = ConvNet(modifier).attach(), []
+    for step in range(8):
+        saved.append(unbroken.save())
+        unbroken.model.train()
+        unbroken.train(step, step + 1)
+    for cut, state in enumerate(saved):
+        resumed = ConvNet(modifier).load(state).attach()
+        resumed.model.train()
+        assert same(resumed.train(cut, 8), unbroken.save()), cut
+
+
+def test_zeros_that_are_held_are_recorded_once() -> None:
+    held = "constant_mask: {targets: [0.weight]}"
+
+    def sparse() -> Training:
+        training = Training(held)
+        training.model[0].weight.data[::2] = 0.0
+        return training
+
+    saved = sparse().attach().save()
+    assert same(Training(held).load(saved).attach().train(0, 5), sparse().attach().train(0, 5).save())
+
+
+def test_a_state_without_the_ranges_of_its_model_is_refused() -> None:
+    state = read(Training("quantize: {start: 5st}").attach().train(0, 9).save())
+    resumed = Training("quantize: {start: 5st}")
+    resumed.engine.load_state_dict(state[2])
+    with pytest.raises(RuntimeError, match=r"at step 9 layers are rounded already, .*: call model.load_state_dict"):
+        resumed.attach()
+    resumed = Training("quantize: {start: 5st}")
+    resumed.engine.load_state_dict(state[2])
+    resumed.model.load_state_dict(state[0])
+    resumed.attach()
+
+
+def test_an_averaged_copy_goes_on_too() -> None:
+    def averaged(training: Training) -> ModelEmaV3:
+        training.engine.prepare()
+        return ModelEmaV3(training.model, decay=0.8)
+
+    def follow(training: Training, ema: ModelEmaV3, first: int, last: int, states: list[Any]) -> None:
+        for step in range(first, last):
+            states.append((training.save(), copy.deepcopy(ema.state_dict())))
+            training.train(step, step + 1)
+            ema.update(training.model)
+
+    modifiers = RECIPES["ovit, cyclic LR, int8"]
+    calibration = Calibration(DATA, nn.functional.mse_loss)
+    unbroken, saved = Training(*modifiers), []
+    ema = averaged(unbroken)
+    unbroken.engine.attach(unbroken.optimizer, calibration=calibration, ema=ema)
+    follow(unbroken, ema, 0, 40, saved)
+    saved.append((unbroken.save(), ema.state_dict()))
+    for cut in (7, 8, 9, 25, 26, 27, 28, 29, 33, 34, 35):
+        resumed = Training(*modifiers)
+        copied = averaged(resumed)
+        resumed.load(saved[cut][0])
+        copied.load_state_dict(saved[cut][1])
+        resumed.engine.attach(resumed.optimizer, calibration=calibration, ema=copied)
+        until = min(cut + 9, 40)
+        follow(resumed, copied, cut, until, [])
+        assert same(resumed, saved[until][0]), cut
+        assert not list(differences(dict(copied.state_dict()), dict(saved[until][1]))), cut
 
 
 def test_what_is_due_at_step_0_happens_once() -> None:
     prune = "magnitude_prune: {sparsity: 0.5, targets: [0.weight]}"
     saved = Training(prune).attach().save()
     resumed = Training(prune).load(saved).attach()
-    assert equal(resumed.train(0, 40).result()[:4], Training(prune).attach().train(0, 40).result()[:4])
+    assert same(resumed.train(0, 40), Training(prune).attach().train(0, 40).save())
     moved = Training(prune).attach().train(0, 5).save()
     assert [name for _, name, _ in Training(prune).load(moved).attach().engine.run.history] == [
         "magnitude_prune/sparsity"
@@ -137,35 +245,98 @@ def test_the_state_is_small() -> None:
     [
         ({"step": None}, "the engine state is incomplete: it lacks step"),
         ({"step": None, "masks": None}, "it lacks masks, step"),
-        ({"version": 99}, "its version is 99, here 1"),
+        ({"version": 99}, "the engine state has version 99, this release reads 2: go on with the release that wrote"),
         ({"steps_per_epoch": 11}, "its steps_per_epoch is 11, here 10"),
         ({"total_steps": 400}, "its total_steps is 400, here 40"),
         ({"recipe_hash": "abc"}, "of another recipe: its text was changed"),
+        ({"recipe_hash": "abc", "recipe": "{"}, "of another recipe: its text is damaged"),
+        ({"step": "20"}, "the engine state is damaged: step must be int, not str"),
+        ({"step": True}, "step must be int, not bool"),
+        ({"step": -1}, "step is -1, which is before training began"),
+        ({"masks": []}, "masks must be mapping, not list"),
+        ({"finished": 0}, "finished must be bool, not int"),
+        ({"sweep": 1}, "sweep must be mapping or nothing, not int"),
+        ({"modifiers": []}, "is of 0 modifiers, the recipe has 1"),
+        ({"modifiers": [3]}, r"modifiers\[0\] \(magnitude_prune\) must be a mapping, not int"),
+        ({"modifiers": [{}]}, r"it lacks modifiers\[0\] \(magnitude_prune\).done"),
+        ({"modifiers": [{"done": 1.5}]}, r"modifiers\[0\] \(magnitude_prune\).done must be int, not float"),
+        ({"masks": {"0.weight": {}}}, "mask of '0.weight' is damaged: it has no shape, bits and pattern"),
+        (
+            {"masks": {"0.weight": {"shape": [16, 8], "bits": torch.zeros(3, dtype=torch.uint8), "pattern": "2:4"}}},
+            r"mask of '0.weight' is damaged: its bits must be 16 bytes, not torch.uint8 of \[3\]",
+        ),
+        (
+            {"masks": {"0.weight": {"shape": [16, 8], "bits": "x", "pattern": "2:4"}}},
+            "its bits must be 16 bytes, not str",
+        ),
     ],
 )
 def test_half_a_state_or_one_of_another_training_is_refused(change: dict[str, Any], words: str) -> None:
     state = Training(PRUNE).attach().train(0, 20).engine.state_dict()
     state = {key: change.get(key, value) for key, value in state.items() if change.get(key, value) is not None}
+    if "sweep" not in change:
+        state["sweep"] = None
     training = Training(PRUNE)
     before = training.save()
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as refused:
         training.engine.load_state_dict(state)
-    assert equal(list(read(before)[0].values()), list(read(training.save())[0].values()))
+    assert "\n" not in str(refused.value)
+    assert not list(differences(read(before), read(training.save())))
     assert training.engine.run.step == 0
 
 
-def test_another_recipe_is_refused() -> None:
+def test_what_is_no_state_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"must be what engine.state_dict\(\) gave, not list"):
+        Training(PRUNE).engine.load_state_dict([])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("modifiers", "words"),
+    [
+        ([PRUNE.replace("to: 0.5", "to: 0.6")], r"modifiers\[0\].magnitude_prune.sparsity.to is 0.5 there, 0.6 here"),
+        ([PRUNE, LR], r"modifiers\[1\].cyclic_lr.period is nothing there, '10st' here"),
+        (
+            [PRUNE.replace("magnitude_prune", "movement_prune")],
+            r"modifiers\[0\].magnitude_prune.targets\[0\] is '0.weight' there, nothing here; .*; and 9 more",
+        ),
+    ],
+)
+def test_another_recipe_is_refused(modifiers: list[str], words: str) -> None:
     state = Training(PRUNE).attach().engine.state_dict()
-    other = Training(PRUNE.replace("to: 0.5", "to: 0.6"))
-    with pytest.raises(ValueError, match=r"of another recipe: it has 'to: 0\.5' where this one has 'to: 0\.6'"):
-        other.engine.load_state_dict(state)
+    with pytest.raises(ValueError, match=f"of another recipe: {words}"):
+        Training(*modifiers).engine.load_state_dict(state)
 
 
-def test_another_model_is_refused() -> None:
-    state = Training(PRUNE).attach().train(0, 20).engine.state_dict()
-    model = nn.Sequential(nn.Linear(8, 17))
-    with pytest.raises(ValueError, match=r"mask of '0.weight' must be boolean of shape \(17, 8\)"):
-        Engine(model, recipe(PRUNE), steps_per_epoch=10, epochs=4).load_state_dict(state)
+@pytest.mark.parametrize("steps", [0, 20])  # with masks and without
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (
+            lambda: nn.Sequential(nn.Linear(8, 17)),
+            r"than Sequential here: '2.weight' is missing; '2.bias' is missing; '0.weight' is \[17, 8\], there "
+            r"\[16, 8\]; and 1 more",
+        ),
+        (lambda: nn.Sequential(*mlp(), nn.Linear(1, 1)), r"'3.weight' is new; '3.bias' is new$"),
+    ],
+)
+def test_another_model_is_refused(steps: int, model: Any, words: str) -> None:
+    state = Training(PRUNE).attach().train(0, steps).engine.state_dict()
+    other = Engine(model(), recipe(PRUNE), steps_per_epoch=10, epochs=4)
+    with pytest.raises(ValueError, match=words):
+        other.load_state_dict(state)
+    assert (other.run.step, other.run.masks.names()) == (0, [])
+
+
+def test_scores_and_gradients_of_other_targets_are_refused() -> None:
+    state = Training(MOVEMENT).attach().train(0, 3).engine.state_dict()
+    state["modifiers"][0]["scores"]["0.weight"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"scores of '0.weight' \[3\] fit no target here"):
+        Training(MOVEMENT).engine.load_state_dict(state)
+    with pytest.warns(UserWarning, match="no calibration was given"):
+        state = Training(OVIT).attach(calibrated=False).train(0, 7).engine.state_dict()
+    state["modifiers"][0]["recent"][0].pop()
+    with pytest.raises(ValueError, match="the checkpoint's training gradients are not those of the targets here"):
+        Training(OVIT).engine.load_state_dict(state)
 
 
 def test_a_state_comes_before_attach() -> None:

@@ -18,6 +18,7 @@ BATCH = 8  # images a step
 CHECKPOINTS = 12  # about as many
 GRADIENTS = 16  # of a pruning step: the fewest of which several may be taken from one backward pass
 IMAGES_PER_GRADIENT = 4
+BLOCK = 32  # of the Fisher matrix
 LARGEST_TOTAL = 5000  # steps of a training that we would wait for
 SHOWN = 5  # differences
 
@@ -26,7 +27,9 @@ SHOWN = 5  # differences
 @click.argument("recipe")
 @click.option("--kills", type=click.IntRange(min=1), default=8, show_default=True, help="How often it is killed.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of where it is killed.")
-@click.option("--steps", type=click.IntRange(min=8), default=60, show_default=True, help="Length of training, at least.")
+@click.option(
+    "--steps", type=click.IntRange(min=8), default=60, show_default=True, help="Length of training, at least."
+)
 @click.option("--model", help="timm model, taken as it is; the recipe's own, made narrow, if left out.")
 @options.model_args
 @options.variables
@@ -75,11 +78,12 @@ def verify_resume(
 
 
 def quick(recipe: "Recipe") -> "Recipe":
-    """`recipe` with few gradients a pruning step; whatever else it says stays."""
-    few = {"gradients": GRADIENTS, "images_per_gradient": IMAGES_PER_GRADIENT}
+    """`recipe` with few gradients a pruning step and small Fisher blocks; whatever else it says stays."""
     modifiers = []
     for modifier in recipe.modifiers:
-        large = {key: value for key, value in few.items() if getattr(modifier, key, 0) > value}
+        group = getattr(getattr(modifier, "pattern", None), "group", 1)  # a block holds one
+        small = {"gradients": GRADIENTS, "images_per_gradient": IMAGES_PER_GRADIENT, "block": max(BLOCK, group)}
+        large = {key: value for key, value in small.items() if getattr(modifier, key, 0) > value}
         modifiers.append(modifier.model_copy(update=large))
     return replace(recipe, modifiers=tuple(modifiers))
 
@@ -113,7 +117,7 @@ def _print(verdict: "Verdict") -> None:
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("killed", no_wrap=True)
-    table.add_column("resumed from step", justify="right")
+    table.add_column("resumed from step", justify="right", no_wrap=True)
     for restart in verdict.restarts:
         table.add_row(restart.killed, str(restart.resumed))
     console = Console(highlight=False, soft_wrap=True)

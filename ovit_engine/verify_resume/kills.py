@@ -59,13 +59,13 @@ def plan_kills(count: int, *, total: int, every: int, events: Collection[int], s
         elif place == "checkpoint" and total >= every:
             kills.append(Kill(every * generator.randint(1, total // every), place, share))
         else:
-            kills.append(Kill(generator.randint(1, total), "start" if place == "events" else place, share))
+            kills.append(Kill(generator.randint(1, total), "gradients" if place == "gradients" else "start", share))
     order: list[Place] = ["start", "gradients", "events", "checkpoint"]
     return sorted(kills, key=lambda kill: (kill.step, order.index(kill.place), kill.share))
 
 
 class Executioner:
-    """Kills this process where a Kill says; every method does nothing elsewhere. `journal` gets a line of where it was."""
+    """Kills this process where a Kill says, and nowhere else; `journal` gets a line of where it was."""
 
     def __init__(self, kill: Kill | None, journal: Path) -> None:
         self._kill, self._journal = kill, journal

@@ -1,10 +1,14 @@
 """Trains once unbroken and once killed again and again, and compares every checkpoint of the two."""
 
 import multiprocessing
+import os
 import signal
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from multiprocessing import forkserver
 from pathlib import Path
 
 from ovit_engine.recipe import Recipe
@@ -59,14 +63,14 @@ def verify_resume(job: Job, folder: Path, *, kills: int, seed: int = 0) -> Verdi
     for each in (unbroken, killed):
         each.mkdir(parents=True)
     plan = plan_kills(kills, total=job.total_steps, every=job.every, events=event_steps(job), seed=seed)
-    _run(job, unbroken, None)
+    start_training(job, unbroken, None)
     restarts = []
     for kill in plan:
-        _run(job, killed, kill)
+        start_training(job, killed, kill)
         where = (killed / JOURNAL).read_text().splitlines()[-1]
         start = newest(killed)
         restarts.append(Restart(where, 0 if start is None else int(start.stem.removeprefix("step-"))))
-    _run(job, killed, None)
+    start_training(job, killed, None)
     return _compare(unbroken, killed, restarts)
 
 
@@ -74,15 +78,24 @@ def event_steps(job: Job) -> list[int]:
     """Steps after which the recipe does something, 0 for attach; the first of a phase of learning rates among them."""
     clock = Clock(job.steps_per_epoch, job.total_steps)
     modifiers = Recipe.parse(job.recipe).modifiers
-    return sorted({step for modifier in modifiers for step, _, _ in modifier.timeline(clock) if step <= job.total_steps})
+    return sorted(
+        {step for modifier in modifiers for step, _, _ in modifier.timeline(clock) if step <= job.total_steps}
+    )
 
 
-def _run(job: Job, folder: Path, kill: Kill | None) -> None:
-    """One start of the training, in a process of its own."""
+def start_training(job: Job, folder: Path, kill: Kill | None) -> None:
+    """Train in a process of its own from where `folder` stands, to the end or to where `kill` says.
+
+    Raises:
+        ValueError: the training can't be done.
+        RuntimeError: the process ended in another way.
+    """
     context = multiprocessing.get_context("forkserver")
     # what takes seconds to import is imported once; no training ever runs in the process that is forked
     built_by = getattr(job.build, "func", job.build).__module__
     context.set_forkserver_preload([__name__, "ovit_engine.modifiers", built_by])
+    with _own_import_path():
+        forkserver.ensure_running()
     process = context.Process(target=train_in_child, args=(job, folder, kill))
     process.start()
     process.join()
@@ -93,6 +106,20 @@ def _run(job: Job, folder: Path, kill: Kill | None) -> None:
     expected = 0 if kill is None else -signal.SIGKILL
     if code != expected:
         raise RuntimeError(f"the training ended with exit code {code}, not {expected} (out of memory?)")
+
+
+@contextmanager
+def _own_import_path() -> Iterator[None]:
+    """Before Python 3.13 the server imports by a path of its own: perhaps another copy of us than this one."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 def _compare(unbroken: Path, killed: Path, restarts: Sequence[Restart]) -> Verdict:
