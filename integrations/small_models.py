@@ -53,7 +53,8 @@ def small_setup(training: Training, images: int) -> Setup:
     side = _side(training, model)
     generator = torch.Generator().manual_seed(training.seed)
     x = torch.randn(images, channels, side, side, generator=generator)
-    y = torch.randint(model.num_classes, (images,), generator=generator)  # type: ignore[arg-type]
+    classes: Any = model.num_classes
+    y = torch.randint(classes, (images,), generator=generator)
 
     def optimizer(trained: nn.Module) -> Optimizer:
         made: Optimizer = create_optimizer_v2(

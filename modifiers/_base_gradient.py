@@ -47,6 +47,7 @@ class GradientPruningModifier(PruningModifier):
     )
 
     _recent: deque[list[Tensor]] = PrivateAttr(default_factory=deque)
+    _checked: bool = PrivateAttr(default=False)  # whether its need of memory is in the history
 
     @model_validator(mode="after")
     def _block_holds_a_group(self) -> "GradientPruningModifier":
@@ -112,9 +113,9 @@ class GradientPruningModifier(PruningModifier):
         )
         needed = max(ranks().gather(plan.needed + window)) / 2**30  # the history is the same on every rank
         log.info("%s needs %.2f GiB on %s for each pruning step", self.name, needed, weights[0].device)
-        name = f"{self.name}/memory_gib"
-        if all(known != name for _, known, _ in run.history):  # once, and not again where training is resumed
-            run.log(name, needed)
+        if not self._checked:  # once, and not again where training is resumed
+            run.log(f"{self.name}/memory_gib", needed)
+        self._checked = True
         if plan.passes > 1:
             limit = (
                 "more than is available" if self.memory_limit is None else f"memory_limit is {self.memory_limit:g} GiB"
@@ -145,10 +146,15 @@ class GradientPruningModifier(PruningModifier):
 
     def state_dict(self) -> dict[str, Any]:
         # without them a run that goes on would prune by fewer gradients: another model
-        return {**super().state_dict(), "recent": [list(grads) for grads in self._recent]}
+        return {
+            **super().state_dict(),
+            "checked": self._checked,
+            "recent": [list(grads) for grads in self._recent],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
+        self._checked = state["checked"]
         shapes = [slot.tensor.shape for slot in self._slots]
         for grads in state["recent"]:
             if [grad.shape for grad in grads] != shapes:

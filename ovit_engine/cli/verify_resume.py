@@ -106,7 +106,7 @@ def steps_per_epoch(recipe: "Recipe", least: int) -> int:
                 list(modifier.timeline(clock))
             return number
         except RecipeError:
-            number = number + max(1, number // 4)
+            number += 1
             if number * epochs > LARGEST_TOTAL:
                 raise
 

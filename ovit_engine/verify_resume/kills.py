@@ -81,12 +81,12 @@ class Executioner:
         if self._kill is not None and (self._kill.place, self._kill.step) == ("events", step):
             number, what = self._kill.operation, _events(step)
             self._countdown = _Countdown(number, lambda: self._die(f"inside {what}, at operation {number}"))
-            self._countdown.__enter__()
+            self._countdown.__enter__()  # type: ignore[no-untyped-call]
 
     def end_events(self, step: int) -> None:
         """The events of a step are over."""
         if self._countdown is not None:
-            self._countdown.__exit__(None, None, None)
+            self._countdown.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._die(f"just after {_events(step)}")
 
     def save(self, path: Path, state: Mapping[str, Any], step: int) -> None:
@@ -117,11 +117,11 @@ def _events(step: int) -> str:
     return "attach" if step == 0 else f"the events of step {step}"
 
 
-class _Countdown(TorchDispatchMode):
+class _Countdown(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Calls `end` before the `number`-th torch operation inside."""
 
     def __init__(self, number: int, end: Callable[[], None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._left, self._end = number, end
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -133,7 +133,7 @@ def test_a_run_is_not_overwritten_nor_resumed_when_over_or_of_another_recipe(tmp
         run(recipe, tmp_path, stop_before=2)
     with pytest.raises(FileExistsError, match="holds a run already: resume it"):
         run(recipe, tmp_path)
-    with pytest.raises(ValueError, match=r"of another recipe: it has 'lr: 0\.001' where this one has 'lr: 0\.1'"):
+    with pytest.raises(ValueError, match=r"of another recipe: training.lr is 0\.001 there, 0\.1 here"):
         run(with_training(recipe, lr=0.1), tmp_path, resume=tmp_path)
     run(recipe, tmp_path, resume=tmp_path)
     with pytest.raises(ValueError, match="finished: all 2 epochs are done"):
