@@ -31,14 +31,7 @@ from ovit_engine.modifier import Modifier, Run, anew
 from ovit_engine.recipe import Recipe
 from ovit_engine.schedule import make_clock
 from ovit_engine.sharding import reshard, sharded_modules
-from ovit_engine.state import (
-    STATE_VERSION,
-    check_model,
-    check_modifiers,
-    check_state,
-    model_shapes,
-    whole_state_dict,
-)
+from ovit_engine.state import STATE_VERSION, check_model, check_modifiers, check_state, model_shapes, whole_state_dict
 from ovit_engine.sweep import Evaluate, find_sweep
 from ovit_engine.targets import unwrapped
 from ovit_engine.watch import StepWatch
