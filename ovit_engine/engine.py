@@ -31,7 +31,7 @@ from ovit_engine.modifier import Modifier, Run, anew
 from ovit_engine.recipe import Recipe
 from ovit_engine.schedule import make_clock
 from ovit_engine.sharding import reshard, sharded_modules
-from ovit_engine.state import STATE_VERSION, check_model, check_modifiers, check_state, model_shapes, whole_state_dict
+from ovit_engine.state import check_model, check_modifiers, check_state, make_state, whole_state_dict
 from ovit_engine.sweep import Evaluate, find_sweep
 from ovit_engine.targets import unwrapped
 from ovit_engine.watch import StepWatch
@@ -260,20 +260,8 @@ class Engine:
         optimizer's: a loop saves all three, after an optimizer step. Random numbers need no place here: what the
         engine draws depends on seeds and on the step alone.
         """
-        return {
-            "version": STATE_VERSION,
-            "recipe": self.recipe.dump(),
-            "recipe_hash": self.recipe.hash,
-            "finished": self._finished,
-            "step": self.run.step,
-            "steps_per_epoch": self.run.steps_per_epoch,
-            "total_steps": self.run.total_steps,
-            "shapes": model_shapes(self.model),
-            "masks": self.run.masks.state_dict(),
-            "modifiers": [modifier.state_dict() for modifier in self.modifiers],
-            "history": [list(entry) for entry in self.run.history],
-            "sweep": None if self.sweep is None else self.sweep.state_dict(),
-        }
+        sweep = None if self.sweep is None else self.sweep.state_dict()
+        return make_state(self.recipe, self.run, self.modifiers, finished=self._finished, sweep=sweep)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken. Call it before `attach`, so that nothing due at step 0 happens again.

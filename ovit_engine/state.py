@@ -8,7 +8,7 @@ import yaml
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ovit_engine.modifier import Modifier
+from ovit_engine.modifier import Modifier, Run
 from ovit_engine.recipe import Recipe
 from ovit_engine.schedule import Clock
 from ovit_engine.targets import clean_name, parameter_slots, unwrapped
@@ -44,6 +44,26 @@ def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def model_shapes(model: nn.Module) -> dict[str, list[int]]:
     """The shape of every parameter by its name: enough to tell one model from another."""
     return {slot.name: list(slot.tensor.shape) for slot in parameter_slots(model)}
+
+
+def make_state(
+    recipe: Recipe, run: Run, modifiers: Sequence[Modifier], *, finished: bool, sweep: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The engine's state; `check_state` knows what belongs to it."""
+    return {
+        "version": STATE_VERSION,
+        "recipe": recipe.dump(),
+        "recipe_hash": recipe.hash,
+        "finished": finished,
+        "step": run.step,
+        "steps_per_epoch": run.steps_per_epoch,
+        "total_steps": run.total_steps,
+        "shapes": model_shapes(run.model),
+        "masks": run.masks.state_dict(),
+        "modifiers": [modifier.state_dict() for modifier in modifiers],
+        "history": [list(entry) for entry in run.history],
+        "sweep": sweep,
+    }
 
 
 def check_state(state: Mapping[str, Any], recipe: Recipe, clock: Clock) -> None:
