@@ -117,12 +117,21 @@ def run(code: str) -> str:
 
 
 def test_importing_the_core_loads_no_modifier_and_nothing_heavy() -> None:
-    code = "import sys, torch; before = set(sys.modules); import ovit_engine; print(*(set(sys.modules) - before))"
+    code = (
+        "import sys, torch; before = set(sys.modules); from ovit_engine import Engine; "
+        "print(*(set(sys.modules) - before))"
+    )
     loaded = run(code).split()
     assert "ovit_engine.engine" in loaded
     assert not [name for name in loaded if name.split(".")[0] in HEAVY]
     assert not [name for name in loaded if name.startswith(("ovit_engine.modifiers", "ovit_engine.integrations"))]
     assert not [name for name in loaded if name.startswith(("ovit_engine.cli", "ovit_engine.export"))]
+
+
+def test_importing_the_package_loads_nothing_of_it() -> None:
+    loaded = run("import sys; import ovit_engine; print(*sys.modules)").split()
+    assert "torch" not in loaded
+    assert [name for name in loaded if name.split(".")[0] == "ovit_engine"] == ["ovit_engine"]
 
 
 def test_reading_a_recipe_loads_the_modifiers_and_still_nothing_heavy() -> None:
