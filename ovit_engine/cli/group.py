@@ -13,7 +13,10 @@ EXPECTED = (ValueError, OSError, MemoryError)  # what we raise on purpose, Recip
 
 
 class OvitGroup(click.Group):
-    """A group whose errors are one line on stderr and exit code 1, unless `--debug` asks for the traceback."""
+    """A group whose errors are one line on stderr and exit code 1, unless `--debug` asks for the traceback.
+
+    A file that fails several facts of its certificate is told in as many lines more.
+    """
 
     def __init__(self, *, name: str, commands: Sequence[click.Command], help: str) -> None:
         debug = click.Option(["--debug"], is_flag=True, help="Show the traceback of an error.")
@@ -42,12 +45,15 @@ class OvitGroup(click.Group):
             except Exception as error:
                 if debug:
                     raise
-                _tell_error(describe(error))
+                _tell_error(describe(error), _findings(error))
                 ctx.exit(1)
 
 
 def describe(error: Exception) -> str:
-    """An error in one line."""
+    """An error in one line, without the findings that follow in lines of their own."""
+    findings = _findings(error)
+    if findings:
+        return f"{getattr(error, 'summary', error)}: {len(findings)} findings"
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{str(error.filename)!r}: {error.strerror}"
@@ -56,20 +62,28 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {text} (ovit --debug shows the traceback)"
 
 
-def _tell_error(message: str) -> None:
-    """One line on stderr; where torchrun started several processes, that of the first to fail."""
+def _tell_error(message: str, findings: Sequence[str] = ()) -> None:
+    """One line on stderr, and one for each finding; where torchrun started several processes, that of the first to fail."""
     if _rank() is not None:
         from ovit_engine.integrations.processes import first_to_fail
 
         if not first_to_fail():
             return
     click.echo(f"ovit: error: {message}", err=True)
+    for finding in findings:
+        click.echo(f"  - {' '.join(finding.split())}", err=True)
 
 
 def _rank() -> int | None:
     """Which of torchrun's processes this is; None where it is the only one. (Read here, without loading torch.)"""
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     return None if alone else int(os.environ.get("RANK", "0"))
+
+
+def _findings(error: Exception) -> Sequence[str]:
+    """The lines of a CertificateError with several: a single one stands in the line of the error."""
+    found: Sequence[str] = getattr(error, "violations", ())
+    return found if len(found) > 1 else ()
 
 
 class _OneLine(logging.Handler):

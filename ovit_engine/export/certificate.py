@@ -30,6 +30,13 @@ class LayerFacts(_Facts):
     quantized: bool
     numel: int
     zeros: int
+    # all zero points of the weight are 0 (None: not quantized)
+    symmetric: bool | None = None
+    # integer type of the other operand and whether its zero point is 0 (None: it is read in float)
+    activation: str | None = None
+    activation_symmetric: bool | None = None
+    # groups of 4 neighbours with more than 2 non-zeros along the axis that sparse kernels read (None: no multiple of 4)
+    broken_2_4: int | None = None
     # N:M promised: groups with too many non-zeros (None: the input axis is no multiple of the group)
     broken_groups: int | None = None
     # blocks promised: zeros that lie in tiles of nothing but zeros
@@ -47,8 +54,10 @@ class Parity(_Facts):
     images: int
     # "data", or "random": seeded normal noise where no data was given
     source: str
-    # share of images with the same argmax
+    # share of images with the same argmax, and its 95 % Wilson interval
     agreement: float
+    agreement_low: float
+    agreement_high: float
     # mean over images of the cosine between the logits
     cosine: float
     # largest absolute difference / largest absolute logit
@@ -75,11 +84,15 @@ class Machine(_Facts):
 class Certificate(_Facts):
     """Everything measured about one file. ``verify`` measures it again from the file alone."""
 
-    format: int = 1
+    format: int = 2
     file: str
     sha256: str
     bytes: int
     gzip_bytes: int
+    # None where the package `zstandard` is not installed
+    zstd_bytes: int | None = None
+    # no code that treats each weight alone gets below this: entropy of where the zeros lie and of the other values
+    entropy_bytes: int
     opset: int
     # name -> shape, a free dimension by its name
     inputs: dict[str, tuple[int | str, ...]]
@@ -96,6 +109,8 @@ class Certificate(_Facts):
     # the graph after ONNX Runtime's optimizations on this machine
     runtime_ops: dict[str, int]
     integer_kernels: int
+    # weight -> the integer kernel that reads it on this machine
+    kernels: dict[str, str]
 
     reference_sha256: str
     parity: Parity
@@ -112,6 +127,12 @@ class Certificate(_Facts):
         """The weights of which the recipe promises zeros."""
         names = {layer.name for layer in self.promise.layers if layer.zeros}
         return tuple(layer for layer in self.layers if layer.name in names)
+
+    @property
+    def total_sparsity(self) -> float:
+        """Share of zeros over all weights in ``layers``; 0 if there is none."""
+        total = sum(layer.numel for layer in self.layers)
+        return sum(layer.zeros for layer in self.layers) / total if total else 0.0
 
     @property
     def sparsity(self) -> float:
@@ -160,6 +181,11 @@ class Certificate(_Facts):
 def certificate_path(path: Path) -> Path:
     """Where the certificate of an ONNX file lies."""
     return path.with_name(f"{path.stem}.certificate.json")
+
+
+def page_path(path: Path) -> Path:
+    """Where the certificate of an ONNX file lies as a page for people."""
+    return path.with_name(f"{path.stem}.certificate.html")
 
 
 def reference_path(path: Path) -> Path:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,20 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ovit_engine.export.atomic import staged, write_bytes
-from ovit_engine.export.certificate import Certificate, certificate_path, reference_path
+from ovit_engine.export.certificate import Certificate, certificate_path, page_path, reference_path
 from ovit_engine.export.errors import CertificateError, ExportError
 from ovit_engine.export.graph import measure_layers
 from ovit_engine.export.measure import Origin, measure_file
+from ovit_engine.export.page import to_html
 from ovit_engine.export.parity import Reference, Sample, accuracy, compare, make_reference, random_sample, take_sample
 from ovit_engine.export.promise import Promise, check
 from ovit_engine.export.runtime import open_session, run_outputs
+from ovit_engine.export.stated import contradictions
+from ovit_engine.export.tensors import keep_all
 from ovit_engine.export.writer import MIN_OPSET, as_inputs, build_onnx, check_float32, serialize, set_metadata
 
 _BATCH = 64
+log = logging.getLogger(__name__)
 
 
 def export_model(
@@ -40,11 +46,12 @@ def export_model(
     dynamic_batch: bool = True,
     opset: int = MIN_OPSET,
 ) -> Certificate:
-    """Write ``model`` to ``path`` with certificate and reference beside it, if it is what ``promise`` says.
+    """Write ``model`` to ``path``, certificate and reference beside it, if it is what ``promise`` and recipe say.
 
     Args:
         model: the baked copy; it is moved to the CPU and set to eval mode.
-        path: of the ONNX file. ``<stem>.certificate.json`` and ``<stem>.reference.npz`` come beside it.
+        path: of the ONNX file. ``<stem>.certificate.json``, ``<stem>.certificate.html`` and ``<stem>.reference.npz`` come
+            beside it.
         example_inputs: one batch (of any size) as the model takes it.
         promise: what the file must be.
         recipe_text: goes into the file's metadata, with its hash and ``recipe_name``.
@@ -74,22 +81,27 @@ def export_model(
         shared_weights={layer.name: shared[layer.name] for layer in promise.layers if layer.name in shared},
     )
     set_metadata(proto, origin.metadata(measure_layers(proto, promise, shared)))
-    targets = (reference_path(path), certificate_path(path), path)
+    state = {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
+    reference = replace(reference, tensors=keep_all(proto, state))
+    targets = (reference_path(path), certificate_path(path), page_path(path), path)
     with staged(path.parent) as folder:
         files = [folder / target.name for target in targets]
         kept = reference.to_bytes()
         write_bytes(files[0], kept)
-        write_bytes(files[2], serialize(proto))
+        write_bytes(files[-1], serialize(proto))
         try:
-            certificate = _measure(files[2], origin, sample, reference, hashlib.sha256(kept).hexdigest())
+            certificate = _measure(files[-1], origin, sample, reference, hashlib.sha256(kept).hexdigest())
         except CertificateError as error:
             raise ExportError(error.summary, error.violations) from error
-        violations = check(certificate, promise)
+        violations = [*check(certificate, promise), *contradictions(recipe_text, promise, certificate.layers)]
         if violations:
             raise ExportError(f"{path.name} breaks its promise", violations)
         write_bytes(files[1], certificate.to_json().encode())
+        write_bytes(files[2], to_html(certificate).encode())
         for file, target in zip(files, targets, strict=True):
             file.replace(target)
+    if data is None:
+        log.warning("%s: parity was measured on random inputs, since no data was given", path.name)
     return certificate
 
 

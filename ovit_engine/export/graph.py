@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
 from ovit_engine.export.certificate import LayerFacts
+from ovit_engine.export.errors import CertificateError
 from ovit_engine.export.promise import GroupRule, Promise, TileRule, read_pattern
 from ovit_engine.export.runtime import walk_nodes
 
 _READERS = ("MatMul", "Gemm", "Conv")
+# what may stand between an activation's DequantizeLinear and its reader
+_SHAPE_ONLY = ("Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+# what sparse tensor cores of Ampere and newer read
+_AMPERE = GroupRule(2, 4)
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,18 @@ class Weight:
     quantized: bool
     # bool [out, in, ...]: the value that the operator reads is exactly zero
     is_zero: np.ndarray
+    # all zero points are 0; None where it is not quantized
+    symmetric: bool | None = None
+    # the other operand
+    activation: Activation | None = None
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The quantized input of an operator, as it comes out of DequantizeLinear."""
+
+    dtype: str
+    symmetric: bool
 
 
 @dataclass(frozen=True)
@@ -50,7 +67,10 @@ def read_weights(model: onnx.ModelProto) -> dict[str, Weight]:
             if source is None or len(initializers[source.name].dims) < 2:
                 continue
             flip = _stored_in_out(node, position) != source.transposed
-            weights[source.name] = _read(initializers, source, node.op_type, flip)
+            weight = _read(initializers, source, node.op_type, flip)
+            weights[source.name] = replace(
+                weight, activation=_activation(node.input[1 - position], producers, initializers)
+            )
             break
     return weights
 
@@ -106,6 +126,10 @@ def _facts(name: str, weight: Weight, rule: GroupRule | TileRule | None) -> Laye
         quantized=weight.quantized,
         numel=zero.size,
         zeros=int(zero.sum()),
+        symmetric=weight.symmetric,
+        activation=None if weight.activation is None else weight.activation.dtype,
+        activation_symmetric=None if weight.activation is None else weight.activation.symmetric,
+        broken_2_4=broken_groups(zero, _AMPERE),
         broken_groups=broken_groups(zero, rule) if isinstance(rule, GroupRule) else None,
         tile_zeros=tile_zeros(zero, rule) if isinstance(rule, TileRule) else None,
     )
@@ -129,6 +153,32 @@ def _trace(
     return _Source(value, quantize, transposed)
 
 
+def _activation(
+    value: str, producers: dict[str, onnx.NodeProto], initializers: dict[str, onnx.TensorProto]
+) -> Activation | None:
+    """The integer type that an operand is read in; None where it is float."""
+    while (node := producers.get(value)) is not None:
+        if node.op_type == "DequantizeLinear":
+            if len(node.input) < 3 or node.input[2] not in initializers:
+                return Activation("UINT8", True)  # ONNX's default: unsigned, zero point 0
+            zero_point = initializers[node.input[2]]
+            is_symmetric = not to_array(zero_point).any()
+            return Activation(onnx.TensorProto.DataType.Name(zero_point.data_type), is_symmetric)
+        if node.op_type not in _SHAPE_ONLY:
+            return None
+        value = node.input[0]
+    return None
+
+
+def to_array(tensor: onnx.TensorProto) -> np.ndarray:
+    """An initializer's values. Raises CertificateError naming it if its bytes do not fill its shape."""
+    try:
+        array: np.ndarray = numpy_helper.to_array(tensor)
+    except (ValueError, TypeError) as error:
+        raise CertificateError("unreadable", [f"{tensor.name}: {error}"]) from error
+    return array
+
+
 def _stored_in_out(node: onnx.NodeProto, position: int) -> bool:
     """Whether the operator reads its weight as [in, out]."""
     if node.op_type == "MatMul":
@@ -138,13 +188,14 @@ def _stored_in_out(node: onnx.NodeProto, position: int) -> bool:
 
 def _read(initializers: dict[str, onnx.TensorProto], source: _Source, op: str, flip: bool) -> Weight:
     tensor = initializers[source.name]
-    values = numpy_helper.to_array(tensor)
+    values = to_array(tensor)
     zero = 0 if source.quantize is None else _zero_point(initializers, source.quantize, values)
     is_zero = values == zero
     if flip:
         is_zero = np.swapaxes(is_zero, -1, -2)
     dtype = onnx.TensorProto.DataType.Name(tensor.data_type)
-    return Weight(source.name, op, dtype, source.quantize is not None, is_zero)
+    symmetric = None if source.quantize is None else not np.any(zero)
+    return Weight(source.name, op, dtype, source.quantize is not None, is_zero, symmetric)
 
 
 def _zero_point(
@@ -153,9 +204,9 @@ def _zero_point(
     """The level that stands for zero, shaped to compare with ``values``."""
     if len(node.input) < 3 or not node.input[2]:
         return 0
-    zero_point: np.ndarray = numpy_helper.to_array(initializers[node.input[2]])
-    if zero_point.ndim == 0:
-        return zero_point
+    zero_point = to_array(initializers[node.input[2]])
+    if zero_point.ndim == 0 or zero_point.size == 1:
+        return zero_point.reshape(())
     shape = [1] * values.ndim
     shape[next((int(a.i) for a in node.attribute if a.name == "axis"), 1)] = -1
     return zero_point.reshape(shape)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,14 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from ovit_engine.export.certificate import Accuracy, Certificate, LayerFacts, Parity
+from ovit_engine.export.certificate import Accuracy, Certificate, LayerFacts, Machine, Parity
 from ovit_engine.export.errors import VerificationError
 from ovit_engine.export.graph import measure_layers
 from ovit_engine.export.machine import int8_note, this_machine, versions
 from ovit_engine.export.parity import WANTED_IMAGES
 from ovit_engine.export.promise import Promise
-from ovit_engine.export.runtime import INTEGER_KERNELS, count_ops, runtime_ops
+from ovit_engine.export.runtime import INTEGER_KERNELS, count_ops, integer_kernels, runtime_graph
+from ovit_engine.export.sizes import entropy_bytes, gzip_size, zstd_size
 
 _FORMAT = "1"
 
@@ -102,22 +102,18 @@ def measure_file(
     content = path.read_bytes()
     model = onnx.load_model_from_string(content)
     layers = measure_layers(model, origin.promise, dict(origin.shared_weights))
-    kernels = runtime_ops(path)
-    integer_kernels = sum(count for op, count in kernels.items() if op in INTEGER_KERNELS)
+    graph = runtime_graph(path)
+    ops, kernels = count_ops(graph), integer_kernels(graph)
+    stored = {layer.name: origin.shared_weights.get(layer.name, layer.name) for layer in layers}
+    fused = {name: kernels[initializer] for name, initializer in stored.items() if initializer in kernels}
     machine = this_machine()
-    notes = [int8_note(machine)] if any(layer.quantized for layer in layers) else []
-    quantized = sum(layer.quantized for layer in layers)
-    if integer_kernels < quantized:
-        notes.append(f"{integer_kernels} integer kernels for {quantized} int8 weights: the runtime runs some in float")
-    if parity.source == "random":
-        notes.append("parity was measured on random inputs: no data was given")
-    elif parity.images < WANTED_IMAGES:
-        notes.append(f"parity was measured on {parity.images} images, all there were; {WANTED_IMAGES} are wanted")
     return Certificate(
         file=path.name,
         sha256=hashlib.sha256(content).hexdigest(),
         bytes=len(content),
-        gzip_bytes=len(gzip.compress(content, compresslevel=9, mtime=0)),
+        gzip_bytes=gzip_size(content),
+        zstd_bytes=zstd_size(content),
+        entropy_bytes=entropy_bytes(model, len(content)),
         opset=next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0),
         inputs={value.name: _shape(value) for value in model.graph.input},
         outputs={value.name: _shape(value) for value in model.graph.output},
@@ -127,16 +123,34 @@ def measure_file(
         preprocessing=dict(origin.preprocessing),
         layers=layers,
         ops=count_ops(model),
-        runtime_ops=kernels,
-        integer_kernels=integer_kernels,
+        runtime_ops=ops,
+        integer_kernels=sum(count for op, count in ops.items() if op in INTEGER_KERNELS),
+        kernels=fused,
         reference_sha256=reference_sha256,
         parity=parity,
         parity_stored=parity_stored,
         accuracy=accuracy,
         machine=machine,
         versions=versions(),
-        notes=tuple(note for note in notes if note is not None),
+        notes=_notes(layers, fused, parity, machine),
     )
+
+
+def _notes(layers: Iterable[LayerFacts], kernels: Collection[str], parity: Parity, machine: Machine) -> tuple[str, ...]:
+    """What a reader should know before they trust a number."""
+    quantized = [layer.name for layer in layers if layer.quantized]
+    notes = [int8_note(machine)] if quantized else []
+    in_float = [name for name in quantized if name not in kernels]
+    if in_float:
+        some = ", ".join(in_float[:3]) + (", ..." if len(in_float) > 3 else "")
+        notes.append(
+            f"{len(in_float)} of {len(quantized)} int8 weights are computed with in float by the runtime: {some}"
+        )
+    if parity.source == "random":
+        notes.append("parity was measured on random inputs: no data was given")
+    elif parity.images < WANTED_IMAGES:
+        notes.append(f"parity was measured on {parity.images} images, all there were; {WANTED_IMAGES} are wanted")
+    return tuple(note for note in notes if note is not None)
 
 
 def input_types(model: onnx.ModelProto) -> tuple[list[tuple[int, ...]], list[np.dtype[Any]]]:

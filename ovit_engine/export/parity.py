@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -21,6 +22,9 @@ MAX_IMAGES = 1024
 MIN_IMAGES = 32
 STORED_BYTES = 16 * 2**20
 _SEED = 0
+_TENSOR = "tensor:"
+# of the normal distribution, for an interval of 95 %
+_QUANTILE = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -37,18 +41,21 @@ class Sample:
 
 @dataclass(frozen=True)
 class Reference:
-    """What PyTorch said: logits of all images, the first images that fit, a hash of each image."""
+    """What PyTorch said: logits of all images, the first that fit, a hash of each, traces of its tensors."""
 
     logits: np.ndarray
     labels: np.ndarray | None
     stored: tuple[np.ndarray, ...]
     hashes: np.ndarray
     source: str
+    # tensor of the file -> what `tensors.keep` makes of PyTorch's
+    tensors: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """As a compressed .npz without pickles."""
         arrays = {"logits": self.logits, "hashes": self.hashes, "source": np.array(self.source)}
         arrays |= {f"input_{index}": array for index, array in enumerate(self.stored)}
+        arrays |= {f"{_TENSOR}{name}": array for name, array in self.tensors.items()}
         if self.labels is not None:
             arrays["labels"] = self.labels
         stream = io.BytesIO()
@@ -62,7 +69,8 @@ class Reference:
             with np.load(path, allow_pickle=False) as file:
                 stored = [file[f"input_{index}"] for index in range(sum(key.startswith("input_") for key in file))]
                 labels = file.get("labels")
-                found = cls(file["logits"], labels, tuple(stored), file["hashes"], str(file["source"]))
+                tensors = {key.removeprefix(_TENSOR): file[key] for key in file if key.startswith(_TENSOR)}
+                found = cls(file["logits"], labels, tuple(stored), file["hashes"], str(file["source"]), tensors)
         except (KeyError, EOFError, OSError, ValueError, BadZipFile) as error:
             raise ValueError(f"{path.name} is not a reference of ovit-engine: {error}") from error
         if not found.is_whole():
@@ -115,13 +123,29 @@ def compare(logits: np.ndarray, reference: np.ndarray, source: str) -> Parity:
     cosines = np.where(lengths > 0, (ours * theirs).sum(axis=1) / np.where(lengths > 0, lengths, 1), 0.0)
     cosines[(ours == theirs).all(axis=1)] = 1.0
     largest = np.abs(theirs).max()
+    agreement = float((logits.argmax(-1) == reference.argmax(-1)).reshape(len(ours), -1).mean())
+    low, high = wilson(agreement, len(ours))
     return Parity(
         images=len(ours),
         source=source,
-        agreement=float((logits.argmax(-1) == reference.argmax(-1)).reshape(len(ours), -1).mean()),
+        agreement=agreement,
+        agreement_low=low,
+        agreement_high=high,
         cosine=float(cosines.mean()),
         max_error=float(np.abs(ours - theirs).max() / (largest if largest > 0 else 1.0)),
     )
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """95 % interval of a share seen in ``count`` independent trials (Wilson 1927), within [0, 1].
+
+    Where all agree its lower end still says how many images that was.
+    """
+    square = _QUANTILE**2 / count
+    middle = share + square / 2
+    half = _QUANTILE * math.sqrt(share * (1 - share) / count + square / (4 * count))
+    low, high = (middle - half) / (1 + square), (middle + half) / (1 + square)
+    return max(0.0, min(low, share)), min(1.0, max(high, share))  # rounding puts 0 and 1 beside their own interval
 
 
 def accuracy(logits: np.ndarray, reference: np.ndarray, labels: np.ndarray | None) -> Accuracy | None:

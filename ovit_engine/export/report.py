@@ -14,7 +14,7 @@ def describe(certificate: Certificate) -> RenderableType:
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column(overflow="fold")
-    for name, value in _facts(certificate):
+    for name, value in fact_rows(certificate):
         facts.add_row(name, Text(value))
     parts: list[RenderableType] = [facts]
     if certificate.promise.layers:
@@ -23,19 +23,21 @@ def describe(certificate: Certificate) -> RenderableType:
     return Group(*parts)
 
 
-def _facts(certificate: Certificate) -> list[tuple[str, str]]:
+def fact_rows(certificate: Certificate) -> list[tuple[str, str]]:
+    """What holds for the file as a whole: name and value."""
     rows = [
         ("file", f"{certificate.file}  sha256 {certificate.sha256[:16]}  opset {certificate.opset}"),
         ("recipe", f"{certificate.recipe_name or '-'}  sha256 {certificate.recipe_sha256[:16]}"),
-        ("size", f"{size_text(certificate.bytes)}, {size_text(certificate.gzip_bytes)} compressed (gzip -9)"),
+        ("size", sizes_text(certificate)),
         ("inputs", ", ".join(f"{name} {list(shape)}" for name, shape in certificate.inputs.items())),
         (
             "sparsity",
-            f"{certificate.sparsity:.2%} of {sum(layer.numel for layer in certificate.pruned):,} pruned weights",
+            f"{certificate.sparsity:.2%} of {sum(layer.numel for layer in certificate.pruned):,} pruned weights, "
+            f"{certificate.total_sparsity:.2%} of all {sum(layer.numel for layer in certificate.layers):,}",
         ),
         ("int8", f"{certificate.int8_share:.1%} of all weights, {len(certificate.quantized)} layers"),
         ("kernels", f"{certificate.integer_kernels} integer kernels in ONNX Runtime: {_kernels(certificate)}"),
-        ("parity", _parity(certificate.parity)),
+        ("parity", parity_text(certificate.parity)),
     ]
     if certificate.accuracy is not None:
         hits = certificate.accuracy
@@ -50,24 +52,52 @@ def _facts(certificate: Certificate) -> list[tuple[str, str]]:
 
 def _layers(certificate: Certificate) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("weight", "shape", "type", "pattern"):
+    for column in LAYER_COLUMNS[:-1]:
         table.add_column(column, no_wrap=True)
-    table.add_column("zeros", justify="right")
-    measured = {layer.name: layer for layer in certificate.layers}
-    for promised in certificate.promise.layers:
-        layer = measured.get(promised.name)
-        if layer is None:
-            continue
-        shape = "x".join(str(size) for size in layer.shape)
-        pattern = promised.pattern if isinstance(promised.pattern, str) else f"block {promised.pattern['block']}"
-        table.add_row(layer.name, shape, layer.dtype, Text(pattern), f"{layer.sparsity:.2%}")
+    table.add_column(LAYER_COLUMNS[-1], justify="right")
+    promised = {layer.name for layer in certificate.promise.layers}
+    for row in layer_rows(certificate):
+        if row[0] in promised:
+            table.add_row(*(Text(cell) for cell in row))
     return table
 
 
-def _parity(parity: Parity) -> str:
+LAYER_COLUMNS = ("weight", "shape", "type", "kernel", "pattern", "zeros")
+
+
+def layer_rows(certificate: Certificate) -> list[tuple[str, ...]]:
+    """A row of LAYER_COLUMNS for each weight of the file."""
+    patterns = {layer.name: layer.pattern for layer in certificate.promise.layers}
+    rows = []
+    for layer in certificate.layers:
+        pattern = patterns.get(layer.name, "-")
+        rows.append(
+            (
+                layer.name,
+                "x".join(str(size) for size in layer.shape),
+                layer.dtype,
+                certificate.kernels.get(layer.name, "float"),
+                pattern if isinstance(pattern, str) else f"block {pattern['block']}",
+                f"{layer.sparsity:.2%}",
+            )
+        )
+    return rows
+
+
+def sizes_text(certificate: Certificate) -> str:
+    """Raw and compressed sizes beside the bound."""
+    parts = [size_text(certificate.bytes), f"{size_text(certificate.gzip_bytes)} by gzip"]
+    if certificate.zstd_bytes is not None:
+        parts.append(f"{size_text(certificate.zstd_bytes)} by zstd")
+    return ", ".join([*parts, f"{size_text(certificate.entropy_bytes)} by the entropy of its weights"])
+
+
+def parity_text(parity: Parity) -> str:
+    """Agreement with its interval, cosine and largest error in words."""
     source = "images" if parity.source == "data" else "random inputs"
     return (
-        f"{parity.agreement:.2%} same argmax as PyTorch on {parity.images} {source}, "
+        f"{parity.agreement:.2%} same argmax as PyTorch on {parity.images} {source} "
+        f"(95 % interval {parity.agreement_low:.2%} to {parity.agreement_high:.2%}), "
         f"cosine {parity.cosine:.5f}, largest error {parity.max_error:.2%} of the largest logit"
     )
 

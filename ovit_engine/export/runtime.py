@@ -51,12 +51,19 @@ def open_session(path: Path, *, threads: int = 0, optimized: Path | None = None)
         raise CertificateError(f"ONNX Runtime cannot load {path.name}", [reason]) from error
 
 
-def runtime_ops(path: Path) -> dict[str, int]:
-    """Operators of the graph that ONNX Runtime runs on this machine, most frequent first."""
+def runtime_graph(path: Path) -> onnx.ModelProto:
+    """The graph that ONNX Runtime runs on this machine, after its optimizations."""
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         open_session(path, optimized=optimized)
-        return count_ops(onnx.load(optimized))
+        return onnx.load(optimized)
+
+
+def integer_kernels(model: onnx.ModelProto) -> dict[str, str]:
+    """Which integer kernel of an optimized graph reads each initializer, by the initializer's name."""
+    initializers = {tensor.name for tensor in model.graph.initializer}
+    kernels = [node for node in walk_nodes(model.graph) if node.op_type in INTEGER_KERNELS]
+    return {name: node.op_type for node in kernels for name in node.input if name in initializers}
 
 
 def count_ops(model: onnx.ModelProto) -> dict[str, int]:

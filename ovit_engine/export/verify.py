@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from ovit_engine.export.certificate import Accuracy, Certificate, Parity, certificate_path, reference_path
+from ovit_engine.export.certificate import (
+    Accuracy,
+    Certificate,
+    LayerFacts,
+    Parity,
+    certificate_path,
+    reference_path,
+)
 from ovit_engine.export.errors import CertificateError, VerificationError
 from ovit_engine.export.measure import Origin, input_types, measure_file
-from ovit_engine.export.parity import Reference, accuracy, compare, find_stored, take_sample
+from ovit_engine.export.parity import Reference, accuracy, compare, find_stored, take_sample, wilson
 from ovit_engine.export.promise import check
 from ovit_engine.export.runtime import INTEGER_KERNELS, open_session, run_outputs
+from ovit_engine.export.stated import contradictions
+from ovit_engine.export.tensors import changed
 
 # facts that are the same on every machine
 _EXACT = (
@@ -27,14 +37,14 @@ _EXACT = (
     "recipe_sha256",
     "promise",
     "preprocessing",
-    "layers",
+    "entropy_bytes",
     "ops",
     "reference_sha256",
 )
 # other machines round a level here and there the other way
 _TOLERANCE = 0.01
-# builds of zlib differ a little in what they make of the same bytes
-_GZIP_TOLERANCE = 0.02
+# builds of a compressor differ a little in what they make of the same bytes
+_SIZE_TOLERANCE = 0.02
 
 
 def verify_file(path: str | Path, *, data: Any = None) -> Certificate:
@@ -58,8 +68,11 @@ def verify_file(path: str | Path, *, data: Any = None) -> Certificate:
     try:
         model = onnx.load(path)
     except DecodeError:
-        raise VerificationError(f"{path.name} fails", ["not a readable ONNX file"]) from None
+        raise VerificationError(f"{path.name} fails", [_unreadable("not a readable ONNX file", path, stated)]) from None
+    if not model.metadata_props:  # a file that is cut between two fields can still be read
+        raise VerificationError(f"{path.name} fails", [_unreadable("no ovit-engine metadata", path, stated)])
     origin = Origin.read(model)
+    tampered = _tampered(model, reference)
     try:
         parity, part, hits = _measure_parity(path, model, reference, data)
         measured = measure_file(path, origin, reference_sha256=digest, parity=parity, parity_stored=part, accuracy=hits)
@@ -70,10 +83,12 @@ def verify_file(path: str | Path, *, data: Any = None) -> Certificate:
             note += "what the certificate says of the others needs the data"
             measured = measured.model_copy(update={"notes": (*measured.notes, note)})
     except CertificateError as error:
-        raise VerificationError(f"{path.name} fails", error.violations) from error
+        raise VerificationError(f"{path.name} fails", [*tampered, *error.violations]) from error
     whole = measured.model_copy(update={"parity": stated.parity}) if part is not None else measured
     violations = [
         *check(whole, origin.promise),
+        *tampered,
+        *contradictions(origin.recipe_text, origin.promise, measured.layers),
         *differences(stated, measured),
         *_inconsistencies(stated, reference),
         *origin.contradictions(measured.layers),
@@ -88,18 +103,15 @@ def differences(stated: Certificate, measured: Certificate) -> list[str]:
     found = []
     for name in _EXACT:
         before, now = getattr(stated, name), getattr(measured, name)
-        if before == now:
-            continue
-        if name == "layers":
-            old, new = ({layer.name: layer for layer in layers} for layers in (before, now))
-            changed = sorted(key for key in old | new if old.get(key) != new.get(key))
-            found.append(f"layers differ from the certificate: {', '.join(changed)}")
-        else:
+        if before != now:
             found.append(f"{name} differs: the certificate says {_short(before)}, the file {_short(now)}")
-    if abs(stated.gzip_bytes - measured.gzip_bytes) > _GZIP_TOLERANCE * measured.gzip_bytes:
-        found.append(f"gzip_bytes differs: the certificate says {stated.gzip_bytes}, the file {measured.gzip_bytes}")
+    found += _layer_differences(stated.layers, measured.layers)
+    for name in ("gzip_bytes", "zstd_bytes"):
+        before, now = getattr(stated, name), getattr(measured, name)
+        if before is not None and now is not None and abs(before - now) > _SIZE_TOLERANCE * now:
+            found.append(f"{name} differs: the certificate says {before}, the file {now}")
     same_runtime = stated.machine == measured.machine and _runtime(stated) == _runtime(measured)
-    if same_runtime and stated.runtime_ops != measured.runtime_ops:
+    if same_runtime and (stated.runtime_ops, stated.kernels) != (measured.runtime_ops, measured.kernels):
         found.append("the runtime chooses other kernels than the certificate says")
     for kind in ("parity", "parity_stored"):
         found += _parity_differences(kind, getattr(stated, kind), getattr(measured, kind))
@@ -107,6 +119,35 @@ def differences(stated: Certificate, measured: Certificate) -> list[str]:
     if hits and again and hits.images == again.images and abs(hits.file - again.file) > _TOLERANCE:
         found.append(f"accuracy differs: the certificate says {hits.file:.4f}, measured {again.file:.4f}")
     return found
+
+
+def _layer_differences(stated: Sequence[LayerFacts], measured: Sequence[LayerFacts]) -> list[str]:
+    """Weights of which the certificate states something else, a line each."""
+    old, new = ({layer.name: layer for layer in layers} for layers in (stated, measured))
+    found = [f"{name}: in the certificate, not in the file" for name in sorted(old.keys() - new.keys())]
+    found += [f"{name}: in the file, not in the certificate" for name in sorted(new.keys() - old.keys())]
+    for name in sorted(old.keys() & new.keys()):
+        before, now = old[name].model_dump(), new[name].model_dump()
+        facts = [f"{key} {before[key]} (the file: {now[key]})" for key in before if before[key] != now[key]]
+        if facts:
+            found.append(f"{name}: the certificate says {', '.join(facts)}")
+    return found
+
+
+def _tampered(model: onnx.ModelProto, reference: Reference) -> list[str]:
+    """Tensors that are not those which PyTorch had when the file was written."""
+    try:
+        found = changed(model, reference.tensors)
+    except CertificateError as error:
+        return list(error.violations)
+    return found if reference.tensors else ["the reference holds none of PyTorch's tensors"]
+
+
+def _unreadable(what: str, path: Path, stated: Certificate) -> str:
+    size = path.stat().st_size
+    if size < stated.bytes:
+        what += f", truncated: {size} of the {stated.bytes} bytes that the certificate states"
+    return f"{path.name}: {what}"
 
 
 def _inconsistencies(stated: Certificate, reference: Reference) -> list[str]:
@@ -131,6 +172,15 @@ def _inconsistencies(stated: Certificate, reference: Reference) -> list[str]:
             found.append(
                 f"accuracy {hits.file:.4f} can't be, with {hits.pytorch:.4f} of PyTorch and the agreement stated"
             )
+    for kind in ("parity", "parity_stored"):
+        parity = getattr(stated, kind)
+        if parity is not None:
+            low, high = wilson(parity.agreement, parity.images)
+            if abs(parity.agreement_low - low) > 1e-6 or abs(parity.agreement_high - high) > 1e-6:
+                found.append(
+                    f"{kind}: the interval of {parity.agreement:.2%} of {parity.images} is {low:.2%}-{high:.2%}, "
+                    f"the certificate says {parity.agreement_low:.2%}-{parity.agreement_high:.2%}"
+                )
     kernels = sum(number for op, number in stated.runtime_ops.items() if op in INTEGER_KERNELS)
     if stated.integer_kernels != kernels:
         found.append(f"integer_kernels is {stated.integer_kernels}, runtime_ops has {kernels}")

@@ -15,6 +15,13 @@ from ovit_engine.export import Certificate, Promise, PromisedLayer
 from ovit_engine.export.exporter import export_model
 from ovit_engine.quant import bake, prepare_quantization, set_enabled, set_observing
 
+RECIPE = """
+name: tiny
+modifiers:
+- magnitude_prune: {pattern: "2:4", targets: ['re:blocks.*(qkv|proj|fc1|fc2).weight']}
+- quantize: {}
+"""
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -118,7 +125,7 @@ def vit(digits, tmp_path_factory):
         path,
         images[:1],
         promise=promise,
-        recipe_text="name: tiny\n",
+        recipe_text=RECIPE,
         recipe_name="tiny",
         preprocessing={"size": (1, 8, 8), "mean": [0.5], "std": [0.5], "crop": 1.0, "interpolation": "bilinear"},
         data=[(images[1000:1300], labels[1000:1300])],

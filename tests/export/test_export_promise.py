@@ -54,6 +54,7 @@ def test_it_lies_beside_the_file_and_reads_back(vit):
     assert {file.name for file in vit.path.parent.iterdir()} == {
         "model.onnx",
         "model.certificate.json",
+        "model.certificate.html",
         "model.reference.npz",
     }
     text = (vit.path.parent / "model.certificate.json").read_text()

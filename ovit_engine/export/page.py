@@ -1,0 +1,74 @@
+"""A certificate as one self-contained page: no script, nothing from a network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from ovit_engine.export.certificate import Certificate
+from ovit_engine.export.report import LAYER_COLUMNS, fact_rows, layer_rows
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); }
+.facts th { white-space: nowrap; } .facts td { overflow-wrap: anywhere; }
+.layers td { white-space: nowrap; font-variant-numeric: tabular-nums; } .layers td:last-child { text-align: right; }
+.note { border-left: .25rem solid #c80; padding-left: .8rem; }
+code { overflow-wrap: anywhere; }
+"""
+
+
+def to_html(certificate: Certificate) -> str:
+    """The whole page, UTF-8 text. It shows the certificate; only ``ovit verify`` checks it."""
+    title = f"Certificate of {certificate.file}"
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        "<p>Measured from the bytes of the file when it was written. "
+        f"<code>ovit verify {escape(certificate.file)}</code> measures all of it again.</p>",
+        *(f'<p class="note">{escape(note)}</p>' for note in certificate.notes),
+        '<table class="facts">',
+        *(
+            f"<tr><th scope=row>{escape(name)}</th><td>{escape(value)}</td></tr>"
+            for name, value in fact_rows(certificate)
+        ),
+        "</table>",
+        f"<h2>Weights ({len(certificate.layers)})</h2>",
+        _table(LAYER_COLUMNS, layer_rows(certificate)),
+        "<h2>Operators</h2>",
+        _table(("operator", "in the file", "as the runtime runs it"), _operators(certificate)),
+        "<h2>Hashes</h2>",
+        _table(
+            ("of", "SHA-256"),
+            [
+                ("file", certificate.sha256),
+                ("recipe", certificate.recipe_sha256),
+                ("PyTorch's reference", certificate.reference_sha256),
+            ],
+        ),
+    ]
+    return _document(title, "\n".join(parts))
+
+
+def _operators(certificate: Certificate) -> list[tuple[str, ...]]:
+    names = dict.fromkeys([*certificate.ops, *certificate.runtime_ops])
+    return [(name, str(certificate.ops.get(name, 0)), str(certificate.runtime_ops.get(name, 0))) for name in names]
+
+
+def _table(columns: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f"<th scope=col>{escape(column)}</th>" for column in columns)
+    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        f'<div class="wide"><table class="layers"><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+    )
+
+
+def _document(title: str, body: str) -> str:
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )

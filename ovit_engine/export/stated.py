@@ -1,0 +1,188 @@
+"""What a recipe's text says of a file, held against the file's weights. Needs neither PyTorch nor the model.
+
+A recipe names its targets for a model that is not at hand here. Names and regular expressions are decided by the names
+of the weights; presets and modifiers of other packages are given the benefit of the doubt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from ovit_engine.export.certificate import LayerFacts
+from ovit_engine.export.promise import Promise, PromisedLayer, read_pattern
+
+_PRESET = "preset:"
+_REGEX = "re:"
+_NEITHER = ("cyclic_lr",)
+# constants of the graph that are no parameter of the model
+_UNNAMED = re.compile(r"val_\d+")
+# rounding: each layer prunes a whole number of weights, N:M whole groups
+_SLACK = 0.01
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One modifier of the recipe."""
+
+    name: str
+    options: Mapping[str, Any]
+
+    @property
+    def prunes(self) -> bool:
+        return self.name.endswith("_prune") or self.name in ("acdc", "constant_mask")
+
+    @property
+    def targets(self) -> list[str]:
+        """Empty: the modifier chooses for itself."""
+        return _as_list(self.options.get("targets"))
+
+    @property
+    def pattern(self) -> str | dict[str, list[int]] | None:
+        """None: whatever pattern the weights have."""
+        pattern: str | dict[str, list[int]] = self.options.get("pattern", "unstructured")
+        return None if self.name == "constant_mask" else pattern
+
+    @property
+    def exclude(self) -> list[str]:
+        return _as_list(self.options.get("exclude"))
+
+    def may_take(self, weight: str) -> bool:
+        """Whether a weight of this name can be one of the targets."""
+        if any(self._hits(pattern, weight) for pattern in self.exclude):
+            return False
+        return not self.targets or any(t.startswith(_PRESET) or self._hits(t, weight) for t in self.targets)
+
+    def takes(self, weight: str) -> bool:
+        """Whether it is one for certain."""
+        return self.may_take(weight) and any(self._hits(target, weight) for target in self.targets)
+
+    def _hits(self, target: str, weight: str) -> bool:
+        # a quantized layer answers to its own name and to that of its weight
+        names = [weight] if self.prunes else [weight, weight.rpartition(".")[0]]
+        return any(_matches(target, name) for name in names)
+
+
+def contradictions(recipe_text: str, promise: Promise, layers: Sequence[LayerFacts]) -> list[str]:
+    """Where the recipe denies the file's promise or its weights, a line each. An empty text says nothing."""
+    if not recipe_text.strip():
+        return []
+    try:
+        steps = _read(recipe_text)
+    except (yaml.YAMLError, TypeError, ValueError, AttributeError) as error:
+        return [f"the recipe in the metadata is no recipe: {' '.join(str(error).split())}"]
+    known = {"quantize", *_NEITHER}
+    has_unknown = any(not step.prunes and step.name not in known for step in steps)
+    pruners = [step for step in steps if step.prunes]
+    quantizers = [step for step in steps if step.name == "quantize"]
+    promised = {layer.name: layer for layer in promise.layers}
+    found = []
+    if not has_unknown:
+        found += _unasked(pruners, quantizers, promised, layers)
+    found += _patterns(pruners, promised.values())
+    found += _missing(pruners, quantizers, promised, layers)
+    for step in pruners:
+        found += _amount(step, promised, layers)
+    return found
+
+
+def _unasked(
+    pruners: list[_Step], quantizers: list[_Step], promised: Mapping[str, PromisedLayer], layers: Iterable[LayerFacts]
+) -> Iterable[str]:
+    """What the file has and no modifier of the recipe can have done."""
+    for layer in promised.values():
+        if layer.zeros and not any(step.may_take(layer.name) for step in pruners):
+            yield f"{layer.name}: {layer.zeros} zeros are promised, the recipe does not prune it"
+    for facts in layers:
+        if facts.quantized and not any(step.may_take(facts.name) for step in quantizers):
+            yield f"{facts.name}: stored as {facts.dtype}, the recipe does not quantize it"
+
+
+def _patterns(pruners: list[_Step], promised: Iterable[PromisedLayer]) -> Iterable[str]:
+    for layer in promised:
+        steps = [step for step in pruners if step.may_take(layer.name)]
+        patterns = [step.pattern for step in steps]
+        is_pruned = layer.zeros or any(step.takes(layer.name) and ":" in str(step.pattern) for step in steps)
+        if is_pruned and steps and None not in patterns and layer.pattern not in patterns:
+            asked = " or ".join(dict.fromkeys(str(pattern) for pattern in patterns))
+            yield f"{layer.name}: the recipe prunes it {asked}, the file promises {layer.pattern}"
+
+
+def _missing(
+    pruners: list[_Step], quantizers: list[_Step], promised: Mapping[str, PromisedLayer], layers: Iterable[LayerFacts]
+) -> Iterable[str]:
+    """What the recipe does for certain, and the file does not promise."""
+    for facts in layers:
+        layer = promised.get(facts.name)
+        if _UNNAMED.fullmatch(facts.name):
+            continue
+        if layer is None and any(step.takes(facts.name) and _final(step) for step in pruners):
+            yield f"{facts.name}: the recipe prunes it, the file promises nothing"
+        if any(step.takes(facts.name) for step in quantizers) and (layer is None or not layer.quantized):
+            yield f"{facts.name}: the recipe quantizes it, the file does not promise int8"
+    if any(map(_final, pruners)) and not any(layer.zeros for layer in promised.values()):
+        yield "the recipe prunes, the file promises zeros nowhere"
+    if quantizers and not any(layer.quantized for layer in promised.values()):
+        yield "the recipe quantizes, the file promises int8 nowhere"
+
+
+def _amount(step: _Step, promised: Mapping[str, PromisedLayer], layers: Iterable[LayerFacts]) -> Iterable[str]:
+    """Sparsity over all that a modifier may have pruned, against what it states; a file can have more."""
+    asked = _final(step)
+    zeros = {name for name, layer in promised.items() if layer.zeros}
+    taken = [facts for facts in layers if facts.name in promised]
+    taken = [facts for facts in taken if step.takes(facts.name) or (facts.name in zeros and step.may_take(facts.name))]
+    total = sum(facts.numel for facts in taken)
+    if asked is None or not total:
+        return
+    share = sum(facts.zeros for facts in taken) / total
+    if share < asked - _SLACK:
+        worst = min(taken, key=lambda facts: facts.sparsity)
+        yield (
+            f"{worst.name}: {worst.sparsity:.2%} zeros; the recipe's {step.name} asks for {asked:.2%}, "
+            f"all it can have pruned has {share:.2%}"
+        )
+
+
+def _final(step: _Step) -> float | None:
+    """The least sparsity that a finished run of the modifier can leave; None if the text does not say."""
+    sweep = step.options.get("sweep")
+    if sweep:
+        steps = sweep["sparsity"] if isinstance(sweep, dict) else sweep
+        return float(min(steps))
+    amount = step.options.get("sparsity")
+    if isinstance(amount, dict):
+        range_end = amount.get("to", amount.get("final"))
+        return float(max(amount.values()) if range_end is None else range_end)
+    if amount is not None:
+        return float(amount)
+    pattern = step.pattern
+    match = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
+    return 1 - int(match[1]) / int(match[2]) if match else None
+
+
+def _read(text: str) -> list[_Step]:
+    document = yaml.safe_load(text)
+    if not isinstance(document, dict) or not isinstance(document.get("modifiers"), list):
+        raise ValueError("it has no list of modifiers")
+    steps = [_Step(name, options or {}) for entry in document["modifiers"] for name, options in dict(entry).items()]
+    for step in steps:
+        if step.pattern is not None:
+            read_pattern(step.pattern)
+        _final(step)
+        step.may_take("")
+    return steps
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if pattern.startswith(_REGEX):
+        return re.fullmatch(pattern[len(_REGEX) :], name) is not None
+    return pattern == name
+
+
+def _as_list(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])

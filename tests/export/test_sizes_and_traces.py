@@ -1,0 +1,121 @@
+"""Sizes, intervals and traces of tensors against references that share no code with them."""
+
+import gzip
+import math
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from onnx import numpy_helper
+
+from ovit_engine.export.parity import wilson
+from ovit_engine.export.sizes import entropy_bits, gzip_size, zstd_size
+from ovit_engine.export.tensors import changed, keep, keep_all
+
+
+@given(st.integers(1, 5000), st.data())
+def test_both_ends_of_the_interval_solve_its_equation(count, data):
+    share = data.draw(st.integers(0, count)) / count
+    low, high = wilson(share, count)
+    assert 0 <= low <= share <= high <= 1
+    for end in (low, high):
+        if 0 < end < 1:
+            assert abs(share - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / count), rel=1e-4)
+
+
+def test_intervals_known_from_tables():
+    assert wilson(1.0, 256) == pytest.approx((0.98522, 1.0), abs=1e-4)
+    assert wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+
+
+SHAPES = hnp.array_shapes(min_dims=1, max_dims=4, min_side=0, max_side=9)
+ARRAYS = st.one_of(
+    hnp.arrays(np.int8, SHAPES, elements=st.sampled_from([0, 0, 0, 1, -1, 5, 127])),
+    hnp.arrays(np.float32, SHAPES, elements=st.sampled_from([0.0, 0.0, -0.0, 1.5, -3.25])),
+)
+
+
+@given(ARRAYS)
+def test_the_bound_is_positions_plus_values(array):
+    """Positions of the most frequent pattern and the entropy of the others, each worked out for itself."""
+    items = [value.tobytes() for value in array.reshape(-1)]
+    if not items:
+        assert entropy_bits(array) == 0
+        return
+    background, held = Counter(items).most_common(1)[0]
+    share = held / len(items)
+    positions = 0.0 if share == 1 else -len(items) * (share * math.log2(share) + (1 - share) * math.log2(1 - share))
+    others = Counter(item for item in items if item != background)
+    count = sum(others.values())
+    values = -sum(n * math.log2(n / count) for n in others.values())
+    assert entropy_bits(array) == pytest.approx(positions + values, rel=1e-9, abs=1e-9)
+
+
+def test_gzip_and_zstd_are_the_real_ones():
+    content = b"abc" * 1000
+    assert gzip_size(content) == len(gzip.compress(content, 9, mtime=0))
+    zstandard = pytest.importorskip("zstandard")
+    assert zstd_size(content) == len(zstandard.ZstdCompressor(level=19).compress(content))
+
+
+def test_without_zstandard_there_is_no_number(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
+    assert zstd_size(b"abc") is None
+
+
+def model_of(**arrays):
+    tensors = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    return onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], tensors))
+
+
+@settings(max_examples=60)
+@given(
+    hnp.arrays(np.int8, hnp.array_shapes(min_dims=1, max_dims=4, min_side=1, max_side=9), elements=st.integers(-99, 99)),
+    st.data(),
+)  # fmt: skip
+def test_any_changed_level_is_found_and_an_equal_tensor_is_not(array, data):
+    model = model_of(w=array)
+    kept = keep_all(model, {"w": array})
+    assert changed(model, kept) == []
+    where = tuple(data.draw(st.integers(0, size - 1)) for size in array.shape)
+    other = array.copy()
+    other[where] += 1
+    (line,) = changed(model_of(w=other), kept)
+    assert line.startswith("w: 1 of ")
+
+
+def test_a_trace_is_the_answer_to_signs_drawn_by_the_name():
+    identity = np.eye(64, dtype=np.float32)
+    signs = keep(identity, "a")
+    assert set(signs) == {-1.0, 1.0}
+    assert not np.array_equal(signs, keep(identity, "b"))
+    rows = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
+    np.testing.assert_allclose(keep(rows, "a"), [math.fsum(row * signs) for row in rows.astype(float)], rtol=1e-6)
+
+
+def test_a_transposed_weight_is_pytorchs_and_a_folded_one_is_left_out():
+    weight = np.arange(6, dtype=np.float32).reshape(2, 3)
+    square = np.arange(4, dtype=np.float32).reshape(2, 2)
+    model = model_of(turned=weight.T.copy(), square=square.T.copy(), folded=weight * 2, unknown=weight)
+    kept = keep_all(model, {"turned": weight, "square": square, "folded": weight, "elsewhere": weight})
+    assert set(kept) == {"turned", "square"}
+    assert changed(model, kept) == []
+
+
+def test_missing_reshaped_scaled_and_nan_tensors_are_named():
+    scale = np.array([1.0, 2.0, 4.0], dtype=np.float32)
+    weight = np.ones((2, 3), dtype=np.float32)
+    kept = keep_all(
+        model_of(s=scale, w=weight, gone=scale, z=scale), {"s": scale, "w": weight, "gone": scale, "z": scale}
+    )
+    broken = np.array([[1, 1, np.nan], [1, 1, 1]], dtype=np.float32)
+    assert changed(model_of(s=scale * 3, w=broken, z=scale[:2]), kept) == [
+        "s: 3 of 3 values are not PyTorch's: 3 times as large",
+        "w: 1 of 2 rows are not PyTorch's",
+        "gone: PyTorch's model has it, the file has no tensor of this name",
+        "z: of shape (2,), which is not that of PyTorch's tensor",
+    ]
