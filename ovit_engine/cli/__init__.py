@@ -3,7 +3,9 @@
 from ovit_engine.cli.bench import bench
 from ovit_engine.cli.export import export
 from ovit_engine.cli.group import OvitGroup
+from ovit_engine.cli.lint import lint
 from ovit_engine.cli.oneshot import oneshot
+from ovit_engine.cli.pack import pack, unpack
 from ovit_engine.cli.recipes import recipes
 from ovit_engine.cli.show import show
 from ovit_engine.cli.sweep import sweep
@@ -14,6 +16,20 @@ from ovit_engine.cli.verify_resume import verify_resume
 
 main = OvitGroup(
     name="ovit",
-    commands=[validate, show, oneshot, train, sweep, export, verify, verify_resume, bench, recipes],
+    commands=[
+        validate,
+        show,
+        lint,
+        oneshot,
+        train,
+        sweep,
+        export,
+        verify,
+        verify_resume,
+        bench,
+        pack,
+        unpack,
+        recipes,
+    ],
     help="Compress PyTorch models by recipe: prune, train int8, export a verified ONNX file.",
 )

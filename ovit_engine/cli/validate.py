@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ovit_engine.engine import Engine
-    from ovit_engine.recipe import Training
+    from ovit_engine.recipe import Recipe, Training
 
 STEPS_PER_EPOCH = 100
 
@@ -48,18 +48,30 @@ def validate(
             list(modifier.timeline(clock))  # times past the end
         console.print(f"{read.name}: ok; --model NAME checks its targets")
         return
+    engine = prepared(read, model, model_args, epochs=epochs, steps_per_epoch=steps_per_epoch)
+    _print_matches(console, engine)
+    console.print(f"{read.name}: ok on {engine.recipe.training.model}")
+
+
+def prepared(
+    recipe: "Recipe",
+    model: str | None,
+    model_args: tuple[tuple[str, Any], ...],
+    *,
+    epochs: int | None = None,
+    steps_per_epoch: int = STEPS_PER_EPOCH,
+) -> "Engine":
+    """An engine of the recipe on an empty model: the recipe's own, or another by name."""
     from ovit_engine.engine import Engine
     from ovit_engine.integrations.timm import with_training
 
     args = options.as_mapping(model_args)
-    if model is None or model == read.training.model:  # the recipe's arguments go with the recipe's model
-        args = {**read.training.model_args, **args}
-    changed = with_training(read, model=model, model_args=args, epochs=epochs)
-    engine = Engine(
+    if model is None or model == recipe.training.model:  # the recipe's arguments go with the recipe's model
+        args = {**recipe.training.model_args, **args}
+    changed = with_training(recipe, model=model, model_args=args, epochs=epochs)
+    return Engine(
         empty_model(changed.training), changed, steps_per_epoch=steps_per_epoch, epochs=changed.training.epochs
     ).prepare()
-    _print_matches(console, engine)
-    console.print(f"{read.name}: ok on {changed.training.model}")
 
 
 def empty_model(training: "Training") -> "nn.Module":

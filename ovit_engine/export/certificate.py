@@ -23,6 +23,8 @@ class LayerFacts(_Facts):
     name: str
     # the operator that reads it: MatMul, Gemm, Conv ...
     op: str
+    # the name of that operator's node, as other tools' logs have it
+    node: str = ""
     # [out, in, ...], as PyTorch has it, however the file stores it
     shape: tuple[int, ...]
     dtype: str
@@ -91,8 +93,9 @@ class Certificate(_Facts):
     gzip_bytes: int
     # None where the package `zstandard` is not installed
     zstd_bytes: int | None = None
-    # no code that treats each weight alone gets below this: entropy of where the zeros lie and of the other values
-    entropy_bytes: int
+    # all weights of two dimensions and more: as stored, and at the entropy of where zeros lie and of the other values
+    weight_bytes: int
+    weight_entropy_bytes: int
     opset: int
     # name -> shape, a free dimension by its name
     inputs: dict[str, tuple[int | str, ...]]

@@ -50,7 +50,7 @@ def export_model(
 
     Args:
         model: the baked copy; it is moved to the CPU and set to eval mode.
-        path: of the ONNX file. ``<stem>.certificate.json``, ``<stem>.certificate.html`` and ``<stem>.reference.npz`` come
+        path: of the ONNX file. ``<stem>.certificate.json``, the same as ``.html``, and ``<stem>.reference.npz`` come
             beside it.
         example_inputs: one batch (of any size) as the model takes it.
         promise: what the file must be.

@@ -34,6 +34,8 @@ class Weight:
     symmetric: bool | None = None
     # the other operand
     activation: Activation | None = None
+    # name of the node that reads it
+    node: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,8 @@ def read_weights(model: onnx.ModelProto) -> dict[str, Weight]:
                 continue
             flip = _stored_in_out(node, position) != source.transposed
             weight = _read(initializers, source, node.op_type, flip)
-            weights[source.name] = replace(
-                weight, activation=_activation(node.input[1 - position], producers, initializers)
-            )
+            activation = _activation(node.input[1 - position], producers, initializers)
+            weights[source.name] = replace(weight, activation=activation, node=node.name)
             break
     return weights
 
@@ -121,6 +122,7 @@ def _facts(name: str, weight: Weight, rule: GroupRule | TileRule | None) -> Laye
     return LayerFacts(
         name=name,
         op=weight.op,
+        node=weight.node,
         shape=zero.shape,
         dtype=weight.dtype,
         quantized=weight.quantized,

@@ -20,7 +20,7 @@ from ovit_engine.export.machine import int8_note, this_machine, versions
 from ovit_engine.export.parity import WANTED_IMAGES
 from ovit_engine.export.promise import Promise
 from ovit_engine.export.runtime import INTEGER_KERNELS, count_ops, integer_kernels, runtime_graph
-from ovit_engine.export.sizes import entropy_bytes, gzip_size, zstd_size
+from ovit_engine.export.sizes import gzip_size, weight_bytes, zstd_size
 
 _FORMAT = "1"
 
@@ -107,15 +107,17 @@ def measure_file(
     stored = {layer.name: origin.shared_weights.get(layer.name, layer.name) for layer in layers}
     fused = {name: kernels[initializer] for name, initializer in stored.items() if initializer in kernels}
     machine = this_machine()
+    stored_bytes, bound = weight_bytes(model)
     return Certificate(
         file=path.name,
         sha256=hashlib.sha256(content).hexdigest(),
         bytes=len(content),
         gzip_bytes=gzip_size(content),
         zstd_bytes=zstd_size(content),
-        entropy_bytes=entropy_bytes(model, len(content)),
+        weight_bytes=stored_bytes,
+        weight_entropy_bytes=bound,
         opset=next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0),
-        inputs={value.name: _shape(value) for value in model.graph.input},
+        inputs=input_shapes(model),
         outputs={value.name: _shape(value) for value in model.graph.output},
         recipe_name=origin.recipe_name,
         recipe_sha256=origin.recipe_sha256,
@@ -158,6 +160,11 @@ def input_types(model: onnx.ModelProto) -> tuple[list[tuple[int, ...]], list[np.
     kinds = [value.type.tensor_type for value in model.graph.input]
     shapes = [tuple(dim.dim_value for dim in kind.shape.dim) for kind in kinds]
     return shapes, [np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type)) for kind in kinds]
+
+
+def input_shapes(model: onnx.ModelProto) -> dict[str, tuple[int | str, ...]]:
+    """Shape of each input, a free dimension by its name."""
+    return {value.name: _shape(value) for value in model.graph.input}
 
 
 def _shape(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from ovit_engine.export.ampere import READINESS_COLUMNS, from_facts, readiness_row
 from ovit_engine.export.certificate import Certificate
-from ovit_engine.export.report import LAYER_COLUMNS, fact_rows, layer_rows
+from ovit_engine.export.report import LAYER_COLUMNS, fact_rows, has_2_4, layer_rows
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
@@ -38,6 +39,7 @@ def to_html(certificate: Certificate) -> str:
         "</table>",
         f"<h2>Weights ({len(certificate.layers)})</h2>",
         _table(LAYER_COLUMNS, layer_rows(certificate)),
+        *_readiness(certificate),
         "<h2>Operators</h2>",
         _table(("operator", "in the file", "as the runtime runs it"), _operators(certificate)),
         "<h2>Hashes</h2>",
@@ -51,6 +53,16 @@ def to_html(certificate: Certificate) -> str:
         ),
     ]
     return _document(title, "\n".join(parts))
+
+
+def _readiness(certificate: Certificate) -> list[str]:
+    if not has_2_4(certificate):
+        return []
+    return [
+        "<h2>2:4 on sparse tensor cores</h2>",
+        "<p>Rules of shape, type and pattern. Whether a layer is faster for it only a measurement on a GPU says.</p>",
+        _table(READINESS_COLUMNS, [readiness_row(from_facts(layer)) for layer in certificate.pruned]),
+    ]
 
 
 def _operators(certificate: Certificate) -> list[tuple[str, ...]]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ovit_engine.export.ampere import READINESS_COLUMNS, SparseLayer, TensorRTChoice, from_facts, readiness_row
 from ovit_engine.export.certificate import Certificate, Parity
 
 
@@ -19,6 +22,8 @@ def describe(certificate: Certificate) -> RenderableType:
     parts: list[RenderableType] = [facts]
     if certificate.promise.layers:
         parts += [Text(), _layers(certificate)]
+    if has_2_4(certificate):
+        parts += [Text(), readiness_table([from_facts(layer) for layer in certificate.pruned])]
     parts += [Text(f"note: {note}", style="yellow") for note in certificate.notes]
     return Group(*parts)
 
@@ -62,6 +67,25 @@ def _layers(certificate: Certificate) -> Table:
     return table
 
 
+def has_2_4(certificate: Certificate) -> bool:
+    """Whether the recipe promises the pattern of sparse tensor cores anywhere."""
+    return any(layer.pattern == "2:4" for layer in certificate.promise.layers)
+
+
+def readiness_table(layers: Iterable[SparseLayer], choice: TensorRTChoice | None = None) -> Table:
+    """Which layers sparse tensor cores can take, a row each; with ``choice`` also what TensorRT did with them."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    columns = [*READINESS_COLUMNS[:-1], *(["TensorRT"] if choice else [])]
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    table.add_column(READINESS_COLUMNS[-1])
+    for layer in layers:
+        *cells, verdict = readiness_row(layer)
+        cells += [choice.of(layer.node)] if choice else []
+        table.add_row(*(Text(cell) for cell in (*cells, verdict)))
+    return table
+
+
 LAYER_COLUMNS = ("weight", "shape", "type", "kernel", "pattern", "zeros")
 
 
@@ -89,7 +113,10 @@ def sizes_text(certificate: Certificate) -> str:
     parts = [size_text(certificate.bytes), f"{size_text(certificate.gzip_bytes)} by gzip"]
     if certificate.zstd_bytes is not None:
         parts.append(f"{size_text(certificate.zstd_bytes)} by zstd")
-    return ", ".join([*parts, f"{size_text(certificate.entropy_bytes)} by the entropy of its weights"])
+    weights = (
+        f"weights {size_text(certificate.weight_bytes)}, by their entropy {size_text(certificate.weight_entropy_bytes)}"
+    )
+    return f"{', '.join(parts)}; {weights}"
 
 
 def parity_text(parity: Parity) -> str:

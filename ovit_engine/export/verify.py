@@ -37,7 +37,8 @@ _EXACT = (
     "recipe_sha256",
     "promise",
     "preprocessing",
-    "entropy_bytes",
+    "weight_bytes",
+    "weight_entropy_bytes",
     "ops",
     "reference_sha256",
 )

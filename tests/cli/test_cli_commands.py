@@ -23,7 +23,20 @@ def ok(result: Result) -> list[str]:
 def test_help_names_the_commands_in_the_order_of_work(ovit: Ovit) -> None:
     lines = ok(ovit("--help"))
     commands = [line.split()[0] for line in lines[lines.index("Commands:") + 1 :]]
-    assert commands == ["validate", "show", "oneshot", "train", "sweep", "export", "verify", "bench", "recipes"]
+    assert commands == [
+        "validate",
+        "show",
+        "lint",
+        "oneshot",
+        "train",
+        "sweep",
+        "export",
+        "verify",
+        "bench",
+        "pack",
+        "unpack",
+        "recipes",
+    ]
 
 
 def test_validate_counts_what_targets_match(ovit: Ovit) -> None:

@@ -1,0 +1,122 @@
+"""ovit lint: which layers the sparse tensor cores of a GPU can take."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ovit_engine.cli import options
+
+if TYPE_CHECKING:
+    from ovit_engine.engine import Engine
+    from ovit_engine.export.ampere import SparseLayer, TensorRTChoice
+
+UNMEASURED = "rules only: whether 2:4 makes a layer faster, no one knows before it is measured on the GPU"
+
+
+@click.command(short_help="Tell which layers 2:4 can speed up on a GPU.")
+@click.argument("target", metavar="RECIPE|FILE.onnx")
+@click.option(
+    "--trt-log", type=click.Path(path_type=Path), help="What trtexec --verbose printed: adds what TensorRT chose."
+)
+@options.model
+@options.model_args
+@options.variables
+def lint(
+    target: str,
+    trt_log: Path | None,
+    model: str | None,
+    model_args: tuple[tuple[str, Any], ...],
+    variables: tuple[tuple[str, Any], ...],
+) -> None:
+    """Tell of each layer of a file or of a recipe's model whether NVIDIA's sparse tensor cores can take it, or why not.
+
+    For a file also the trtexec line that builds it, and with --trt-log what TensorRT chose.
+    """
+    from rich.console import Console
+
+    from ovit_engine.export.ampere import total_line, trtexec_line
+    from ovit_engine.export.report import readiness_table
+
+    is_file = Path(target).suffix == ".onnx"
+    if trt_log is not None and not is_file:
+        raise click.UsageError("--trt-log goes with the ONNX file that trtexec read")
+    lines = []
+    if is_file:
+        layers, inputs = of_file(Path(target))
+        lines.append(trtexec_line(target, inputs, int8=any(layer.weight == "INT8" for layer in layers)))
+    else:
+        from ovit_engine.cli.validate import prepared
+        from ovit_engine.recipe import Recipe
+
+        layers = list(of_recipe(prepared(Recipe.load(target, **options.as_mapping(variables)), model, model_args)))
+    console = Console(highlight=False)
+    console.print(readiness_table(layers, None if trt_log is None else _choice(trt_log)))
+    for line in (total_line(layers), UNMEASURED, *lines):
+        console.print(line, soft_wrap=True)
+
+
+def _choice(log: Path) -> "TensorRTChoice":
+    from ovit_engine.export.ampere import read_trt_log
+
+    try:
+        return read_trt_log(log.read_text(errors="replace"))
+    except ValueError as error:
+        raise ValueError(f"{str(log)!r}: {error}") from None
+
+
+def of_file(path: Path) -> "tuple[list[SparseLayer], dict[str, tuple[int | str, ...]]]":
+    """The layers of any ONNX file with their weights measured, and its inputs."""
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    from ovit_engine.export import Promise
+    from ovit_engine.export.ampere import from_facts
+    from ovit_engine.export.graph import measure_layers
+    from ovit_engine.export.measure import input_shapes
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        model = onnx.load(path)
+    except DecodeError:
+        raise ValueError(f"{str(path)!r} is no ONNX file") from None
+    return [from_facts(facts) for facts in measure_layers(model, Promise(), {})], input_shapes(model)
+
+
+def of_recipe(engine: "Engine") -> "Iterable[SparseLayer]":
+    """The Linear and Conv2d layers of a prepared engine as they will be in the file."""
+    import torch
+    from torch import nn
+
+    from ovit_engine.export.ampere import SparseLayer, group_count
+    from ovit_engine.pattern import NM
+    from ovit_engine.quant import FakeQuantize
+    from ovit_engine.targets import clean_name, find_slots
+
+    sparse: set[str] = set()
+    for modifier in engine.modifiers:
+        pattern = getattr(modifier, "pattern", None)
+        if isinstance(pattern, NM) and pattern.group == 4 and pattern.keep <= 2:
+            sparse |= {slot.name for slot in find_slots(engine.model, getattr(modifier, "targets", None) or [])}
+    types = {torch.int8: "INT8", torch.uint8: "UINT8"}
+    for path, module in engine.model.named_modules():
+        if not isinstance(module, (nn.Linear, nn.Conv2d)):
+            continue
+        name, shape = clean_name(f"{path}.weight".lstrip(".")), module.weight.shape
+        weight, activation = (getattr(module, f"{kind}_quantizer", None) for kind in ("weight", "input"))
+        grid = weight.grid if isinstance(weight, FakeQuantize) else None
+        seen = activation.grid if isinstance(activation, FakeQuantize) else None
+        fits = shape[1] % 4 == 0
+        yield SparseLayer(
+            name=name,
+            out=shape[0],
+            k=shape[1],
+            weight="FLOAT" if grid is None else types[grid.dtype],
+            activation=None if seen is None else types[seen.dtype],
+            weight_symmetric=grid is None or grid.symmetric,
+            activation_symmetric=seen is None or seen.symmetric,
+            broken=None if not fits else 0 if name in sparse else group_count(shape),
+            groups=group_count(shape),
+        )
