@@ -90,6 +90,7 @@ class Certificate(_Facts):
     file: str
     sha256: str
     bytes: int
+    # by gzip -6 and zstd -12
     gzip_bytes: int
     # None where the package `zstandard` is not installed
     zstd_bytes: int | None = None

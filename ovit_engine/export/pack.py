@@ -41,6 +41,7 @@ class Sizes:
     """Bytes of one file in each form."""
 
     raw: int
+    # by gzip -9 and zstd -19
     gzip: int
     # None where the package `zstandard` is not installed
     zstd: int | None
@@ -74,8 +75,8 @@ def pack_file(path: str | Path, output: str | Path | None = None) -> Sizes:
     bits = sum(entropy_bits(words) for name, _, words in _initializers(content) if name in names)
     return Sizes(
         raw=len(content),
-        gzip=gzip_size(content),
-        zstd=zstd_size(content),
+        gzip=gzip_size(content, level=9),
+        zstd=zstd_size(content, level=19),
         bitmask=sum(stream["bytes"] for stream in streams.values()),
         packed=len(packed),
         bound=len(packed) - streams["mask"]["stored"] - streams["values"]["stored"] + math.ceil(bits / 8),
@@ -225,9 +226,8 @@ def _join(tensors: Iterable[tuple[str, int, int, int, int, int]], streams: Mappi
         length = int(is_other.sum()) * size
         elements = np.full(count, background, _WORDS[size])
         elements[is_other] = np.frombuffer(values[:length], _WORDS[size])
-        if columns:
-            elements = elements.reshape(columns, -1).T
-        parts += [rest[:before], elements.tobytes()]
+        by_rows = elements.reshape(columns, -1).T if columns else elements
+        parts += [rest[:before], by_rows.tobytes()]
         rest, mask, values = rest[before:], mask[width:], values[length:]
         written = start + elements.nbytes
     return b"".join([*parts, rest])

@@ -92,7 +92,7 @@ LAYER_COLUMNS = ("weight", "shape", "type", "kernel", "pattern", "zeros")
 def layer_rows(certificate: Certificate) -> list[tuple[str, ...]]:
     """A row of LAYER_COLUMNS for each weight of the file."""
     patterns = {layer.name: layer.pattern for layer in certificate.promise.layers}
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for layer in certificate.layers:
         pattern = patterns.get(layer.name, "-")
         rows.append(
@@ -113,10 +113,8 @@ def sizes_text(certificate: Certificate) -> str:
     parts = [size_text(certificate.bytes), f"{size_text(certificate.gzip_bytes)} by gzip"]
     if certificate.zstd_bytes is not None:
         parts.append(f"{size_text(certificate.zstd_bytes)} by zstd")
-    weights = (
-        f"weights {size_text(certificate.weight_bytes)}, by their entropy {size_text(certificate.weight_entropy_bytes)}"
-    )
-    return f"{', '.join(parts)}; {weights}"
+    stored, bound = size_text(certificate.weight_bytes), size_text(certificate.weight_entropy_bytes)
+    return f"{', '.join(parts)}; weights {stored}, at their entropy {bound}"
 
 
 def parity_text(parity: Parity) -> str:

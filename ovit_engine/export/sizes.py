@@ -10,32 +10,32 @@ import onnx
 
 from ovit_engine.export.graph import to_array
 
-# the settings that certificates are compared under
-_GZIP_LEVEL = 9
-_ZSTD_LEVEL = 19
+# of certificates: the highest levels take ten times as long for a few percent
+GZIP_LEVEL = 6
+ZSTD_LEVEL = 12
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _GROUP = 4
 
 
-def gzip_size(content: bytes) -> int:
-    """Bytes after gzip -9."""
-    return len(gzip.compress(content, compresslevel=_GZIP_LEVEL, mtime=0))
+def gzip_size(content: bytes, level: int = GZIP_LEVEL) -> int:
+    """Bytes after gzip."""
+    return len(gzip.compress(content, compresslevel=level, mtime=0))
 
 
-def zstd_size(content: bytes) -> int | None:
-    """Bytes after zstd -19; None where the package ``zstandard`` is not installed."""
+def zstd_size(content: bytes, level: int = ZSTD_LEVEL) -> int | None:
+    """Bytes after zstd; None where the package ``zstandard`` is not installed."""
     try:
         import zstandard
     except ModuleNotFoundError:
         return None
-    return len(zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(content))
+    return len(zstandard.ZstdCompressor(level=level).compress(content))
 
 
 def position_bits(is_other: np.ndarray) -> float:
     """Bits that the places of True in a bool array take at the least.
 
-    Each element for itself they take n * H(share). In groups of four neighbours along some axis they take the entropy of
-    the group's pattern, which for 2:4 is log2(6) a group and not 4: the least of these counts.
+    Each element for itself they take n * H(share). In groups of four neighbours along some axis they take the entropy
+    of the group's pattern, which for 2:4 is log2(6) a group and not 4: the least of these counts.
     """
     bits = [_entropy(np.array([is_other.sum(), (~is_other).sum()]))]
     for axis, size in enumerate(is_other.shape):

@@ -80,7 +80,7 @@ def contradictions(recipe_text: str, promise: Promise, layers: Sequence[LayerFac
     pruners = [step for step in steps if step.prunes]
     quantizers = [step for step in steps if step.name == "quantize"]
     promised = {layer.name: layer for layer in promise.layers}
-    found = []
+    found: list[str] = []
     if not has_unknown:
         found += _unasked(pruners, quantizers, promised, layers)
     found += _patterns(pruners, promised.values())

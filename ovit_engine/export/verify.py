@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from pydantic import ValidationError
 
 from ovit_engine.export.certificate import (
     Accuracy,
@@ -222,8 +223,16 @@ def _read_certificate(path: Path) -> Certificate:
     try:
         return Certificate.from_json(path.read_text())
     except ValueError as error:
-        reason = str(error).splitlines()[0]
+        reason = _reason(error)
         raise VerificationError("cannot verify", [f"{path.name} is not a certificate: {reason}"]) from error
+
+
+def _reason(error: ValueError) -> str:
+    """What pydantic has against a text, in a line: the first fields it names."""
+    if not isinstance(error, ValidationError):
+        return str(error).splitlines()[0]
+    faults = [(".".join(map(str, fault["loc"])), fault["msg"]) for fault in error.errors()]
+    return "; ".join(f"{where}: {what}" if where else what for where, what in faults[:3])
 
 
 def _read_reference(path: Path) -> tuple[Reference, str]:

@@ -102,7 +102,7 @@ def test_the_digits_vit_is_smaller_than_by_gzip_and_runs_from_the_packed_file(vi
     assert load_packed(output) == content
     assert sizes.raw == len(content)
     assert sizes.packed == output.stat().st_size
-    assert sizes.gzip == len(gzip.compress(content, 9, mtime=0)) == vit.certificate.gzip_bytes
+    assert sizes.gzip == len(gzip.compress(content, 9, mtime=0))
     assert sizes.bound < sizes.packed < sizes.gzip < sizes.raw
     images = {"input": digits[0][:4].numpy()}
     ours, theirs = (onnxruntime.InferenceSession(file).run(None, images)[0] for file in (load_packed(output), vit.path))

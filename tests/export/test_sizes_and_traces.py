@@ -76,9 +76,9 @@ def test_positions_of_two_of_four_take_the_logarithm_of_six_a_group():
 
 def test_gzip_and_zstd_are_the_real_ones():
     content = b"abc" * 1000
-    assert gzip_size(content) == len(gzip.compress(content, 9, mtime=0))
+    assert gzip_size(content) == len(gzip.compress(content, 6, mtime=0))
     zstandard = pytest.importorskip("zstandard")
-    assert zstd_size(content) == len(zstandard.ZstdCompressor(level=19).compress(content))
+    assert zstd_size(content) == len(zstandard.ZstdCompressor(level=12).compress(content))
 
 
 def test_without_zstandard_there_is_no_number(monkeypatch):
