@@ -10,7 +10,16 @@ import click
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="The ONNX file to write.")
 @click.option("--data", help="What parity and accuracy are measured on; the run's own data if left out.")
 @click.option("--data-root", type=click.Path(path_type=Path), help="Where downloaded datasets are kept.")
-def export(checkpoint: Path, output: Path, data: str | None, data_root: Path | None) -> None:
+@click.option(
+    "--baseline",
+    "baselines",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="ONNX file to measure latency against, for the certificate: the dense float file, the dense int8 file.",
+)
+def export(
+    checkpoint: Path, output: Path, data: str | None, data_root: Path | None, baselines: tuple[Path, ...]
+) -> None:
     """Write the ONNX file of a finished run and its certificate. CHECKPOINT is a run's folder or a .pt file of it."""
     import torch
     from torch.utils.data import DataLoader
@@ -20,6 +29,9 @@ def export(checkpoint: Path, output: Path, data: str | None, data_root: Path | N
 
     if not output.absolute().parent.is_dir():
         raise FileNotFoundError(f"no folder {str(output.parent)!r} to write {output.name!r} to")
+    for baseline in baselines:
+        if not baseline.is_file():
+            raise FileNotFoundError(f"no such file: {baseline}")
     run = restore(checkpoint)
     if not run.engine.finished:
         epochs = run.engine.recipe.training.epochs
@@ -33,4 +45,8 @@ def export(checkpoint: Path, output: Path, data: str | None, data_root: Path | N
         data=DataLoader(images.val, batch_size=64),
         preprocessing=run.preprocessing,
     )
+    if baselines:
+        from ovit_engine.export.latency import add_latency
+
+        certificate = add_latency(output, baselines)
     certificate.render()

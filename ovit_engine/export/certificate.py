@@ -74,6 +74,26 @@ class Accuracy(_Facts):
     pytorch: float
 
 
+class Latency(_Facts):
+    """One file at one batch size on the certificate's machine; seconds a batch."""
+
+    file: str
+    batch_size: int
+    threads: int
+    # paired rounds, in each of which file and baseline ran in turn
+    rounds: int
+    median: float
+    # quartiles
+    low: float
+    high: float
+    # images a second at the median
+    throughput: float
+    # None for the baseline itself
+    baseline: str | None
+    # how many times faster or slower with its 95 % interval, or that it lies within the noise
+    verdict: str | None
+
+
 class Machine(_Facts):
     """Where the runtime's kernels were chosen."""
 
@@ -121,6 +141,8 @@ class Certificate(_Facts):
     # on the images stored in the reference, where these are not all
     parity_stored: Parity | None = None
     accuracy: Accuracy | None = None
+    # measured when asked (``latency.add_latency``); what else stands here is measured again by ``verify``
+    latency: tuple[Latency, ...] = ()
 
     machine: Machine
     versions: dict[str, str]

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ovit_engine.export.ampere import READINESS_COLUMNS, SparseLayer, TensorRTChoice, from_facts, readiness_row
-from ovit_engine.export.certificate import Certificate, Parity
+from ovit_engine.export.certificate import Certificate, Latency, Parity
 
 
 def describe(certificate: Certificate) -> RenderableType:
@@ -49,6 +49,7 @@ def fact_rows(certificate: Certificate) -> list[tuple[str, str]]:
         rows.append(("accuracy", f"{hits.file:.2%} top-1, PyTorch {hits.pytorch:.2%} ({hits.images} images)"))
     if certificate.preprocessing:
         rows.append(("preprocessing", ", ".join(f"{key} {value}" for key, value in certificate.preprocessing.items())))
+    rows += [("latency", _latency(row)) for row in certificate.latency]
     machine = certificate.machine
     rows.append(("machine", f"{machine.cpu}, {machine.cores} cores, int8: {' '.join(machine.int8) or 'none'}"))
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in certificate.versions.items())))
@@ -124,6 +125,14 @@ def parity_text(parity: Parity) -> str:
         f"{parity.agreement:.2%} same argmax as PyTorch on {parity.images} {source} "
         f"(95 % interval {parity.agreement_low:.2%} to {parity.agreement_high:.2%}), "
         f"cosine {parity.cosine:.5f}, largest error {parity.max_error:.2%} of the largest logit"
+    )
+
+
+def _latency(row: Latency) -> str:
+    against = "" if row.baseline is None else f", {row.verdict} against {row.baseline}"
+    return (
+        f"{row.file}: {row.median * 1e3:.3f} ms ({row.low * 1e3:.3f}-{row.high * 1e3:.3f}) a batch of {row.batch_size}"
+        f", {row.throughput:.0f} images/s, {row.threads} thread(s){against}"
     )
 
 

@@ -163,6 +163,9 @@ def test_export_verify_and_bench(ovit: Ovit, finished_run: Path) -> None:
     ]
     rows = json.loads(Path("b.json").read_text())["rows"]
     assert [(row["path"], row["batch_size"]) for row in rows[:2]] == [("other.onnx", 1), ("model.onnx", 1)]
+    gone = ovit("export", finished_run, "--output", "new.onnx", "--baseline", "none.onnx")
+    assert (gone.exit_code, gone.stderr) == (1, "ovit: error: no such file: none.onnx\n")
+    assert not Path("new.onnx").exists()
     Path("model.certificate.json").unlink()
     gone = ovit("verify", "model.onnx")
     assert gone.exit_code == 1
