@@ -63,7 +63,7 @@ def describe(error: Exception) -> str:
 
 
 def _tell_error(message: str, findings: Sequence[str] = ()) -> None:
-    """One line on stderr, and one for each finding; where torchrun started several processes, that of the first to fail."""
+    """One line on stderr and one a finding; where torchrun started several processes, of the first to fail."""
     if _rank() is not None:
         from ovit_engine.integrations.processes import first_to_fail
 
