@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 UNMEASURED = "rules only: whether 2:4 makes a layer faster, no one knows before it is measured on the GPU"
 
 
-@click.command(short_help="Tell which layers 2:4 can speed up on a GPU.")
+@click.command(short_help="Tell which layers sparse tensor cores can take.")
 @click.argument("target", metavar="RECIPE|FILE.onnx")
 @click.option(
     "--trt-log", type=click.Path(path_type=Path), help="What trtexec --verbose printed: adds what TensorRT chose."
