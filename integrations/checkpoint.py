@@ -94,6 +94,16 @@ def last_whole(folder: Path) -> Path | None:
     return None
 
 
+def set_aside(file: Path) -> None:
+    """Rename a checkpoint if it is damaged, so that the next one saved does not keep it as the previous one."""
+    try:
+        load_checkpoint(file)
+    except FileNotFoundError:
+        return
+    except ValueError:
+        os.replace(file, file.with_name("damaged.pt"))
+
+
 def clear_leftovers(folder: Path) -> None:
     """Remove the hidden files that a killed process of this run left: it is resumed, so nobody is at them."""
     for name in (LAST, PREVIOUS, METRICS):

@@ -21,7 +21,14 @@ from ovit_engine.calibration import Calibration
 from ovit_engine.engine import Engine
 from ovit_engine.integrations.augmentation import PRESETS, make_mixup, with_preset
 from ovit_engine.integrations.batches import SeededItems, TrainingBatches, part_size, worker_errors
-from ovit_engine.integrations.checkpoint import LAST, clear_leftovers, load_checkpoint, load_weights, save_checkpoint
+from ovit_engine.integrations.checkpoint import (
+    LAST,
+    clear_leftovers,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    set_aside,
+)
 from ovit_engine.integrations.data import ImageData, load_data, model_data_config
 from ovit_engine.integrations.evaluation import evaluate
 from ovit_engine.integrations.models import make_model, model_name, with_classes
@@ -183,6 +190,7 @@ class Trainer:
         self.within = Within(loop["step"], loop["loss"].to(self.device), loop["seconds"])
         if self.processes.leads:
             clear_leftovers(self.output)
+            set_aside(self.output / LAST)
 
     def fit(self, progress: Progress) -> Trained:
         if self.processes.leads:

@@ -61,6 +61,9 @@ class MaskingModifier(Modifier):
                 )
 
     def attach(self, run: Run) -> None:
+        lost = [slot.name for slot in self._slots if self._done >= 0 and run.masks.get(slot.name) is None]
+        if lost:
+            raise self.error(f"half a state was loaded: it acted at step {self._done}, and {lost[0]!r} has no mask")
         self._act(run)
 
     def step_end(self, run: Run) -> None:

@@ -78,7 +78,7 @@ class GradientPruningModifier(PruningModifier):
                 f"{self.name}: no calibration was given, so the gradients of at most {self.window} training steps "
                 "before each pruning step are used: larger batches at moving weights, with dropout. The published "
                 "method is attach(optimizer, calibration=Calibration(loader, loss_fn))",
-                stacklevel=4,
+                stacklevel=5,
             )
         if ahead:
             self.check_memory(run)

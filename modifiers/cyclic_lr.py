@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 from pydantic import Field, PositiveFloat, PrivateAttr, model_validator
@@ -85,6 +86,12 @@ class CyclicLR(Modifier):
                 raise self.error("the optimizer's first group has learning rate 0: groups keep their ratios to it")
             self._reference = reference
             self._ratios = [[rate / reference for rate in groups] for groups in rates]
+        saved = [len(groups) for groups in self._ratios]
+        present = [len(optimizer.param_groups) for optimizer in run.optimizers]
+        if len(saved) != len(present) or any(a > b for a, b in zip(saved, present, strict=True)):
+            raise self.error(
+                f"the state that was loaded is of optimizers with {saved} parameter groups, here they have {present}"
+            )
 
     def pre_step(self, run: Run) -> None:
         if not self._span[0] <= run.step < self._span[1]:
@@ -117,11 +124,13 @@ class CyclicLR(Modifier):
     def _check_rival(self, run: Run) -> None:
         if self._warned or not self._written:
             return
-        found = [[_number(group["lr"]) for group in optimizer.param_groups] for optimizer in run.optimizers]
-        if found != self._written:
+        found = [_number(group["lr"]) for optimizer in run.optimizers for group in optimizer.param_groups]
+        pairs = zip(chain.from_iterable(self._written), found, strict=True)
+        before, now = next(((before, now) for before, now in pairs if before != now), (0.0, 0.0))
+        if before != now:
             warnings.warn(
-                f"{self.name}: something else changed the learning rate from {self._written[0][0]:g} to "
-                f"{found[0][0]:g} (a scheduler?); the recipe's value is used at every step",
+                f"{self.name}: something else changed the learning rate from {before:g} to {now:g} (a scheduler?); "
+                "the recipe's value is used at every step",
                 stacklevel=7,
             )
             self._warned = True

@@ -19,6 +19,7 @@ from ovit_engine.event import Event
 from ovit_engine.guards import (
     check_arguments,
     check_claims,
+    check_copy,
     check_device,
     check_parameters,
     check_supported,
@@ -163,11 +164,11 @@ class Engine:
         self._device = next((parameter.device for parameter in self.model.parameters()), None)
         self.run.optimizers = optimizers
         self.run.calibration = calibration
-        self._ema = None if ema is None else unwrapped(ema)
+        self._ema = None if ema is None else check_copy(unwrapped(ema), self.model)
         if self.sweep is not None:
             self.sweep.start(self._snapshot, evaluate)
         self.run.masks.place()
-        self.run.masks.project()
+        self.run.masks.check_weights()
         self._change(Event.ATTACH)
         self._watch = StepWatch(optimizers[0], self.run.steps_per_epoch)
         hooks = StepHooks(self.run, write=self._write, begin=partial(self._fire, Event.STEP_BEGIN), end=self._end_step)
@@ -353,14 +354,15 @@ class Engine:
     def _write(self) -> None:
         """A step is about to be applied, and its closure, if any, was not called yet."""
         if self._watch is not None:
-            self._watch.remove()
-            self._watch = None
+            self._watch.begin_step()
         check_device(self.model, self._device)
         for modifier in self.modifiers:
             modifier.pre_step(self.run)
 
     def _end_step(self) -> None:
         self.run.step += 1
+        if self._watch is not None:
+            self._watch.end_step()
         for log_rates, every in self._rate_logs:
             if self.run.step % every == 0:
                 log_rates(learning_rates(self.run.optimizers), self.run.step)

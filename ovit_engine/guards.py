@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from ovit_engine.calibration import Calibration
 from ovit_engine.modifier import Claim, Modifier
 from ovit_engine.sharding import is_sharded, sharded_modules
+from ovit_engine.targets import clean_name, unwrapped
 
 
 def check_arguments(
@@ -138,6 +139,18 @@ def _is_of_deepspeed(kind: type) -> bool:
 def nests(optimizer: Optimizer) -> bool:
     """Whether `step` may call that of a base class, which then fires the hooks again: torch patches `step` by class."""
     return any(getattr(vars(base).get("step"), "hooked", False) for base in type(optimizer).__mro__[1:])
+
+
+def check_copy(copy: nn.Module, model: nn.Module) -> nn.Module:
+    """`copy`, if it has all that `model` has; ValueError for a copy of another model, or of before `prepare`."""
+    shapes = {clean_name(name): tensor.shape for name, tensor in copy.state_dict().items()}
+    for name, tensor in unwrapped(model).state_dict().items():
+        found = shapes.get(clean_name(name))
+        if found is None:
+            raise ValueError(f"the EMA copy lacks {name!r}, which the model has: make the copy after engine.prepare()")
+        if found != tensor.shape:
+            raise ValueError(f"{name!r} of the EMA copy is {list(found)}, of the model {list(tensor.shape)}")
+    return copy
 
 
 def check_claims(claims: list[tuple[Modifier, Claim]]) -> None:

@@ -1,7 +1,9 @@
 """What the engine hangs on a user's optimizer, closure and criterion."""
 
 import inspect
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +16,8 @@ from ovit_engine.modifier import Run
 
 if TYPE_CHECKING:
     from ovit_engine.engine import Engine
+
+_WRAPPER = inspect.getsourcefile(Optimizer)  # where torch wraps `step`
 
 
 class StepHooks:
@@ -32,6 +36,7 @@ class StepHooks:
         self._run, self._write, self._begin, self._end = run, write, begin, end
         self._skipped = False
         self._depth = 0  # of calls of `step` inside one another
+        self._outermost: FrameType | None = None
 
     def register(self, optimizer: Optimizer) -> list[RemovableHandle]:
         """Hang both on `optimizer`."""
@@ -47,9 +52,12 @@ class StepHooks:
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if nests(optimizer):
+            if self._depth and not _runs(self._outermost):  # a step that raised never came to its end
+                self._depth = 0
             self._depth += 1
             if self._depth > 1:
                 return None
+            self._outermost = _step_frame()
         # A fused optimizer steps under GradScaler even when it will skip, with gradients still scaled.
         found_inf = getattr(optimizer, "found_inf", None)
         self._skipped = found_inf is not None and bool(found_inf)
@@ -70,8 +78,25 @@ class StepHooks:
             self._depth -= 1
             if self._depth:
                 return
+            self._outermost = None
         if not self._skipped:
             self._end()
+
+
+def _step_frame() -> FrameType | None:
+    """The call of `step` that fires the present hook; None where torch does not call it from its own wrapper."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != _WRAPPER:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame
+
+
+def _runs(call: FrameType | None) -> bool:
+    """Whether a call is not over yet, as far as can be told."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not call:
+        frame = frame.f_back
+    return call is None or frame is call
 
 
 class MaskedClosure:

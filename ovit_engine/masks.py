@@ -40,12 +40,15 @@ class Masks:
                 f"mask of {slot.name!r} must be boolean of shape {tuple(slot.tensor.shape)}, "
                 f"not {mask.dtype} of {tuple(mask.shape)}"
             )
+        self._put(slot, mask, pattern)
+        self.project([slot.name])
+
+    def _put(self, slot: Slot, mask: Tensor, pattern: Spelling) -> None:
         self._slots[slot.name] = slot
         self._whole[slot.name] = mask.detach().clone()
         self._patterns[slot.name] = pattern
         self._place(slot)
         self.changed = True
-        self.project([slot.name])
 
     def place(self) -> None:
         """Follow the weights to where they are now: a state is loaded before the model is sharded, or moves."""
@@ -124,8 +127,18 @@ class Masks:
         for name, packed in state.items():
             _check_packed(name, packed, slots[name].tensor.shape)
         self._slots, self._pruned, self._bits, self._whole, self._patterns = {}, {}, {}, {}, {}
-        for name, packed in state.items():
-            self.set(slots[name], _unpack(packed).to(slots[name].tensor.device), packed["pattern"])
+        for name, packed in state.items():  # not projected: weights that are none of a pruned model are told later
+            self._put(slots[name], _unpack(packed).to(slots[name].tensor.device), packed["pattern"])
+
+    def check_weights(self) -> None:
+        """Raise RuntimeError where a pruned weight is not zero: the model's state was not loaded with the masks."""
+        for name, pruned in self._pruned.items():
+            weight = local_part(self._slots[name].tensor)
+            if not weight.is_meta and bool(weight[pruned].any()):
+                raise RuntimeError(
+                    f"the masks that were loaded prune {name!r}, whose weights are not zero there: call "
+                    "model.load_state_dict(...) between engine.load_state_dict(...) and engine.attach(optimizer)"
+                )
 
 
 def _kept_bits(pruned: Tensor, weight: Tensor) -> Tensor | None:

@@ -185,7 +185,7 @@ class Modifier(BaseModel):
                 f"{self.name}: training ended before {what}: {seen}. steps_per_epoch counts optimizer steps: divide "
                 "len(loader) by gradient accumulation, and attach the optimizer that the loop steps"
             )
-        warnings.warn(f"{self.name}: {seen} (skipped steps?); {what} is done now", stacklevel=4)
+        warnings.warn(f"{self.name}: {seen} (skipped steps?); {what} is done now", stacklevel=6)
 
     def check_end(self, clock: Clock, step: int, option: str) -> None:
         """Raise a RecipeError where `step`, read from `option`, lies past the end of training."""

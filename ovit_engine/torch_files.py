@@ -33,7 +33,8 @@ def load_file(path: Path, *, lazily: bool = False) -> Any:
     except pickle.UnpicklingError as error:  # torch's own words advise to load it unsafely
         raise ValueError(f"{str(path)!r} is damaged, or no checkpoint") from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} is damaged, or no checkpoint: {first_line(error)}") from error
+        reason = first_line(error).partition(" This is an internal miniz error")[0]
+        raise ValueError(f"{str(path)!r} is damaged, or no checkpoint: {reason}") from error
 
 
 def first_line(error: Exception) -> str:

@@ -43,6 +43,15 @@ def test_optimizers_of_deepspeed_are_refused_but_for_its_plain_ones() -> None:
     assert engine.attach(fused(model.parameters())).is_attached
 
 
+def test_an_averaged_copy_of_before_the_surgery_is_refused() -> None:
+    model = mlp()
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    engine = Engine(model, recipe("quantize: {start: 2ep}"), steps_per_epoch=10, epochs=4)
+    words = "the EMA copy lacks '0.input_quantizer.*', which the model has: make the copy after engine.prepare"
+    with pytest.raises(ValueError, match=words):
+        engine.attach(torch.optim.SGD(model.parameters(), 0.1), ema=averaged)
+
+
 def test_an_optimizer_without_steps_is_refused() -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -132,6 +132,7 @@ def test_packed_bits_come_back(shape: list[int], seed: int) -> None:
     layer.weight.data.fill_(1.0)
     again = Masks()
     again.load_state_dict(state, layer)
+    again.project()
     found = again.get("weight")
     assert found is not None
     assert torch.equal(found, mask)

@@ -8,8 +8,8 @@ from timm.optim.lookahead import Lookahead
 from torch.optim import SGD, Optimizer
 
 from ovit_engine import Engine
-from ovit_engine.guards import layers_of
-from tests.loops import PRUNE, hooks_on, loss_of, mlp, recipe, zeros, zeros_at
+from ovit_engine.guards import layers_of, nests
+from tests.loops import PRUNE, hooks_on, loss_of, mlp, plain, recipe, zeros, zeros_at
 
 
 class Accelerated(Optimizer):
@@ -123,6 +123,25 @@ def test_sharpness_aware_steps() -> None:
         optimizer.step(evaluate)
         assert (engine.run.step, zeros(model[0])) == (count, zeros_at(count))
     engine.detach()
+
+
+def test_a_step_that_raises_once_does_not_stop_the_clock() -> None:
+    """Out of memory in a closure, or Ctrl-C in a notebook: the nested call's end is never told."""
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    torch.optim.Adam(mlp().parameters())  # torch patches the base class of AdamW: its steps nest from now on
+    assert nests(optimizer)
+    engine = Engine(model, recipe(PRUNE), steps_per_epoch=10, epochs=4).attach(optimizer)
+    plain(model, optimizer)
+
+    def fails() -> float:
+        raise torch.OutOfMemoryError("out of memory")
+
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            optimizer.step(fails)
+        plain(model, optimizer)
+    assert engine.run.step == 3
 
 
 def test_a_second_engine_on_the_optimizer_inside_is_refused() -> None:

@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -216,13 +217,18 @@ def test_the_ratio_of_groups_is_that_of_the_first_start() -> None:
     assert rates == pytest.approx([0.1 - 0.099 * 0.5, (0.1 - 0.099 * 0.5) / 10])
 
 
-def test_masks_of_the_checkpoint_hold_even_where_the_weights_do_not_come_with_it() -> None:
-    saved = Training(PRUNE).attach().train(0, 40).save()
+@pytest.mark.parametrize("when", ["after the masks", "before the masks", "never"])
+def test_masks_without_their_weights_are_refused(when: str) -> None:
+    weights, _, state = read(Training(PRUNE).attach().train(0, 40).save())[:3]
     resumed = Training(PRUNE)
-    resumed.engine.load_state_dict(read(saved)[2])
-    resumed.model.load_state_dict(mlp(1).state_dict())
-    resumed.attach()
-    assert zeros(resumed.model[0]) == 64
+    if when == "before the masks":
+        resumed.model.load_state_dict(weights)
+    resumed.engine.load_state_dict(state)
+    if when == "after the masks":
+        resumed.model.load_state_dict(weights)
+    words = "the masks that were loaded prune '0.weight', whose weights are not zero there: call model.load_state_dict"
+    with pytest.raises(RuntimeError, match=words) if when == "never" else nullcontext():
+        resumed.attach()
 
 
 def test_a_finished_run_is_loaded_as_finished() -> None:

@@ -67,6 +67,7 @@ def train(
     A resumed run needs neither --recipe nor --data: its checkpoint knows them. Where torchrun starts several processes
     (torchrun --nproc-per-node 4 -m ovit_engine train ...), --batch-size is that of all together.
     """
+    from ovit_engine.integrations.checkpoint import LAST, PREVIOUS
     from ovit_engine.integrations.processes import launched
     from ovit_engine.integrations.timm import SILENT, FinishedRunError, with_training
     from ovit_engine.integrations.timm import train as run
@@ -76,6 +77,8 @@ def train(
     if checkpoint is not None and pretrained:
         raise click.UsageError("weights come from --checkpoint or --pretrained, not both")
     start = _resumed(resume, output, recipe)
+    if resume is not None and start is None and recipe is None:
+        raise click.UsageError(f"no checkpoint in {str(output)!r} to go on from: name a --recipe to begin with")
     read, known_data = _recipe_and_data(recipe, start, options.as_mapping(variables))
     data = data or known_data
     if data is None:
@@ -111,6 +114,10 @@ def train(
                 save_every=60 * minutes,
                 progress=SILENT if bars is None else bars.progress(),
             )
+    except KeyboardInterrupt:
+        if leads and any((output / name).exists() for name in (LAST, PREVIOUS)):
+            click.echo(f"stopped; go on with: ovit train --output {output} --resume auto", err=True)
+        raise
     except FinishedRunError as error:
         if resume != "auto":
             raise

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ovit_engine.recipe import Recipe
     from ovit_engine.verify_resume import Verdict
 
+MODEL = "vit_tiny_patch16_224"  # of recipes that name none
 BATCH = 8  # images a step
 CHECKPOINTS = 12  # about as many
 GRADIENTS = 16  # of a pruning step: the fewest of which several may be taken from one backward pass
@@ -30,8 +31,9 @@ SHOWN = 5  # differences
 @click.option(
     "--steps", type=click.IntRange(min=8), default=60, show_default=True, help="Length of training, at least."
 )
-@click.option("--model", help="timm model, taken as it is; the recipe's own, made narrow, if left out.")
+@click.option("--model", help="timm model, taken as it is; if left out the recipe's own, made narrow, or a small ViT.")
 @options.model_args
+@options.epochs
 @options.variables
 def verify_resume(
     recipe: str,
@@ -40,6 +42,7 @@ def verify_resume(
     steps: int,
     model: str | None,
     model_args: tuple[tuple[str, Any], ...],
+    epochs: int | None,
     variables: tuple[tuple[str, Any], ...],
 ) -> None:
     """Verify that a training under RECIPE can be killed at any moment and go on as if nothing had happened.
@@ -55,18 +58,20 @@ def verify_resume(
     from ovit_engine.verify_resume import Job
     from ovit_engine.verify_resume import verify_resume as verify
 
-    read = Recipe.load(recipe, **options.as_mapping(variables))
+    read = with_training(Recipe.load(recipe, **options.as_mapping(variables)), epochs=epochs)
+    if model is None and read.training.model is None:
+        read = with_training(read, model=MODEL)
     is_own = model in (None, read.training.model)  # the recipe's arguments go with the recipe's model
     args = shrink(read.training) if model is None else read.training.model_args if is_own else {}
     small = quick(with_training(read, model=model, model_args={**args, **options.as_mapping(model_args)}))
-    epochs, per_epoch = small.training.epochs, steps_per_epoch(small, steps)
+    per_epoch = steps_per_epoch(small, steps)
     job = Job(
         build=partial(small_setup, small.training, BATCH * per_epoch),
         recipe=small.dump(),
         steps_per_epoch=per_epoch,
-        epochs=epochs,
+        epochs=small.training.epochs,
         batch_size=BATCH,
-        every=max(1, per_epoch * epochs // CHECKPOINTS),
+        every=max(1, per_epoch * small.training.epochs // CHECKPOINTS),
         seed=small.training.seed,
     )
     click.echo(f"{read.name} on {small.training.model}: {job.total_steps} steps, a checkpoint every {job.every}")

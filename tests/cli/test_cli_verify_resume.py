@@ -28,12 +28,12 @@ def test_it_trains_kills_and_tells(ovit: Ovit) -> None:
     [
         (["nope.yaml"], "no recipe file 'nope.yaml'"),
         (["tiny.yaml", "--model", "deit_tyny_patch16_224"], "timm has no model 'deit_tyny_patch16_224'; did you mean"),
-        (["none.yaml"], "no model: name one with --model"),
+        (["late.yaml", "--epochs", "3"], "past the end of training"),
         (["tiny.yaml", "--model-arg", "depth=0"], "matches no parameter of VisionTransformer"),
     ],
 )
 def test_errors_are_one_line(ovit: Ovit, arguments: list[str], words: str) -> None:
-    Path("none.yaml").write_text("modifiers: []")
+    Path("late.yaml").write_text("modifiers: [{quantize: {start: 4ep}}]")
     done = ovit("verify-resume", *arguments)
     assert done.exit_code == 1
     assert words in done.stderr

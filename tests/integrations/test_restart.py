@@ -226,7 +226,11 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(
     assert last_whole(last.parent) == previous
     assert f"going on from {previous}" in caplog.text
     assert caplog.text.count(str(last)) == 1
-    resumed = run(recipe, last.parent, resume=previous)
+    with pytest.raises(KilledError):
+        run(recipe, last.parent, resume=previous, stop_after=7)
+    assert load_checkpoint(previous)["engine"]["step"] == 6  # what was damaged does not take its place
+    assert load_checkpoint(last)["engine"]["step"] == 7
+    resumed = run(recipe, last.parent, resume=last)
     check_same(resumed, run(recipe, tmp_path / "unbroken"))
 
 

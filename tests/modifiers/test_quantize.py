@@ -226,8 +226,9 @@ def test_an_ema_copy_made_before_the_layers_were_is_told_where_to_go() -> None:
     model = mlp()
     average = copy.deepcopy(model)
     engine = Engine(model, recipe("quantize: {}"), steps_per_epoch=4, epochs=1)
+    engine.attach(torch.optim.SGD(model.parameters(), 0.01))
     with pytest.raises(RuntimeError, match=r"made before its layers were: call engine.prepare\(\) before that line"):
-        engine.attach(torch.optim.SGD(model.parameters(), 0.01), ema=average)
+        engine.apply_to(average)
 
 
 @register("interrupts_once")
