@@ -134,7 +134,7 @@ def _sweep(run: RunFolder) -> list[Advice]:
                 Advice(
                     what=f"Take the point at {percent(sparsity)}, or fine-tune the one at {percent(sparser)}.",
                     why=f"Between them {run.sweep.metric} falls from {percent(metric)} to {percent(worse)}: "
-                    "the sparsest step of the sweep that costs this much.",
+                    f"the first step of the sweep that costs {points(_MUCH)} or more.",
                     command=f"ovit sweep {folder} --continue {point_name(sparser)}",
                 )
             ]

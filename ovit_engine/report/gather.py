@@ -176,7 +176,7 @@ def gather(folder: Path, *, onnx: Iterable[Path] = (), benches: Iterable[Path] =
     epochs = problems.tried(lambda: _read_metrics(folder / METRICS)) if (folder / METRICS).is_file() else None
     index = problems.tried(lambda: read_index(folder / SWEEP)) if (folder / SWEEP / INDEX).is_file() else None
     certificates = sorted(folder.glob(f"*{_SUFFIX}")) + sorted((folder / SWEEP).glob(f"*{_SUFFIX}"))
-    named = [certificate_path(path) for path in onnx]
+    named = [certificate_path(path) for path in dict.fromkeys(onnx)]
     files = [problems.tried(lambda path=path: _read_file(path)) for path in certificates if path not in named]  # type: ignore[misc]
     files += [_read_file(path) for path in named]
     speeds, tables = _read_benches(folder, list(benches), problems)
@@ -263,7 +263,7 @@ def _read_file(certificate: Path) -> OnnxFile:
 
 def _read_benches(folder: Path, named: list[Path], problems: _Problems) -> tuple[list[BenchReport], list[SparseTable]]:
     speeds, tables = [], []
-    for path in [*sorted(folder.glob("*.json")), *named]:
+    for path in dict.fromkeys([*sorted(folder.glob("*.json")), *named]):
         kind = _kind(path)
         if kind == BENCH or (path in named and kind != BREAK_EVEN):
             read: Any = read_bench

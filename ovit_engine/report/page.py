@@ -11,7 +11,6 @@ from xml.etree import ElementTree as ET
 from ovit_engine.export.bench_report import BenchReport
 from ovit_engine.export.break_even import spell
 from ovit_engine.export.certificate import Certificate
-from ovit_engine.export.runtime import INTEGER_KERNELS
 from ovit_engine.report import timeline, tradeoff
 from ovit_engine.report.advice import advise
 from ovit_engine.report.gather import OnnxFile, RunFolder
@@ -96,7 +95,9 @@ def _tiles(run: RunFolder) -> list[tuple[str, str, str]]:
         tiles.append(("zeros", percent(zeros / total), f"of {total:,} weights in {len(run.layers)} layers"))
     for file in [file for file in run.files if file.path.parent == run.path][:2]:
         facts = file.certificate
-        note = f"{megabytes(facts.gzip_bytes)} gzip, {percent(facts.int8_share)} of weights int8"
+        right = tradeoff.accuracy_of(run, file)
+        note = "" if right is None else f"{percent(right)} {run.metric}, "
+        note += f"{megabytes(facts.gzip_bytes)} gzip, {percent(facts.int8_share)} of weights int8"
         tiles.append((run.label(file), megabytes(facts.bytes), note))
     if run.sweep is not None:
         names = ", ".join(percent(point.sparsity) for point in run.sweep.points)
@@ -150,13 +151,12 @@ def _file(run: RunFolder, file: OnnxFile) -> dict[str, Any]:
 def _facts(facts: Certificate) -> list[tuple[str, str]]:
     parity = facts.parity
     source = "images" if parity.source == "data" else "random inputs"
-    kernels = ", ".join(f"{count} {op}" for op, count in facts.runtime_ops.items() if op in INTEGER_KERNELS)
     rows = [
         ("recipe", f"{facts.recipe_name or '-'}, sha256 {facts.recipe_sha256[:16]}"),
         ("file", f"{megabytes(facts.bytes)}, {megabytes(facts.gzip_bytes)} gzip, sha256 {facts.sha256[:16]}"),
         ("zeros", f"{percent(facts.sparsity)} of {sum(layer.numel for layer in facts.pruned):,} pruned weights"),
         ("int8", f"{percent(facts.int8_share)} of all weights"),
-        ("kernels", f"{facts.integer_kernels} integer kernels in ONNX Runtime{f' ({kernels})' if kernels else ''}"),
+        ("kernels", f"{facts.integer_kernels} integer kernels in ONNX Runtime"),
         ("parity", f"{percent(parity.agreement)} same argmax as PyTorch on {parity.images} {source}"),
     ]
     if facts.accuracy is not None:

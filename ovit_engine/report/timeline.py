@@ -82,7 +82,7 @@ def panels(run: RunFolder) -> tuple[Panel, ...]:
     if rates:
         found.append(
             Panel(
-                title="learning rate of each epoch's last step",
+                title="learning rate (end of epoch)",
                 height=80,
                 series=(("learning rate", rates),),
                 spell=lambda value: f"{value:.0e}".replace("e-0", "e-"),
