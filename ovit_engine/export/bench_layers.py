@@ -50,11 +50,7 @@ def model_shapes(model: nn.Module, image: Tensor) -> tuple[LayerShape, ...]:
         size = inputs[0].numel() // module.in_features
         found.append(LayerShape(out_features=module.out_features, in_features=module.in_features, rows=size))
 
-    handles = [
-        module.register_forward_hook(note)  # type: ignore[arg-type]  # the hook of a Linear takes a Linear
-        for module in model.modules()
-        if isinstance(module, nn.Linear)
-    ]
+    handles = [module.register_forward_hook(note) for module in model.modules() if isinstance(module, nn.Linear)]
     training = model.training
     try:
         with torch.no_grad():
@@ -76,7 +72,7 @@ def onnx_shapes(path: Path) -> tuple[LayerShape, ...]:
         ValueError: no ONNX file, one without such nodes, or one whose shapes can't be inferred.
     """
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")

@@ -179,7 +179,7 @@ def _check_equal(dense: Tensor, sparse: Tensor, tolerance: float) -> None:
 
 def _graph_timer(calls: Sequence[Product], inputs: Tensor) -> Timer:
     """Seconds a product by replays of a graph that holds each call once; RuntimeError if it can't be captured."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # kernels choose their workspace on first use, which capture forbids
         for call in calls:
@@ -204,7 +204,7 @@ def _event_timer(run: Callable[[], object], products: int) -> Timer:
     """CUDA events around the runs; `products` are in each."""
 
     def timed(loops: int) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         for _ in range(loops):
             run()
