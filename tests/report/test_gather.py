@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,16 @@ def test_files_that_are_named_must_be_there_and_whole(whole_run, tmp_path):
     twice = gather(whole_run, onnx=[whole_run / "model.onnx"], benches=[whole_run / "bench.json"])
     assert len(twice.files) == 2
     assert len(twice.benches) == 1
+
+
+def test_a_row_of_a_bench_belongs_to_a_file_only_where_that_is_certain(whole_run, run_copy):
+    """Two files are called model.onnx: a path tells them apart, a name alone does not."""
+    run = gather(whole_run, onnx=[run_copy / "model.onnx"])
+    row = replace(run.benches[0].rows[1], path=run_copy / "sweep" / ".." / "model.onnx")
+    assert run.file_of(row).path == run_copy / "model.onnx"
+    assert run.file_of(replace(row, path=Path("elsewhere/model.onnx"))) is None
+    assert run.file_of(replace(row, path=Path("elsewhere/0.75.onnx"))).path == whole_run / "sweep" / "0.75.onnx"
+    assert run.file_of(replace(row, path=Path("elsewhere/other.onnx"))) is None
 
 
 def test_a_table_of_a_gpu_is_shown(tmp_path):
