@@ -10,7 +10,7 @@ from xml.etree import ElementTree as ET
 
 from ovit_engine.export.bench_report import BenchReport
 from ovit_engine.export.break_even import spell
-from ovit_engine.export.certificate import Certificate
+from ovit_engine.export.report import fact_rows
 from ovit_engine.report import timeline, tradeoff
 from ovit_engine.report.advice import advise
 from ovit_engine.report.gather import OnnxFile, RunFolder
@@ -143,27 +143,9 @@ def _file(run: RunFolder, file: OnnxFile) -> dict[str, Any]:
         "name": run.label(file),
         "state": state,
         "words": words,
-        "facts": _facts(file.certificate),
+        "facts": fact_rows(file.certificate),
         "notes": file.certificate.notes,
     }
-
-
-def _facts(facts: Certificate) -> list[tuple[str, str]]:
-    parity = facts.parity
-    source = "images" if parity.source == "data" else "random inputs"
-    rows = [
-        ("recipe", f"{facts.recipe_name or '-'}, sha256 {facts.recipe_sha256[:16]}"),
-        ("file", f"{megabytes(facts.bytes)}, {megabytes(facts.gzip_bytes)} gzip, sha256 {facts.sha256[:16]}"),
-        ("zeros", f"{percent(facts.sparsity)} of {sum(layer.numel for layer in facts.pruned):,} pruned weights"),
-        ("int8", f"{percent(facts.int8_share)} of all weights"),
-        ("kernels", f"{facts.integer_kernels} integer kernels in ONNX Runtime"),
-        ("parity", f"{percent(parity.agreement)} same argmax as PyTorch on {parity.images} {source}"),
-    ]
-    if facts.accuracy is not None:
-        hits = facts.accuracy
-        rows.append(("accuracy", f"{percent(hits.file)}, PyTorch {percent(hits.pytorch)} ({hits.images} images)"))
-    rows.append(("machine", f"{facts.machine.cpu}, {facts.machine.cores} cores"))
-    return rows
 
 
 def _plan(run: RunFolder) -> list[tuple[str, ...]]:

@@ -4,9 +4,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
+from torch.utils.data import DataLoader
 
+from ovit_engine import Recipe, load_point
 from ovit_engine.cli import main
+from ovit_engine.deploy import promise_of
+from ovit_engine.export.exporter import export_model
+from ovit_engine.integrations.data import load_data
+from ovit_engine.integrations.models import make_model
+from ovit_engine.quant import bake
 
 RECIPE = r"""
 name: tiny_<b>bold</b>
@@ -18,7 +26,7 @@ training:
   batch_size: 256
 modifiers:
   - magnitude_prune: {start: 1ep, end: 2ep, every: 1ep, sparsity: {from: 0.5, to: 0.75},
-                      targets: ["re:blocks.*(qkv|proj|fc1|fc2)\\.weight"], sweep: {sparsity: [0.75], onnx: true}}
+                      targets: ["re:blocks.*(qkv|proj|fc1|fc2)\\.weight"], sweep: {sparsity: [0.75]}}
   - cyclic_lr: {period: 1ep, max: 1.0e-3, min: 1.0e-5}
   - quantize: {start: 3ep}
 """
@@ -30,6 +38,22 @@ def ovit(*arguments: object) -> str:
     return done.output
 
 
+def export_point(point: Path) -> None:
+    """The float model of a sweep's point, beside it."""
+    model = make_model(Recipe.parse(RECIPE).training)
+    engine = load_point(model, point)
+    floating = bake(model.eval())
+    data = load_data("digits")
+    export_model(
+        floating,
+        point.with_suffix(".onnx"),
+        torch.zeros(1, 1, 8, 8),
+        promise=promise_of(floating, engine.run.masks),
+        preprocessing=data.preprocessing,
+        data=DataLoader(data.val, batch_size=64),
+    )
+
+
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
@@ -37,6 +61,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = folder / "run"
     ovit("train", "--recipe", folder / "tiny.yaml", "--data", "digits", "--output", run, "--device", "cpu")
     ovit("export", run, "--output", run / "model.onnx")
+    export_point(run / "sweep" / "0.75.pt")
     files = [run / "sweep" / "0.75.onnx", run / "model.onnx"]
     ovit("bench", *files, "--batch", "1", "--repeats", "5", "--threads", "1", "--output", run / "bench.json")
     return run
