@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 from ovit_engine import Calibration, Engine, Recipe
 from ovit_engine.deploy import promise_of
 from ovit_engine.export import Certificate, Promise
-from ovit_engine.export.bench import BenchReport, bench
+from ovit_engine.export.bench import bench
+from ovit_engine.export.bench_report import BenchReport
 from ovit_engine.export.exporter import export_model
 from ovit_engine.integrations.data import ImageData, load_data
 from ovit_engine.modifiers.quantize import Quantize

@@ -28,6 +28,7 @@ LAYERS = [
     ["sweep"],
     ["engine"],
     ["points", "verify_resume"],
+    ["report"],
 ]
 
 CORE = [name for layer in LAYERS for name in layer]

@@ -7,6 +7,7 @@ from ovit_engine.cli.lint import lint
 from ovit_engine.cli.oneshot import oneshot
 from ovit_engine.cli.pack import pack, unpack
 from ovit_engine.cli.recipes import recipes
+from ovit_engine.cli.report import report
 from ovit_engine.cli.show import show
 from ovit_engine.cli.sweep import sweep
 from ovit_engine.cli.train import train
@@ -27,6 +28,7 @@ main = OvitGroup(
         verify,
         verify_resume,
         bench,
+        report,
         pack,
         unpack,
         recipes,

@@ -1,11 +1,20 @@
-"""ovit bench: how fast files are on this machine."""
+"""ovit bench: how fast files are on this machine, and from which size on 2:4 pays on this GPU."""
 
-import json
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from ovit_engine.cli import options
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ovit_engine.export.bench_layers import LayerShape
+    from ovit_engine.recipe import Training
+
+DTYPES = ("float16", "bfloat16", "int8")
 
 
 class BatchSizes(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases only
@@ -19,25 +28,146 @@ class BatchSizes(click.ParamType):  # type: ignore[type-arg]  # generic in newer
         parts = str(value).split(",")
         if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
             self.fail(f"{value!r} is not a list of batch sizes such as 1,8", param, ctx)
-        return tuple(int(part) for part in parts)
+        return tuple(dict.fromkeys(int(part) for part in parts))
 
 
-@click.command(short_help="Measure latency, paired with a baseline.")
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--baseline", type=click.Path(path_type=Path), help="Another file, measured in turn with FILE.")
-@click.option("--batch-size", "batch_sizes", type=BatchSizes(), default="1,8", show_default=True, help="Images a run.")
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Of ONNX Runtime.")
+@click.command(short_help="Measure latency, file against file.")
+@click.argument("files", metavar="[FILE]...", nargs=-1)
+@click.option("--baseline", type=click.Path(path_type=Path), help="What ratios are to; the first FILE if left out.")
+@click.option("--batch", "batch_sizes", type=BatchSizes(), default="1,8", show_default=True, help="Images a run.")
+@click.option("--threads", type=click.IntRange(min=1), help="Of ONNX Runtime; all physical cores if left out.")
 @click.option("--repeats", type=click.IntRange(min=5), default=50, show_default=True, help="Paired rounds.")
-@click.option("--json", "report", type=click.Path(path_type=Path), help="Also write the numbers to this file.")
+@click.option("--output", type=click.Path(path_type=Path), help="A folder, or a file in .json, .csv or .md.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="See above.")
+@click.option("--dtype", "dtypes", type=click.Choice(DTYPES), multiple=True, help="With cuda; all if left out.")
+@options.model
+@options.model_args
 def bench(
-    file: Path, baseline: Path | None, batch_sizes: tuple[int, ...], threads: int, repeats: int, report: Path | None
+    files: tuple[str, ...],
+    baseline: Path | None,
+    batch_sizes: tuple[int, ...],
+    threads: int | None,
+    repeats: int,
+    output: Path | None,
+    device: str,
+    dtypes: tuple[str, ...],
+    model: str | None,
+    model_args: tuple[tuple[str, Any], ...],
 ) -> None:
-    """Measure latency and throughput of FILE with ONNX Runtime, paired with a baseline if there is one."""
-    from ovit_engine.export.bench import bench as measure
-    from ovit_engine.files import atomic_write
+    """Measure latency and throughput of ONNX files with ONNX Runtime on the CPU, in turn within each round.
 
-    found = measure([file], baseline=baseline, batch_sizes=batch_sizes, repeats=repeats, threads=threads)
+    "faster" and "slower" are said only where the whole 95 % interval of the paired ratio is further from 1 than the
+    baseline is from itself.
+
+    --device cuda measures no file. It times 2:4 sparse against dense matrix products of the layers of FILE (an ONNX
+    file or a recipe) or of --model, and writes from how many rows on 2:4 pays on this GPU.
+    """
+    if device == "cuda":
+        if baseline is not None or threads is not None:
+            raise click.UsageError("--baseline and --threads go with --device cpu: on cuda dense is the baseline")
+        _bench_sparse(_layers(files, model, options.as_mapping(model_args)), batch_sizes, repeats, dtypes, output)
+        return
+    if dtypes or model is not None or model_args:
+        raise click.UsageError("--dtype and --model go with --device cuda: on the CPU the files say what is measured")
+    if not files and baseline is None:
+        raise click.UsageError("Missing argument 'FILE'.")
+    _bench_files([Path(file) for file in files], baseline, batch_sizes, threads, repeats, output)
+
+
+def _bench_files(
+    files: list[Path],
+    baseline: Path | None,
+    batch_sizes: tuple[int, ...],
+    threads: int | None,
+    repeats: int,
+    output: Path | None,
+) -> None:
+    from ovit_engine.export.bench import bench as measure
+    from ovit_engine.export.bench_files import check_output, write_bench
+
+    if output is not None:
+        check_output(output)
+    with _Bar() as bar:
+        found = measure(
+            files,
+            baseline=baseline,
+            batch_sizes=batch_sizes,
+            repeats=repeats,
+            threads=threads,
+            tell=lambda size, done, total: bar(f"batch {size}", done, total),
+        )
     found.render()
-    if report is not None:
-        text = json.dumps(asdict(found), indent=2, default=str)
-        atomic_write(report, lambda stream: stream.write(f"{text}\n".encode()))
+    if output is not None:
+        for file in write_bench(found, output):
+            click.echo(f"wrote {file}")
+
+
+class _Bar:
+    """A progress bar on a terminal; nothing elsewhere."""
+
+    def __enter__(self) -> Callable[[str, int, int], None]:
+        from rich.console import Console as RichConsole
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        console: Console = RichConsole(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._progress.add_task("", total=None)
+        self._progress.start()
+        return lambda what, done, total: self._progress.update(
+            self._task, description=what, completed=done, total=total
+        )
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+
+def _layers(files: tuple[str, ...], model: str | None, args: Any) -> tuple["LayerShape", ...]:
+    """The layers of ONNX files, of recipes' models and of a named one."""
+    from ovit_engine.export.bench_layers import count_shapes, onnx_shapes
+    from ovit_engine.recipe import Recipe, Training
+
+    found: list[LayerShape] = []
+    for file in files:
+        if file.endswith(".onnx"):
+            found += onnx_shapes(Path(file))
+        else:
+            found += _model_layers(Recipe.load(file).training)
+    if model is not None:
+        found += _model_layers(Training(model=model, model_args=args))
+    if not found:
+        raise click.UsageError("--device cuda needs layers: an ONNX file, a recipe or --model")
+    return count_shapes(found)
+
+
+def _model_layers(training: "Training") -> tuple["LayerShape", ...]:
+    import torch
+
+    from ovit_engine.cli.validate import empty_model
+    from ovit_engine.export.bench_layers import model_shapes
+    from ovit_engine.integrations.data import model_data_config
+
+    model = empty_model(training)
+    device = next(model.parameters()).device
+    size = model_data_config(training.model or "", training.model_args)["input_size"]
+    return model_shapes(model, torch.zeros(1, *size, device=device))
+
+
+def _bench_sparse(
+    shapes: tuple["LayerShape", ...],
+    batch_sizes: tuple[int, ...],
+    repeats: int,
+    dtypes: tuple[str, ...],
+    output: Path | None,
+) -> None:
+    from ovit_engine.export.bench_sparse import bench_sparse
+    from ovit_engine.export.break_even import write_table
+
+    if output is not None and output.suffix != ".json":
+        raise ValueError(f"{str(output)!r}: the table of --device cuda is one JSON file, write FILE.json")
+    with _Bar() as bar:
+        table = bench_sparse(shapes, batch_sizes=batch_sizes, dtypes=dtypes or DTYPES, repeats=repeats, tell=bar)
+    table.render()
+    if output is not None:
+        write_table(table, output)
+        click.echo(f"wrote {output}")

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ovit_engine.export.atomic import staged, write_bytes
-from ovit_engine.export.bench import BenchRow, bench
+from ovit_engine.export.bench import bench
+from ovit_engine.export.bench_report import BenchRow
 from ovit_engine.export.certificate import Certificate, Latency, certificate_path, page_path
 from ovit_engine.export.page import to_html
 

@@ -35,6 +35,7 @@ def test_help_names_the_commands_in_the_order_of_work(ovit: Ovit) -> None:
         "verify",
         "verify-resume",
         "bench",
+        "report",
         "pack",
         "unpack",
         "recipes",
@@ -144,7 +145,7 @@ def test_a_run_that_was_broken_off_needs_only_resume(ovit: Ovit, monkeypatch: py
     assert lines[2].startswith("saved run/last.pt")
 
 
-BENCH = ("--repeats", "5", "--batch-size", "1,4", "--json", "b.json")
+BENCH = ("--repeats", "5", "--batch", "1,4", "--output", "b.json")
 
 
 def test_export_verify_and_bench(ovit: Ovit, finished_run: Path) -> None:

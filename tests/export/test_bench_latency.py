@@ -8,7 +8,10 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ovit_engine.export.bench import Ratio, bench, paired_ratio
+from ovit_engine.export import bench as bench_module
+from ovit_engine.export.bench import bench
+from ovit_engine.export.bench_conditions import physical_cores
+from ovit_engine.export.bench_paired import Ratio, paired_ratio
 from ovit_engine.export.writer import write_onnx
 
 
@@ -42,6 +45,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     write_onnx(nn.Linear(8, 4), torch.randn(2, 8), folder / "small.onnx")
     write_onnx(nn.Linear(8, 4), torch.randn(2, 8), folder / "fixed.onnx", dynamic_batch=False)
+    write_onnx(nn.Linear(6, 4), torch.randn(2, 6), folder / "narrow.onnx")
     return folder
 
 
@@ -60,6 +64,25 @@ def test_a_real_run(files):
 def test_the_same_file_twice_is_measured_once(files):
     report = bench([files / "small.onnx"] * 2, batch_sizes=[1, 3], repeats=5)
     assert [(row.batch_size, row.ratio) for row in report.rows] == [(1, None), (3, None)]
+
+
+def test_the_first_of_several_files_is_the_baseline_and_threads_are_the_cores(files):
+    told = []
+    report = bench(
+        [files / "small.onnx", files / "fixed.onnx"], batch_sizes=[2], repeats=5, tell=lambda *done: told.append(done)
+    )
+    assert report.baseline == files / "small.onnx"
+    assert [row.ratio is None for row in report.rows] == [True, False]
+    assert report.threads == physical_cores() == report.conditions.cores
+    assert told == [(2, done, 5) for done in range(1, 6)]
+
+
+def test_all_is_checked_before_anything_is_measured(files, monkeypatch):
+    monkeypatch.setattr(bench_module, "measure_rounds", lambda *_: pytest.fail("it measured"))
+    with pytest.raises(ValueError, match=r"narrow\.onnx takes inputs of 6, small\.onnx of 8: only files that take"):
+        bench([files / "small.onnx", files / "narrow.onnx"])
+    with pytest.raises(ValueError, match="takes batches of 2 only, not 8"):
+        bench([files / "fixed.onnx"], batch_sizes=[2, 8])
 
 
 def test_bad_requests(files, tmp_path):

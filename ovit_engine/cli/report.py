@@ -1,0 +1,36 @@
+"""ovit report: a run's folder as one page."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command(short_help="Write what a run's folder holds as one HTML page.")
+@click.argument("folder", metavar="RUN_DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--onnx",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="An exported file elsewhere, its certificate beside it.",
+)
+@click.option(
+    "--bench", "benches", multiple=True, type=click.Path(path_type=Path), help="JSON of ovit bench, elsewhere."
+)
+@click.option("--output", type=click.Path(path_type=Path), help="The page; RUN_DIR/report.html if left out.")
+def report(folder: Path, onnx: tuple[Path, ...], benches: tuple[Path, ...], output: Path | None) -> None:
+    """Write one HTML page about the run in RUN_DIR: timeline, sparsity a layer, accuracy over size and latency,
+    certificates, recipe, and what to try next.
+
+    The page needs no network and holds no script. Nothing is measured anew: it shows what ovit train, sweep, export and
+    bench left in the folder.
+    """
+    from ovit_engine.files import atomic_write
+    from ovit_engine.report import gather, render
+
+    found = gather(folder, onnx=onnx, benches=benches)
+    for problem in found.problems:
+        click.echo(f"ovit: warning: {problem}", err=True)
+    text = render(found)
+    path = output or folder / "report.html"
+    atomic_write(path, lambda stream: stream.write(text.encode()))
+    click.echo(f"wrote {path}")

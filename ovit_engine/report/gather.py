@@ -1,0 +1,289 @@
+"""Reading what runs leave in their folder: nothing is measured here, nothing needs a model."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ovit_engine.export.bench_files import KIND as BENCH
+from ovit_engine.export.bench_files import read_bench
+from ovit_engine.export.bench_report import BenchReport, BenchRow
+from ovit_engine.export.break_even import KIND as BREAK_EVEN
+from ovit_engine.export.break_even import SparseTable, read_table
+from ovit_engine.export.certificate import Certificate, certificate_path
+from ovit_engine.recipe import Recipe
+from ovit_engine.schedule import Clock
+from ovit_engine.sweep_folder import FOLDER as SWEEP
+from ovit_engine.sweep_folder import INDEX, Index, read_index
+from ovit_engine.torch_files import load_file
+
+CHECKPOINT = "last.pt"
+METRICS = "metrics.csv"
+_SUFFIX = ".certificate.json"
+_COLUMNS = ("epoch", "loss", "accuracy", "lr", "sparsity")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """A line of metrics.csv."""
+
+    epoch: int
+    loss: float
+    accuracy: float
+    lr: float
+    sparsity: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """How sparse a weight is."""
+
+    name: str
+    shape: tuple[int, ...]
+    pattern: str
+    sparsity: float
+
+    @property
+    def numel(self) -> int:
+        """How many weights it has."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What the last checkpoint knows."""
+
+    clock: Clock
+    step: int
+    finished: bool
+    recipe_text: str
+    # (step, name, value) in the order in which things happened
+    history: tuple[tuple[int, str, float], ...]
+    # every weight that has a mask
+    layers: tuple[Layer, ...]
+
+    @property
+    def sparsity_steps(self) -> list[tuple[int, str, float]]:
+        """(step, modifier, sparsity after it) of each change of masks."""
+        ending = "/sparsity"
+        return [(step, name.removesuffix(ending), value) for step, name, value in self.history if name.endswith(ending)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxFile:
+    """An exported file and what its certificate says."""
+
+    path: Path
+    certificate: Certificate
+    # whether the file has the bytes that the certificate was measured from; None: the file is gone
+    unchanged: bool | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolder:
+    """All that was found."""
+
+    path: Path
+    recipe: Recipe | None = None
+    training: Training | None = None
+    epochs: tuple[Epoch, ...] = ()
+    sweep: Index | None = None
+    files: tuple[OnnxFile, ...] = ()
+    benches: tuple[BenchReport, ...] = ()
+    tables: tuple[SparseTable, ...] = ()
+    # files that are there and could not be read
+    problems: tuple[str, ...] = ()
+
+    @property
+    def metric(self) -> str:
+        """What the run was judged by."""
+        return self.sweep.metric if self.sweep is not None else "accuracy"
+
+    @property
+    def measured(self) -> list[tuple[int, float]]:
+        """(step, value) of the metric, in the order of time."""
+        history = () if self.training is None else self.training.history
+        return [(step, value) for step, name, value in history if name == self.metric]
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Sparsity a weight: of the last checkpoint, or else of the first file."""
+        if self.training is not None:
+            return self.training.layers
+        for file in self.files:
+            patterns = {layer.name: _pattern(layer.pattern) for layer in file.certificate.promise.layers if layer.zeros}
+            found = [layer for layer in file.certificate.layers if layer.name in patterns]
+            if found:
+                return tuple(
+                    Layer(name=each.name, shape=each.shape, pattern=patterns[each.name], sparsity=each.sparsity)
+                    for each in found
+                )
+        return ()
+
+    def label(self, file: OnnxFile) -> str:
+        """How a file is called on the page: by its name, with its folder where it lies elsewhere."""
+        try:
+            return file.path.relative_to(self.path).as_posix()
+        except ValueError:
+            return str(file.path)
+
+    def file_of(self, row: BenchRow) -> OnnxFile | None:
+        """The file that a row of a bench is about, as long as that is certain."""
+        named = [file for file in self.files if file.path.name == row.path.name]
+        same = [file for file in named if file.path.resolve() == row.path.resolve()]
+        return same[0] if same else named[0] if len(named) == 1 else None
+
+
+@dataclass
+class _Problems:
+    lines: list[str] = field(default_factory=list)
+
+    def tried(self, read: Callable[[], T]) -> T | None:
+        """What `read` returns; None, and a line, where the file is damaged."""
+        try:
+            return read()
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            self.lines.append(" ".join(str(error).split()) or type(error).__name__)
+            return None
+
+
+def gather(folder: Path, *, onnx: Iterable[Path] = (), benches: Iterable[Path] = ()) -> RunFolder:
+    """Read the folder of a run, and files that lie elsewhere.
+
+    Args:
+        folder: of `ovit train`, or any other with checkpoints, a sweep, certificates or benches.
+        onnx: exported files elsewhere, their certificates beside them.
+        benches: JSON files of `ovit bench` elsewhere.
+
+    Raises:
+        FileNotFoundError: no such folder, or a file that was named is not there.
+        ValueError: nothing to report on, or a file that was named can't be read.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {str(folder)!r}")
+    problems = _Problems()
+    training = problems.tried(lambda: _read_training(folder)) if _checkpoint(folder) else None
+    text = None if training is None else training.recipe_text
+    recipe = None if text is None else problems.tried(lambda: Recipe.parse(text, file=f"recipe in {folder}"))
+    epochs = problems.tried(lambda: _read_metrics(folder / METRICS)) if (folder / METRICS).is_file() else None
+    index = problems.tried(lambda: read_index(folder / SWEEP)) if (folder / SWEEP / INDEX).is_file() else None
+    certificates = sorted(folder.glob(f"*{_SUFFIX}")) + sorted((folder / SWEEP).glob(f"*{_SUFFIX}"))
+    named = [certificate_path(path) for path in dict.fromkeys(onnx)]
+    files = [problems.tried(lambda path=path: _read_file(path)) for path in certificates if path not in named]  # type: ignore[misc]
+    files += [_read_file(path) for path in named]
+    speeds, tables = _read_benches(folder, list(benches), problems)
+    found = RunFolder(
+        path=folder,
+        recipe=recipe,
+        training=training,
+        epochs=epochs or (),
+        sweep=index,
+        files=tuple(file for file in files if file is not None),
+        benches=tuple(speeds),
+        tables=tuple(tables),
+        problems=tuple(problems.lines),
+    )
+    if not (found.training or found.epochs or found.sweep or found.files or found.benches or found.tables):
+        why = f": {found.problems[0]}" if found.problems else ""
+        raise ValueError(
+            f"nothing to report on in {str(folder)!r}: no {CHECKPOINT}, {METRICS}, {SWEEP}/{INDEX}, certificate or "
+            f"bench that can be read{why}"
+        )
+    return found
+
+
+def _checkpoint(folder: Path) -> Path | None:
+    """The newest state of a run: its last checkpoint, or else a point of its sweep."""
+    if (folder / CHECKPOINT).is_file():
+        return folder / CHECKPOINT
+    points = sorted((folder / SWEEP).glob("*.pt"), key=lambda path: path.stat().st_mtime)
+    return points[-1] if points else None
+
+
+def _read_training(folder: Path) -> Training:
+    path = _checkpoint(folder)
+    assert path is not None
+    content = load_file(path, lazily=True)
+    try:
+        engine = content["engine"]
+        return Training(
+            clock=Clock(engine["steps_per_epoch"], engine["total_steps"]),
+            step=engine["step"],
+            finished=bool(engine["finished"]),
+            recipe_text=engine["recipe"],
+            history=tuple((int(step), str(name), float(value)) for step, name, value in engine["history"]),
+            layers=tuple(_read_mask(name, packed) for name, packed in engine["masks"].items()),
+        )
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"{str(path)!r} is no checkpoint of a run: {type(error).__name__} {error}") from error
+
+
+def _read_mask(name: str, packed: Mapping[str, Any]) -> Layer:
+    import numpy as np
+
+    shape = tuple(int(size) for size in packed["shape"])
+    kept = int(np.unpackbits(packed["bits"].numpy(), count=prod(shape)).sum())
+    return Layer(name=name, shape=shape, pattern=_pattern(packed["pattern"]), sparsity=1 - kept / prod(shape))
+
+
+def _pattern(spelling: str | Mapping[str, Any]) -> str:
+    return spelling if isinstance(spelling, str) else f"block {'x'.join(map(str, spelling['block']))}"
+
+
+def _read_metrics(path: Path) -> tuple[Epoch, ...]:
+    try:
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+        return tuple(Epoch(epoch=int(row["epoch"]), **{key: float(row[key]) for key in _COLUMNS[1:]}) for row in rows)
+    except (ValueError, KeyError, TypeError) as error:
+        wanted = ", ".join(_COLUMNS)
+        raise ValueError(f"{str(path)!r} is damaged, or no metrics of a run ({wanted}): {error}") from error
+
+
+def _read_file(certificate: Path) -> OnnxFile:
+    """An exported file by its certificate."""
+    path = certificate.with_name(certificate.name.removesuffix(_SUFFIX) + ".onnx")
+    if not certificate.is_file():
+        raise FileNotFoundError(f"no certificate {str(certificate)!r} beside {path.name}")
+    try:
+        facts = Certificate.from_json(certificate.read_text(encoding="utf-8"))
+    except ValueError as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"{str(certificate)!r} is damaged, or of another version: {first}") from error
+    unchanged = hashlib.sha256(path.read_bytes()).hexdigest() == facts.sha256 if path.is_file() else None
+    return OnnxFile(path=path, certificate=facts, unchanged=unchanged)
+
+
+def _read_benches(folder: Path, named: list[Path], problems: _Problems) -> tuple[list[BenchReport], list[SparseTable]]:
+    speeds, tables = [], []
+    for path in dict.fromkeys([*sorted(folder.glob("*.json")), *named]):
+        kind = _kind(path)
+        if kind == BENCH or (path in named and kind != BREAK_EVEN):
+            read: Any = read_bench
+        elif kind == BREAK_EVEN:
+            read = read_table
+        else:
+            continue
+        found = read(path) if path in named else problems.tried(lambda read=read, path=path: read(path))  # type: ignore[misc]
+        if isinstance(found, BenchReport):
+            speeds.append(found)
+        elif isinstance(found, SparseTable):
+            tables.append(found)
+    return speeds, tables
+
+
+def _kind(path: Path) -> str | None:
+    """What a JSON file says it is."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    kind = content.get("kind") if isinstance(content, dict) else None
+    return kind if isinstance(kind, str) else None

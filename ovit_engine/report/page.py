@@ -1,0 +1,162 @@
+"""The report's page: what was gathered, put into one HTML text without scripts and without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import metadata
+from importlib.resources import files
+from typing import Any
+from xml.etree import ElementTree as ET
+
+from ovit_engine.export.bench_report import BenchReport
+from ovit_engine.export.break_even import spell
+from ovit_engine.export.report import fact_rows
+from ovit_engine.report import timeline, tradeoff
+from ovit_engine.report.advice import advise
+from ovit_engine.report.gather import OnnxFile, RunFolder
+from ovit_engine.report.svg import markup
+from ovit_engine.report.words import megabytes, percent
+from ovit_engine.schedule import Clock
+
+SECTIONS = (
+    ("next", "What to try next"),
+    ("timeline", "Timeline"),
+    ("layers", "Sparsity a layer"),
+    ("tradeoff", "Accuracy over size and latency"),
+    ("certificate", "Certificate"),
+    ("recipe", "Recipe"),
+)
+# drawings are made for both, so that words keep their size
+_WIDE, _HALF, _NARROW = 1080.0, 500.0, 330.0
+_MOST_ROWS = 200
+_STATES = {
+    True: ("same", "The file has the bytes that were measured."),
+    False: ("other", "The file is not the one that was measured: its bytes have changed."),
+    None: ("gone", "The certificate is here, the file is not."),
+}
+
+
+def render(run: RunFolder) -> str:
+    """The whole page. Equal folders give equal pages; whatever comes from files is escaped."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    def both(draw: Callable[[float], ET.Element], wide: float) -> tuple[Markup, Markup]:
+        return Markup(markup(draw(wide))), Markup(markup(draw(_NARROW)))  # ElementTree has escaped it
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.filters |= {"percent": percent, "spell": spell}
+    source = files("ovit_engine.report")
+    template = environment.from_string(source.joinpath("page.html").read_text(encoding="utf-8"))
+    latency = tradeoff.over_latency(run)
+    charts = [chart for chart in (tradeoff.over_size(run), latency) if chart is not None]
+    course = timeline.draw(run, _WIDE)
+    return template.render(
+        title=run.path.resolve().name if run.recipe is None else run.recipe.name,
+        description="" if run.recipe is None else run.recipe.description,
+        style=Markup(source.joinpath("style.css").read_text(encoding="utf-8")),
+        sections=SECTIONS,
+        tiles=_tiles(run),
+        problems=run.problems,
+        advice=advise(run),
+        timeline=None if course is None else both(lambda width: _drawn(timeline.draw(run, width)), _WIDE),
+        layers=[_layer(layer) for layer in run.layers],
+        layers_note=_layers_note(run),
+        charts=[both(lambda width, chart=chart: tradeoff.draw(chart, width), _HALF) for chart in charts],  # type: ignore[misc]
+        has_latency=latency is not None,
+        benches=[_bench(bench) for bench in run.benches],
+        tables=run.tables,
+        files=[_file(run, file) for file in run.files],
+        recipe=None if run.training is None else run.training.recipe_text,
+        plan=_plan(run),
+        folder=str(run.path),
+        version=metadata.version("ovit-engine"),
+    )
+
+
+def _drawn(drawing: ET.Element | None) -> ET.Element:
+    assert drawing is not None
+    return drawing
+
+
+def _tiles(run: RunFolder) -> list[tuple[str, str, str]]:
+    """The figures that people look for first: (what, how much, of what)."""
+    tiles = []
+    if run.training is not None and run.measured:
+        step, value = run.measured[-1]
+        share = 0 <= value <= 1
+        epoch = f"after epoch {run.training.clock.epochs(step):g}"
+        tiles.append((run.metric, percent(value) if share else f"{value:.4g}", epoch))
+    elif run.epochs:
+        tiles.append(("accuracy", percent(run.epochs[-1].accuracy), f"after epoch {run.epochs[-1].epoch}"))
+    total = sum(layer.numel for layer in run.layers)
+    if total:
+        zeros = sum(layer.sparsity * layer.numel for layer in run.layers)
+        tiles.append(("zeros", percent(zeros / total), f"of {total:,} weights in {len(run.layers)} layers"))
+    for file in [file for file in run.files if file.path.parent == run.path][:2]:
+        facts = file.certificate
+        right = tradeoff.accuracy_of(run, file)
+        note = "" if right is None else f"{percent(right)} {run.metric}, "
+        note += f"{megabytes(facts.gzip_bytes)} gzip, {percent(facts.int8_share)} of weights int8"
+        tiles.append((run.label(file), megabytes(facts.bytes), note))
+    if run.sweep is not None:
+        names = ", ".join(percent(point.sparsity) for point in run.sweep.points)
+        tiles.append(("sweep points", str(len(run.sweep.points)), names))
+    return tiles
+
+
+def _layer(layer: Any) -> dict[str, Any]:
+    kept = round(layer.numel * (1 - layer.sparsity))
+    return {
+        "name": layer.name,
+        "shape": layer.shape,
+        "pattern": layer.pattern,
+        "sparsity": layer.sparsity,
+        "kept": f"{kept:,}",
+    }
+
+
+def _layers_note(run: RunFolder) -> str:
+    if not run.layers:
+        return ""
+    shares = [layer.sparsity for layer in run.layers]
+    source = "the last checkpoint" if run.training is not None else "the first file with pruned weights"
+    return (
+        f"Of {source}: {len(shares)} weights with a mask, from {percent(min(shares))} to {percent(max(shares))} zeros."
+    )
+
+
+def _bench(bench: BenchReport) -> dict[str, Any]:
+    rows = []
+    for row in bench.rows:
+        low, high = (value * 1e3 for value in row.quartiles)
+        verdict = "" if row.ratio is None else row.ratio.verdict
+        spread = (f"{low:.3f}-{high:.3f}", f"{row.throughput:,.0f}")
+        rows.append((bench.labels[row.path], str(row.batch_size), f"{row.median * 1e3:.3f}", verdict, *spread))
+    against = "" if bench.baseline is None else f"against {bench.labels[bench.baseline]}"
+    return {"rows": rows, "against": against, "where": f"{bench.where}, {bench.conditions.date}", "notes": bench.notes}
+
+
+def _file(run: RunFolder, file: OnnxFile) -> dict[str, Any]:
+    state, words = _STATES[file.unchanged]
+    return {
+        "name": run.label(file),
+        "state": state,
+        "words": words,
+        "facts": fact_rows(file.certificate),
+        "notes": file.certificate.notes,
+    }
+
+
+def _plan(run: RunFolder) -> list[tuple[str, ...]]:
+    """The recipe's timeline: (epoch, step, what, value)."""
+    if run.recipe is None or run.training is None:
+        return []
+    clock: Clock = run.training.clock
+    rows = sorted(
+        (row for modifier in run.recipe.modifiers for row in modifier.timeline(clock)), key=lambda row: row[0]
+    )
+    shown: list[tuple[str, ...]] = [
+        (f"{clock.epochs(step):g}", str(step), what, value) for step, what, value in rows[:_MOST_ROWS]
+    ]
+    return shown + ([("", "", f"... {len(rows) - _MOST_ROWS:,} more", "")] if len(rows) > _MOST_ROWS else [])
