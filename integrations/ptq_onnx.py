@@ -140,8 +140,8 @@ def _is_patch_embedding(node: onnx.NodeProto) -> bool:
 
 
 def _quantized(folder: Path, batches: Sequence[np.ndarray], name: str) -> onnx.ModelProto:
-    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static  # type: ignore[import-untyped]
+    from onnxruntime.quantization.shape_inference import quant_pre_process  # type: ignore[import-untyped]
 
     source, prepared, result = (folder / f"{stage}.onnx" for stage in ("float", "prepared", "int8"))
     with _quiet():

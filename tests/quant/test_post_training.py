@@ -263,4 +263,5 @@ def test_a_convolution_hands_its_shift_to_the_norm_behind_it(norm: bool) -> None
     assert correct_biases(model, [(x,)]) == 2
     assert shift() < 0.01 * before
     baked = bake(copy.deepcopy(model))
+    assert baked[0].weight_zero_point.shape == baked[0].weight_scale.shape  # as DequantizeLinear wants, folded or not
     torch.testing.assert_close(baked(x), model(x), rtol=0, atol=0.02 * float(model(x).detach().abs().max()))

@@ -88,6 +88,16 @@ def test_one_outlier_is_cut_off_where_calculus_says() -> None:
     assert [value.item() for value in extremes(x)] == [0.0, 4.0]
 
 
+def test_a_channel_with_an_outlier_is_cut_off_and_its_neighbour_is_not() -> None:
+    count = 200_000
+    outlier, even = torch.linspace(-1, 1, count), torch.linspace(-1, 1, count)
+    outlier[0] = 4.0
+    low, high = least_error_range(torch.stack([outlier, even]), INT8_SYMMETRIC, axis=0)
+    reach = torch.maximum(-low, high)
+    assert reach[0].item() == pytest.approx(4 / (1 + count / (12 * 127**2)), rel=0.06)
+    assert reach[1].item() == 1.0
+
+
 @given(st.integers(0, 10_000), st.integers(1, 6), st.integers(1, 40))
 @settings(max_examples=30, deadline=None)
 def test_channels_are_searched_each_for_itself(seed: int, channels: int, length: int) -> None:
