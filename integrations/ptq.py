@@ -19,6 +19,7 @@ from ovit_engine.integrations.checkpoint import KEYS, LAST
 from ovit_engine.masks import Masks
 from ovit_engine.modifier import Modifier, anew
 from ovit_engine.recipe import Recipe
+from ovit_engine.registry import modifiers
 from ovit_engine.torch_files import load_file
 
 DEFAULT = "name: ptq\nmodifiers: [{quantize: {}}]\n"
@@ -105,7 +106,7 @@ def ptq(
         ExportError: the file is not what was promised; nothing is written.
         ValueError: no `quantize` in the recipe, or data that do not fit.
     """
-    path = Path(path)
+    path, masks = Path(path), masks or Masks()
     quantize = quantize_of(recipe)
     modifier = cast(Modifier, quantize)
     sample = take_sample(data, [tuple(example_inputs.shape)], [example_inputs.numpy().dtype])
@@ -115,9 +116,9 @@ def ptq(
         model,
         path,
         example_inputs,
-        recipe=replace(recipe, modifiers=(modifier,)),
+        recipe=replace(recipe, modifiers=(*_held(masks), modifier)),
         modifiers=[modifier],
-        masks=masks or Masks(),
+        masks=masks,
         data=_batches_of(sample),
         preprocessing=preprocessing,
     )
@@ -171,6 +172,12 @@ def masks_of(run: Mapping[str, Any], model: nn.Module) -> Masks:
     masks = Masks()
     masks.load_state_dict(run["engine"]["masks"], model)
     return masks
+
+
+def _held(masks: Masks) -> list[Modifier]:
+    """What a recipe says of zeros that were there before: the file's recipe tells where its own come from."""
+    names = masks.names()
+    return [modifiers()["constant_mask"].model_validate({"targets": names})] if names else []
 
 
 def _batches_of(sample: Sample) -> list[tuple[np.ndarray, Any]]:
