@@ -1,37 +1,31 @@
-"""Int8 quantization-aware training of Linear and Conv2d layers."""
+"""Int8 in training (quantization-aware) and after it."""
 
 import warnings
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import Field, PrivateAttr
 from torch import nn
 
 from ovit_engine import quant
 from ovit_engine.modifier import Claim, Modifier, Run, Time
 from ovit_engine.modifiers._base import Targets
+from ovit_engine.modifiers._quantize_options import (
+    DEFAULT_GROUPS,
+    Activations,
+    Chosen,
+    Group,
+    PostTraining,
+    Preset,
+    UnknownTargetError,
+    Weights,
+    choose,
+    scheme,
+)
 from ovit_engine.processes import process_group
 from ovit_engine.registry import register
 from ovit_engine.schedule import Clock
-from ovit_engine.targets import select
-
-
-class Weights(BaseModel):
-    """Symmetric int8, one scale an output channel: zeros stay exactly zero."""
-
-    model_config = ConfigDict(allow_inf_nan=False, extra="forbid")
-
-    bits: Literal[8] = Field(8, description="8 is what CPU and GPU kernels take")
-    per: Literal["channel"] = Field("channel", description="a scale for each output channel")
-
-
-class Activations(BaseModel):
-    """Asymmetric uint8, one scale and zero point a tensor."""
-
-    model_config = ConfigDict(allow_inf_nan=False, extra="forbid")
-
-    bits: Literal[8] = Field(8, description="8 is what CPU and GPU kernels take")
 
 
 class _Times(NamedTuple):
@@ -45,12 +39,12 @@ class _Times(NamedTuple):
 
 @register("quantize")
 class Quantize(Modifier):
-    """Trains with fake-quantized weights and inputs; export turns them into int8.
+    """Trains with fake-quantized weights and inputs; export turns them into int8. `ovit ptq` does so without training.
 
     Unless `targets` say otherwise these are all Linear and Conv2d layers but those under the name `patch_embed` and the
-    classifier head that timm's `get_classifier` tells; in other models name yours in `exclude`. Attention, softmax,
-    LayerNorm, GELU and residual adds stay float: rounding them costs vision transformers ten points and gains no time
-    (specs/peers.md §4).
+    classifier head that timm's `get_classifier` tells; in other models name yours in `exclude`. Those two, the products
+    of attention and the outputs of LayerNorm are `groups` to ask for. Softmax, GELU and residual adds stay float:
+    rounding them costs vision transformers ten points and gains no time (specs/peers.md §4).
     """
 
     surgery = True
@@ -67,10 +61,19 @@ class Quantize(Modifier):
     freeze_batch_norm: Time | None = Field(
         None, description="time at which batch-norm statistics freeze; never if left out"
     )
+    preset: Preset = Field(
+        "cpu", description="cpu: int8 weights, uint8 inputs (x86 with VNNI); gpu: int8 both, no zero points (TensorRT)"
+    )
+    groups: list[Group] = Field(
+        list(DEFAULT_GROUPS),
+        description="what is quantized: linear and conv layers, patch_embed, head; besides, the "
+        "products of attention, the outputs of layer_norm",
+    )
     targets: Targets | None = Field(None, min_length=1, description='layers by name, or "re:" and a regular expression')
     exclude: Targets = Field(default_factory=list, description="layers that stay float")
     weights: Weights = Field(default_factory=Weights, description="how weights are quantized")
     activations: Activations = Field(default_factory=Activations, description="how inputs are quantized")
+    ptq: PostTraining | None = Field(None, description="options of quantization without training")
 
     _layers: tuple[str, ...] = PrivateAttr(default=())
     _model: nn.Module | None = PrivateAttr(default=None)
@@ -119,23 +122,17 @@ class Quantize(Modifier):
     def prepare(self, run: Run) -> None:
         self._times = self._resolve(run.clock)
         self._model = run.model
-        names = self._choose(run.model)
-        try:
-            prepared = quant.prepare_quantization(run.model, names)
-        except ValueError as error:
-            raise self.error(str(error)) from None
-        refused = [name for name in prepared.skipped if self.targets is not None]
-        if refused:
-            raise self.error(f"{refused[0]!r} can't be quantized: {prepared.skipped[refused[0]]}", "targets")
-        if not prepared.layers:
-            raise self.error(f"{type(run.model).__name__} has no Linear or Conv2d layer to quantize")
-        self._layers = prepared.layers
+        self._install(run.model, self._choose(run.model), observer="moving_average")
 
     def claims(self, run: Run) -> Iterable[Claim]:
         for name in self._layers:
             yield Claim(f"the quantization of {name}", self._times.observe, run.total_steps)
 
     def attach(self, run: Run) -> None:
+        if self.ptq is not None:
+            raise self.error(
+                "these options are for quantization without training: run ovit ptq, or leave them out", "ptq"
+            )
         if lost := quant.unrounded_outputs(run.model):
             kind = type(run.model.get_submodule(lost[0])).__name__
             raise self.error(
@@ -190,6 +187,41 @@ class Quantize(Modifier):
         """Names of the quantized layers, once PREPARE is over."""
         return self._layers
 
+    @property
+    def calibration_images(self) -> int:
+        """How many images ranges are taken from without training."""
+        return (self.ptq or PostTraining()).images
+
+    def quantize(self, model: nn.Module, batches: Sequence[tuple[Any, ...]]) -> tuple[str, ...]:
+        """Quantize a trained model at once, in place, with ranges taken from `batches`; times play no part.
+
+        Args:
+            batches: positional arguments of the model, one tuple a batch.
+
+        Returns:
+            lines about what was done and what was left.
+
+        Raises:
+            RecipeError: as PREPARE, or `smooth` on a model that has nothing to smooth.
+        """
+        options = self.ptq or PostTraining()
+        chosen = self._choose(model)
+        notes = []
+        if options.smooth is not None:
+            try:
+                smoothed = quant.smooth(model, chosen.layers, batches, options.smooth)
+            except ValueError as error:
+                raise self.error(str(error), "ptq.smooth") from None
+            notes.append(smoothed.describe())
+        self._install(model, chosen, observer="mse")
+        unseen = quant.calibrate(model, batches)
+        if unseen:
+            notes.append(f"{', '.join(unseen)} stayed float: the calibration images never reached it")
+        if options.bias_correction:
+            count = quant.correct_biases(model, batches)
+            notes.append(f"bias correction: {count} layers")
+        return tuple(notes)
+
     def _act(self, run: Run) -> None:
         """Do what is due since the last time: a step whose end was interrupted is made up for at the next."""
         observe, start, freeze, norm = self._times
@@ -222,15 +254,13 @@ class Quantize(Modifier):
 
     def _freeze(self, run: Run) -> None:
         """Let no range move any more; a layer that training never called has none and stays float."""
-        layers = {name: run.model.get_submodule(name) for name in self._layers}
-        unseen = [name for name, layer in layers.items() if not layer.get_submodule("input_quantizer").observed]
-        if len(unseen) == len(layers):
+        layers = [run.model.get_submodule(name) for name in self._layers]
+        if not any(layer.get_submodule("input_quantizer").observed for layer in layers):
             raise self.error("no layer was called in training mode, where ranges are watched: call model.train()")
         quant.set_observing(run.model, False)
         for name, quantizer in quant.quantizers(run.model):
             run.shared[f"the range of {name!r}"] = torch.stack((quantizer.minimum, quantizer.maximum))
-        for name in unseen:
-            quant.set_enabled(layers[name], False)
+        unseen = quant.leave_unseen(run.model)
         if unseen:
             warnings.warn(
                 f"{self.name}: {', '.join(unseen)} stayed float, since training never called "
@@ -238,28 +268,31 @@ class Quantize(Modifier):
                 stacklevel=10,
             )
 
-    def _choose(self, model: nn.Module) -> list[str]:
-        known = {name: m for name, m in model.named_modules() if name and isinstance(m, (nn.Linear, nn.Conv2d))}
-        # a layer answers to the name of its weight too, so that pruners and quantizers can share targets
-        owners = {spelling: name for name in known for spelling in (name, f"{name}.weight")}
-        if self.targets is None:
-            chosen = [name for name in known if not _stays_float(model, name, known[name])]
-        else:
-            chosen = self._select(model, owners, self.targets, "targets")
-        spared = self._select(model, owners, self.exclude, "exclude")
-        return [name for name in chosen if name not in spared]
-
-    def _select(self, model: nn.Module, owners: dict[str, str], targets: list[str], option: str) -> list[str]:
+    def _choose(self, model: nn.Module) -> Chosen:
+        if self.targets is not None:
+            layers = [group for group in self.groups if group not in ("attention", "layer_norm")]
+            if layers != list(DEFAULT_GROUPS):
+                raise self.error("'targets' name the layers already: leave groups of layers as they are", "groups")
         try:
-            found = select(list(owners), targets, what="Linear or Conv2d layer", owner=type(model).__name__)
+            chosen, missing = choose(model, self.groups, self.targets, self.exclude)
+        except UnknownTargetError as error:
+            raise self.error(str(error), error.option) from None
+        if missing is not None and missing not in DEFAULT_GROUPS:
+            raise self.error(f"{missing!r}: {type(model).__name__} has nothing that we know as such", "groups")
+        return chosen
+
+    def _install(self, model: nn.Module, chosen: Chosen, observer: str) -> None:
+        """Put quantizers into a model."""
+        spelled = scheme(self.preset, self.weights, self.activations, observer=observer)
+        try:
+            prepared = quant.prepare_quantization(
+                model, chosen.layers, scheme=spelled, attention=chosen.attention, outputs=chosen.layer_norms
+            )
         except ValueError as error:
-            raise self.error(str(error), option) from None
-        return list(dict.fromkeys(owners[name] for name in found))
-
-
-def _stays_float(model: nn.Module, name: str, module: nn.Module) -> bool:
-    """Whether a layer is the patch embedding, or the head as timm's `get_classifier` tells."""
-    get_classifier = getattr(model, "get_classifier", None)
-    heads = get_classifier() if callable(get_classifier) else None
-    heads = heads if isinstance(heads, (tuple, list)) else [heads]
-    return "patch_embed" in name.split(".") or any(head is module for head in heads)
+            raise self.error(str(error)) from None
+        refused = [name for name in prepared.skipped if self.targets is not None]
+        if refused:
+            raise self.error(f"{refused[0]!r} can't be quantized: {prepared.skipped[refused[0]]}", "targets")
+        if not prepared.layers:
+            raise self.error(f"{type(model).__name__} has no Linear or Conv2d layer to quantize")
+        self._layers = prepared.layers

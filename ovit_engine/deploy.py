@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from ovit_engine.export import Certificate, Promise, PromisedLayer
 from ovit_engine.export.exporter import export_model
 from ovit_engine.masks import Masks
+from ovit_engine.modifier import Modifier
 from ovit_engine.quant import QuantConv2d, QuantLinear
+from ovit_engine.recipe import Recipe
 from ovit_engine.sharding import sharded_modules
 from ovit_engine.targets import clean_name, unwrapped
 
@@ -50,17 +52,47 @@ def deploy(
         engine.apply_to(reference)
     if "_original_forward" in vars(reference):  # Accelerate put one on the object that computes in half precision
         del reference.forward, reference._original_forward
+    return write(
+        reference,
+        path,
+        example_inputs,
+        recipe=engine.recipe,
+        modifiers=engine.modifiers,
+        masks=engine.run.masks,
+        data=data,
+        preprocessing=preprocessing,
+        dynamic_batch=dynamic_batch,
+    )
+
+
+def write(
+    reference: nn.Module,
+    path: Path,
+    example_inputs: Tensor | tuple[Tensor, ...],
+    *,
+    recipe: Recipe,
+    modifiers: Iterable[Modifier],
+    masks: Masks,
+    data: Iterable[Any] | None,
+    preprocessing: Mapping[str, Any] | None,
+    dynamic_batch: bool = True,
+) -> Certificate:
+    """Write `path` and its certificate from a model in training form, which is set to eval mode and stays what it is.
+
+    Raises:
+        ExportError: the file is not what `masks` and the quantized layers promise.
+    """
     reference.eval()
     baked = copy.deepcopy(reference)
-    for modifier in engine.modifiers:
+    for modifier in modifiers:
         modifier.bake(baked)
     return export_model(
         baked,
         path,
         example_inputs,
-        promise=promise_of(reference, engine.run.masks),
-        recipe_text=engine.recipe.dump(),
-        recipe_name=engine.recipe.name,
+        promise=promise_of(reference, masks),
+        recipe_text=recipe.dump(),
+        recipe_name=recipe.name,
         preprocessing=dict(preprocessing or {}),
         data=data,
         reference_model=reference,

@@ -6,6 +6,7 @@ from ovit_engine.cli.group import OvitGroup
 from ovit_engine.cli.lint import lint
 from ovit_engine.cli.oneshot import oneshot
 from ovit_engine.cli.pack import pack, unpack
+from ovit_engine.cli.ptq import ptq
 from ovit_engine.cli.recipes import recipes
 from ovit_engine.cli.report import report
 from ovit_engine.cli.show import show
@@ -24,6 +25,7 @@ main = OvitGroup(
         oneshot,
         train,
         sweep,
+        ptq,
         export,
         verify,
         verify_resume,

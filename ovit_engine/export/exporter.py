@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -65,10 +66,7 @@ def export_model(
         ValueError: the data does not fit the model or is too little.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{str(path)!r} is a folder: name the file, {str(path / 'model.onnx')!r} for one")
-    if not path.parent.is_dir():
-        raise ValueError(f"no such folder: {path.parent}")
+    check_target(path)
     check_float32(model)
     sample = _sample(as_inputs(example_inputs), data)
     reference = make_reference(sample, _pytorch_logits(reference_model or model, sample))
@@ -80,9 +78,27 @@ def export_model(
         preprocessing=json.loads(json.dumps(dict(preprocessing or {}))),
         shared_weights={layer.name: shared[layer.name] for layer in promise.layers if layer.name in shared},
     )
-    set_metadata(proto, origin.metadata(measure_layers(proto, promise, shared)))
     state = {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
     reference = replace(reference, tensors=keep_all(proto, state))
+    return publish(proto, path, origin, sample, reference)
+
+
+def check_target(path: Path) -> None:
+    """Raise ValueError where no file can be written."""
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder: name the file, {str(path / 'model.onnx')!r} for one")
+    if not path.parent.is_dir():
+        raise ValueError(f"no such folder: {path.parent}")
+
+
+def publish(proto: onnx.ModelProto, path: Path, origin: Origin, sample: Sample, reference: Reference) -> Certificate:
+    """Measure a graph and let it appear at ``path``, with certificate and reference, if it is what was promised.
+
+    Raises:
+        ExportError: the file breaks its promise; ``path`` is as it was before.
+    """
+    promise = origin.promise
+    set_metadata(proto, origin.metadata(measure_layers(proto, promise, dict(origin.shared_weights))))
     targets = (reference_path(path), certificate_path(path), page_path(path), path)
     with staged(path.parent) as folder:
         files = [folder / target.name for target in targets]
@@ -93,14 +109,14 @@ def export_model(
             certificate = _measure(files[-1], origin, sample, reference, hashlib.sha256(kept).hexdigest())
         except CertificateError as error:
             raise ExportError(error.summary, error.violations) from error
-        violations = [*check(certificate, promise), *contradictions(recipe_text, promise, certificate.layers)]
+        violations = [*check(certificate, promise), *contradictions(origin.recipe_text, promise, certificate.layers)]
         if violations:
             raise ExportError(f"{path.name} breaks its promise", violations)
         write_bytes(files[1], certificate.to_json().encode())
         write_bytes(files[2], to_html(certificate).encode())
         for file, target in zip(files, targets, strict=True):
             file.replace(target)
-    if data is None:
+    if sample.source == "random":
         log.warning("%s: parity was measured on random inputs, since no data was given", path.name)
     return certificate
 

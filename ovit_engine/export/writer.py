@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from ovit_engine.export.atomic import staged, write_bytes
 from ovit_engine.export.errors import ExportError
+from ovit_engine.export.opset import has_int8_activations, step_down
 from ovit_engine.quant.ops import DEQUANTIZE_OVERLOAD, QUANTIZE_OVERLOAD
 
 MIN_OPSET = 21
@@ -81,6 +82,8 @@ def build_onnx(
         _check_dynamic(proto)
     names = name_weights(proto, model)
     remove_debris(proto)
+    if has_int8_activations(proto):
+        step_down(proto)
     return proto, names
 
 

@@ -1,14 +1,17 @@
-"""Int8 quantization-aware training: fake quantizers, quantized layers, their deployed form. Imports torch only."""
+"""Int8 in training and after it: fake quantizers, quantized layers, their deployed form. Imports torch only."""
 
+from ovit_engine.quant.attention import QuantAttention as QuantAttention
+from ovit_engine.quant.attention import attention_modules as attention_modules
 from ovit_engine.quant.bake import BakedConv2d as BakedConv2d
 from ovit_engine.quant.bake import BakedLinear as BakedLinear
 from ovit_engine.quant.bake import QuantizeDequantize as QuantizeDequantize
 from ovit_engine.quant.bake import bake as bake
 from ovit_engine.quant.batch_norm import freeze_batch_norm as freeze_batch_norm
 from ovit_engine.quant.batch_norm import unfreeze_batch_norm as unfreeze_batch_norm
+from ovit_engine.quant.bias_correction import correct_biases as correct_biases
 from ovit_engine.quant.fake_quantizer import FakeQuantize as FakeQuantize
-from ovit_engine.quant.fake_quantizer import activation_quantizer as activation_quantizer
-from ovit_engine.quant.fake_quantizer import weight_quantizer as weight_quantizer
+from ovit_engine.quant.functional import INT7_SYMMETRIC as INT7_SYMMETRIC
+from ovit_engine.quant.functional import INT8_ACTIVATION as INT8_ACTIVATION
 from ovit_engine.quant.functional import INT8_SYMMETRIC as INT8_SYMMETRIC
 from ovit_engine.quant.functional import UINT8_AFFINE as UINT8_AFFINE
 from ovit_engine.quant.functional import IntegerGrid as IntegerGrid
@@ -18,9 +21,15 @@ from ovit_engine.quant.functional import fake_quantize as fake_quantize
 from ovit_engine.quant.functional import quantize as quantize
 from ovit_engine.quant.layers import QuantConv2d as QuantConv2d
 from ovit_engine.quant.layers import QuantLinear as QuantLinear
+from ovit_engine.quant.observers import CurrentLeastError as CurrentLeastError
 from ovit_engine.quant.observers import CurrentMinMax as CurrentMinMax
+from ovit_engine.quant.observers import LeastError as LeastError
+from ovit_engine.quant.observers import MinMax as MinMax
 from ovit_engine.quant.observers import MovingAverageMinMax as MovingAverageMinMax
 from ovit_engine.quant.observers import Observer as Observer
+from ovit_engine.quant.observers import Percentile as Percentile
+from ovit_engine.quant.post_training import calibrate as calibrate
+from ovit_engine.quant.post_training import leave_unseen as leave_unseen
 from ovit_engine.quant.prepare import Prepared as Prepared
 from ovit_engine.quant.prepare import dense_state_dict as dense_state_dict
 from ovit_engine.quant.prepare import prepare_quantization as prepare_quantization
@@ -28,4 +37,12 @@ from ovit_engine.quant.prepare import quantizers as quantizers
 from ovit_engine.quant.prepare import set_enabled as set_enabled
 from ovit_engine.quant.prepare import set_observing as set_observing
 from ovit_engine.quant.prepare import unrounded_outputs as unrounded_outputs
+from ovit_engine.quant.range_search import extremes as extremes
+from ovit_engine.quant.range_search import least_error_range as least_error_range
+from ovit_engine.quant.range_search import percentile_range as percentile_range
 from ovit_engine.quant.ranges import share_ranges as share_ranges
+from ovit_engine.quant.scheme import CPU as CPU
+from ovit_engine.quant.scheme import GPU as GPU
+from ovit_engine.quant.scheme import Scheme as Scheme
+from ovit_engine.quant.smoothing import Smoothed as Smoothed
+from ovit_engine.quant.smoothing import smooth as smooth

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ovit_engine.quant.attention import OPERANDS, QuantAttention
 from ovit_engine.quant.batch_norm import fold_factors, has_activation
 from ovit_engine.quant.fake_quantizer import FakeQuantize
 from ovit_engine.quant.functional import quantize
@@ -86,8 +87,7 @@ class BakedLinear(_BakedLayer):
         weight = super().weight
         # ONNX Runtime makes MatMul + bias of rank 2 a Gemm, which it runs in float when the bias is float
         flat = x.dim() < 3
-        x = self.input(x)
-        y: Tensor = (x.unsqueeze(0) if flat else x) @ weight
+        y: Tensor = self.input(x.unsqueeze(0) if flat else x) @ weight
         y = y if self.bias is None else y + self.bias
         return y.squeeze(0) if flat else y
 
@@ -107,7 +107,7 @@ class BakedConv2d(_BakedLayer):
         self.padding_mode, self.border = layer.padding_mode, list(layer._reversed_padding_repeated_twice)
 
     def fold(self, norm: nn.Module) -> None:
-        """Take over a batch-norm: exact, because every output channel has a scale of its own.
+        """Take over a batch-norm: exact, because every output channel has a scale of its own (from here on at least).
 
         A negative factor flips the levels' sign ([-127, 127] is symmetric), a factor of zero makes a channel of zeros.
         """
@@ -116,6 +116,7 @@ class BakedConv2d(_BakedLayer):
         self.levels = self.levels * sign.view(-1, 1, 1, 1)
         scale = (self.weight_scale.double() * factor.abs()).float()
         self.weight_scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        self.weight_zero_point = torch.zeros_like(scale, dtype=self.levels.dtype)
         self.bias = bias.float()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,6 +150,8 @@ def bake(model: nn.Module) -> nn.Module:
             _replace(model, layer, baked)
             if layer.norm is not None:
                 norms[layer.norm] = baked
+        elif isinstance(layer, QuantAttention):
+            _bake_attention(layer)
     # deepest first: a quantizer inside a batch-norm (in timm's `drop`) is baked before the batch-norm goes
     for name, module in reversed(list(model.named_modules())):
         _bake_follower(model, module, norms.get(name))
@@ -172,13 +175,28 @@ def _bake_follower(model: nn.Module, module: nn.Module, conv: BakedConv2d | None
         _replace(model, module, stages[0] if len(stages) == 1 else nn.Sequential(*stages))
 
 
+def _bake_attention(layer: QuantAttention) -> None:
+    """Make the quantizers of the products explicit, or undo ``from_float`` where they were never enabled."""
+    found = {name: layer.get_submodule(name) for name in OPERANDS}
+    if not all(isinstance(child, FakeQuantize) and child.enabled for child in found.values()):
+        layer.to_float()
+        return
+    for name, child in found.items():
+        assert isinstance(child, FakeQuantize)
+        layer._modules[name] = QuantizeDequantize(child)
+
+
 def _check_ready(model: nn.Module) -> None:
     unseen = [name for name, quantizer in quantizers(model) if quantizer.enabled and not quantizer.observed]
     if unseen:
         raise ValueError(f"quantizers that never saw data, train with them observing first: {', '.join(unseen)}")
     for name, layer in model.named_modules():
-        if isinstance(layer, (QuantLinear, QuantConv2d)):
-            states = {child: bool(quantizer.enabled) for child, quantizer in quantizers(layer)}
+        if isinstance(layer, (QuantLinear, QuantConv2d, QuantAttention)):
+            states = {
+                child: bool(quantizer.enabled)
+                for child, quantizer in layer.named_children()
+                if isinstance(quantizer, FakeQuantize)
+            }
             if len(set(states.values())) > 1:
                 raise ValueError(f"{name} is quantized by half: enabled = {states}")
 

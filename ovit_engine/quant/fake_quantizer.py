@@ -8,8 +8,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ovit_engine.quant.functional import INT8_SYMMETRIC, UINT8_AFFINE, IntegerGrid, choose_qparams, fake_quantize
-from ovit_engine.quant.observers import CurrentMinMax, MovingAverageMinMax, Observer
+from ovit_engine.quant.functional import IntegerGrid, choose_qparams, fake_quantize
+from ovit_engine.quant.observers import Observer
 
 
 class FakeQuantize(nn.Module):
@@ -116,13 +116,3 @@ def _is_recomputing() -> bool:
     It must compute what the first did: an observer that followed the same tensor twice would have moved on.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def weight_quantizer(weight: Tensor, axis: int = 0) -> FakeQuantize:
-    """Symmetric int8, one scale for each output channel: what every integer matmul and convolution kernel takes."""
-    return FakeQuantize(INT8_SYMMETRIC, CurrentMinMax(), axis=axis, channels=weight.shape[axis], device=weight.device)
-
-
-def activation_quantizer(device: torch.device | None = None, momentum: float = 0.05) -> FakeQuantize:
-    """Asymmetric uint8, one scale a tensor, zero held exactly (padding and ReLU need it)."""
-    return FakeQuantize(UINT8_AFFINE, MovingAverageMinMax(momentum), device=device)

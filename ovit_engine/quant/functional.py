@@ -27,7 +27,12 @@ class IntegerGrid:
     dtype: torch.dtype
 
 
+# of weights: without -128 a channel can change its sign (a folded batch-norm)
 INT8_SYMMETRIC = IntegerGrid(low=-127, high=127, symmetric=True, dtype=torch.int8)
+# of weights for AVX2 and AVX512 without VNNI, which add two uint8 x int8 products in 16 bits: 2 * 255 * 63 still fits
+INT7_SYMMETRIC = IntegerGrid(low=-63, high=63, symmetric=True, dtype=torch.int8)
+# of activations: saturates where ONNX QuantizeLinear does
+INT8_ACTIVATION = IntegerGrid(low=-128, high=127, symmetric=True, dtype=torch.int8)
 UINT8_AFFINE = IntegerGrid(low=0, high=255, symmetric=False, dtype=torch.uint8)
 
 

@@ -11,7 +11,8 @@ from typing import Self
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ovit_engine.quant.fake_quantizer import FakeQuantize, activation_quantizer, weight_quantizer
+from ovit_engine.quant.fake_quantizer import FakeQuantize
+from ovit_engine.quant.scheme import CPU, Scheme
 
 
 class QuantLinear(nn.Linear):
@@ -21,7 +22,7 @@ class QuantLinear(nn.Linear):
     weight_quantizer: FakeQuantize
 
     @classmethod
-    def from_float(cls, layer: nn.Linear, *, momentum: float = 0.05) -> Self:
+    def from_float(cls, layer: nn.Linear, *, scheme: Scheme = CPU) -> Self:
         """Turn ``layer`` itself into its quantized form (disabled) and return it.
 
         Raises:
@@ -30,8 +31,8 @@ class QuantLinear(nn.Linear):
         _require_exactly(layer, nn.Linear)
         layer.__class__ = cls
         assert isinstance(layer, cls)
-        layer.input_quantizer = activation_quantizer(layer.weight.device, momentum)
-        layer.weight_quantizer = weight_quantizer(layer.weight)
+        layer.input_quantizer = scheme.activation_quantizer(layer.weight.device)
+        layer.weight_quantizer = scheme.weight_quantizer(layer.weight)
         layer.train(layer.training)
         return layer
 
@@ -52,7 +53,7 @@ class QuantConv2d(nn.Conv2d):
     norm: str | None
 
     @classmethod
-    def from_float(cls, layer: nn.Conv2d, *, momentum: float = 0.05, output: bool = True) -> Self:
+    def from_float(cls, layer: nn.Conv2d, *, scheme: Scheme = CPU, output: bool = True) -> Self:
         """Turn ``layer`` itself into its quantized form (disabled) and return it.
 
         Raises:
@@ -63,9 +64,9 @@ class QuantConv2d(nn.Conv2d):
         layer.__class__ = cls
         assert isinstance(layer, cls)
         device = layer.weight.device
-        layer.input_quantizer = activation_quantizer(device, momentum)
-        layer.weight_quantizer = weight_quantizer(layer.weight)
-        layer.output_quantizer = activation_quantizer(device, momentum) if output else None
+        layer.input_quantizer = scheme.activation_quantizer(device)
+        layer.weight_quantizer = scheme.weight_quantizer(layer.weight)
+        layer.output_quantizer = scheme.activation_quantizer(device) if output else None
         layer.norm = None
         layer.train(layer.training)
         return layer

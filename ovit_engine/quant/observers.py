@@ -1,7 +1,7 @@
 """Observers: from the tensors seen to the range that a quantizer covers.
 
 An observer is a frozen, stateless rule; the range itself lives in the quantizer's buffers, so that checkpoints, EMA
-copies and compiled graphs carry it. A new rule (percentile, MSE) is a new subclass and no change anywhere else.
+copies and compiled graphs carry it. A new rule is a new subclass and no change anywhere else.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ovit_engine.quant.functional import IntegerGrid
+from ovit_engine.quant.range_search import extremes, least_error_range, percentile_range
 
 
 class Observer(ABC):
@@ -27,8 +30,24 @@ class Observer(ABC):
 
 
 @dataclass(frozen=True)
-class MovingAverageMinMax(Observer):
-    """Exponential moving average of each batch's extremes; the first batch initialises it."""
+class MinMax(Observer):
+    """The extremes of all tensors seen."""
+
+    only_in_training = True
+
+    def update(
+        self, x: Tensor, minimum: Tensor, maximum: Tensor, observed: Tensor, axis: int | None
+    ) -> tuple[Tensor, Tensor]:
+        low, high = extremes(x, axis)
+        return (
+            torch.where(observed, torch.minimum(minimum, low), low),
+            torch.where(observed, torch.maximum(maximum, high), high),
+        )
+
+
+@dataclass(frozen=True)
+class Averaged(Observer):
+    """Exponential moving average of a range taken of each batch; the first batch initialises it."""
 
     momentum: float = 0.05
     only_in_training = True
@@ -37,14 +56,52 @@ class MovingAverageMinMax(Observer):
         if not 0.0 < self.momentum <= 1.0:
             raise ValueError(f"momentum must lie in (0, 1], got {self.momentum}")
 
+    @abstractmethod
+    def range_of(self, x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
+        """(minimum, maximum) of one batch."""
+
     def update(
         self, x: Tensor, minimum: Tensor, maximum: Tensor, observed: Tensor, axis: int | None
     ) -> tuple[Tensor, Tensor]:
-        low, high = _extremes(x, axis)
+        low, high = self.range_of(x, axis)
         return (
             torch.where(observed, minimum + self.momentum * (low - minimum), low),
             torch.where(observed, maximum + self.momentum * (high - maximum), high),
         )
+
+
+@dataclass(frozen=True)
+class MovingAverageMinMax(Averaged):
+    """Average of each batch's extremes."""
+
+    def range_of(self, x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
+        return extremes(x, axis)
+
+
+@dataclass(frozen=True)
+class Percentile(Averaged):
+    """Average of each batch's percentiles: of 10,000 values 99.99 leaves out the largest and the smallest."""
+
+    percentile: float = 99.99
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 50.0 < self.percentile <= 100.0:
+            raise ValueError(f"percentile must lie in (50, 100], got {self.percentile}")
+
+    def range_of(self, x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
+        return percentile_range(x, self.percentile, axis)
+
+
+@dataclass(frozen=True)
+class LeastError(Averaged):
+    """Average of the ranges that would round each batch with the least squared error."""
+
+    grid: IntegerGrid | None = None
+
+    def range_of(self, x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
+        assert self.grid is not None
+        return least_error_range(x, self.grid, axis)
 
 
 @dataclass(frozen=True)
@@ -56,13 +113,17 @@ class CurrentMinMax(Observer):
     def update(
         self, x: Tensor, minimum: Tensor, maximum: Tensor, observed: Tensor, axis: int | None
     ) -> tuple[Tensor, Tensor]:
-        return _extremes(x, axis)
+        return extremes(x, axis)
 
 
-def _extremes(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value: of the tensor (0-d), or of each channel along ``axis`` (1-d)."""
-    if axis is None:
-        low, high = torch.aminmax(x)
-        return low, high
-    low, high = torch.aminmax(x.transpose(0, axis).flatten(1), dim=1)
-    return low, high
+@dataclass(frozen=True)
+class CurrentLeastError(Observer):
+    """The range that rounds the present tensor with the least squared error."""
+
+    grid: IntegerGrid
+    only_in_training = False
+
+    def update(
+        self, x: Tensor, minimum: Tensor, maximum: Tensor, observed: Tensor, axis: int | None
+    ) -> tuple[Tensor, Tensor]:
+        return least_error_range(x, self.grid, axis)

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ovit_engine.quant.fake_quantizer import FakeQuantize, activation_quantizer
+from ovit_engine.quant.attention import OPERANDS, QuantAttention
+from ovit_engine.quant.fake_quantizer import FakeQuantize
 from ovit_engine.quant.layers import QuantConv2d, QuantLinear, quantize_output
+from ovit_engine.quant.scheme import CPU, Scheme
 from ovit_engine.quant.topology import find_conv_outputs
 
-_QUANTIZER_NAMES = ("input_quantizer", "weight_quantizer", "output_quantizer")
+_QUANTIZER_NAMES = ("input_quantizer", "weight_quantizer", "output_quantizer", *OPERANDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,41 +29,53 @@ class Prepared:
     folded: dict[str, str]
 
 
-def prepare_quantization(model: nn.Module, names: Iterable[str], *, momentum: float = 0.05) -> Prepared:
+def prepare_quantization(
+    model: nn.Module,
+    names: Iterable[str],
+    *,
+    scheme: Scheme = CPU,
+    attention: Iterable[str] = (),
+    outputs: Iterable[str] = (),
+) -> Prepared:
     """Give the layers ``names`` their quantizers, disabled: the model computes what it did before.
 
     Layers are converted in place (see ``layers``). ``model`` must be the bare module, before DDP, FSDP or compile.
-    Layers of other classes are not converted but named in ``Prepared.skipped``.
+    Layers of other classes are not converted but named in ``Prepared.skipped``. ``attention`` names modules whose two
+    products (Q·K, A·V) are rounded, ``outputs`` modules whose output is (LayerNorm).
 
     Raises:
         ValueError: a name that is not in the model, or a layer that has quantizers already.
     """
-    names = list(dict.fromkeys(names))
+    names, attention, outputs = (list(dict.fromkeys(group)) for group in (names, attention, outputs))
     modules = dict(model.named_modules())
-    unknown = [name for name in names if name not in modules]
+    unknown = [name for name in (*names, *attention, *outputs) if name not in modules]
     if unknown:
         raise ValueError(f"no such layer in the model: {', '.join(map(repr, unknown))}")
     if "" in names:
         raise ValueError("the model itself cannot be converted, only layers inside it: wrap it in a module")
-    again = [name for name in names if isinstance(modules[name], (QuantLinear, QuantConv2d))]
+    again = [name for name in (*names, *attention, *outputs) if _is_prepared(modules[name])]
     if again:
         raise ValueError(f"already prepared for quantization: {', '.join(again)}")
     skipped = {name: reason for name in names if (reason := _why_not(modules[name])) is not None}
     layers = [name for name in names if name not in skipped]
     convs = [name for name in layers if type(modules[name]) is nn.Conv2d]
-    outputs = find_conv_outputs(model, convs, layers) if convs else {}
+    follow = find_conv_outputs(model, convs, layers) if convs else {}
     for name in layers:
         module = modules[name]
         if isinstance(module, nn.Linear):
-            QuantLinear.from_float(module, momentum=momentum)
+            QuantLinear.from_float(module, scheme=scheme)
         elif isinstance(module, nn.Conv2d):
-            output = outputs[name]
-            conv = QuantConv2d.from_float(module, momentum=momentum, output=output.rounded_at == name)
+            output = follow[name]
+            conv = QuantConv2d.from_float(module, scheme=scheme, output=output.rounded_at == name)
             conv.norm = output.norm
             if output.rounded_at not in (None, name):
-                _round_output(modules[str(output.rounded_at)], conv.weight.device, momentum)
+                _round_output(modules[str(output.rounded_at)], conv.weight.device, scheme)
+    for name in attention:
+        QuantAttention.from_float(modules[name], scheme=scheme)
+    for name in outputs:
+        _round_output(modules[name], _device_of(modules[name]), scheme)
     _leave_fast_path(model)
-    folded = {name: output.norm for name, output in outputs.items() if output.norm is not None}
+    folded = {name: output.norm for name, output in follow.items() if output.norm is not None}
     return Prepared(layers=tuple(layers), skipped=skipped, folded=folded)
 
 
@@ -105,8 +119,16 @@ def dense_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _round_output(module: nn.Module, device: torch.device, momentum: float) -> None:
-    module.add_module("output_quantizer", activation_quantizer(device, momentum).train(module.training))
+def _is_prepared(module: nn.Module) -> bool:
+    return isinstance(module, (QuantLinear, QuantConv2d, QuantAttention)) or "output_quantizer" in module._modules
+
+
+def _device_of(module: nn.Module) -> torch.device | None:
+    return next((parameter.device for parameter in module.parameters()), None)
+
+
+def _round_output(module: nn.Module, device: torch.device | None, scheme: Scheme) -> None:
+    module.add_module("output_quantizer", scheme.activation_quantizer(device).train(module.training))
     # stays for the life of the training model: bake removes it on the copy that is exported
     module.register_forward_hook(quantize_output)
 

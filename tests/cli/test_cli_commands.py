@@ -31,6 +31,7 @@ def test_help_names_the_commands_in_the_order_of_work(ovit: Ovit) -> None:
         "oneshot",
         "train",
         "sweep",
+        "ptq",
         "export",
         "verify",
         "verify-resume",

@@ -172,7 +172,7 @@ def test_the_ema_copy_follows() -> None:
         ("{start: 9st}", "r.yaml:2:23: quantize.start: '9st' is the end of training"),
         ("{start: 3st, freeze_observers: 3st}", "does not come after the start"),
         ("{start: 3st, start_observers: 4st}", "r.yaml:2:45: quantize.start_observers: '4st' comes after the start at"),
-        ("{weights: {bits: 4}}", "r.yaml:2:32: quantize.weights.bits: input should be 8: 4"),
+        ("{weights: {bits: 4}}", "r.yaml:2:32: quantize.weights.bits: input should be 7 or 8: 4"),
     ],
 )  # fmt: skip
 def test_bad_options_say_where(options: str, message: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from ovit_engine.quant import INT8_SYMMETRIC, CurrentMinMax, FakeQuantize, activation_quantizer, weight_quantizer
+from ovit_engine.quant import CPU, INT8_SYMMETRIC, CurrentMinMax, FakeQuantize, Scheme
 
 
 def switched(quantizer, *, enabled=True, observing=True):
@@ -18,14 +18,14 @@ def switched(quantizer, *, enabled=True, observing=True):
 
 
 def test_as_installed_it_is_the_identity_and_sees_nothing():
-    quantizer = activation_quantizer()
+    quantizer = CPU.activation_quantizer()
     x = torch.randn(4)
     assert quantizer(x) is x
     assert not quantizer.observed
 
 
 def test_the_range_is_a_moving_average_that_starts_at_the_first_batch():
-    quantizer = switched(activation_quantizer(momentum=0.5), enabled=False)
+    quantizer = switched(Scheme(momentum=0.5).activation_quantizer(), enabled=False)
     quantizer(torch.tensor([-1.0, 3.0]))
     assert (quantizer.minimum.item(), quantizer.maximum.item()) == (-1.0, 3.0)
     quantizer(torch.tensor([-3.0, 4.0]))
@@ -35,7 +35,7 @@ def test_the_range_is_a_moving_average_that_starts_at_the_first_batch():
 
 
 def test_it_watches_activations_only_in_training_and_only_while_observing():
-    quantizer = switched(activation_quantizer()).eval()
+    quantizer = switched(CPU.activation_quantizer()).eval()
     quantizer(torch.tensor([1.0]))
     assert not quantizer.observed
     switched(quantizer, observing=False).train()
@@ -44,14 +44,14 @@ def test_it_watches_activations_only_in_training_and_only_while_observing():
 
 
 def test_enabled_without_a_range_it_is_the_identity():
-    quantizer = switched(activation_quantizer(), observing=False)
+    quantizer = switched(CPU.activation_quantizer(), observing=False)
     x = torch.tensor([0.123])
     assert torch.equal(quantizer(x), x)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_an_overflowing_batch_leaves_the_range_alone(bad):
-    quantizer = switched(activation_quantizer())
+    quantizer = switched(CPU.activation_quantizer())
     quantizer(torch.tensor([-1.0, 1.0]))
     before = copy.deepcopy(quantizer.state_dict())
     quantizer(torch.tensor([bad, 100.0]))
@@ -60,7 +60,7 @@ def test_an_overflowing_batch_leaves_the_range_alone(bad):
 
 def test_a_live_weight_is_followed_in_eval_too_until_frozen():
     weight = torch.tensor([[1.27, 0.1], [0.0, 0.0]])
-    quantizer = switched(weight_quantizer(weight)).eval()
+    quantizer = switched(CPU.weight_quantizer(weight)).eval()
     quantizer(weight)
     assert quantizer.scale.tolist() == pytest.approx([0.01, 1.0])
     quantizer(weight * 2)
@@ -74,13 +74,13 @@ def test_zeros_of_a_weight_stay_exactly_zero():
     weight = torch.randn(8, 16)
     mask = torch.rand(8, 16) > 0.7
     weight[~mask] = 0
-    rounded = switched(weight_quantizer(weight))(weight)
+    rounded = switched(CPU.weight_quantizer(weight))(weight)
     assert (rounded[~mask] == 0).all()
     assert torch.isfinite(rounded).all()
 
 
 def test_inside_autocast_it_works_in_float32_and_gives_back_the_type_it_got():
-    quantizer = switched(activation_quantizer())
+    quantizer = switched(CPU.activation_quantizer())
     x = torch.linspace(-1, 1, 33, dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = quantizer(x)
@@ -90,9 +90,9 @@ def test_inside_autocast_it_works_in_float32_and_gives_back_the_type_it_got():
 
 
 def test_state_goes_through_state_dict_deepcopy_and_pickle():
-    quantizer = switched(activation_quantizer())
+    quantizer = switched(CPU.activation_quantizer())
     quantizer(torch.tensor([-1.0, 3.0]))
-    fresh = activation_quantizer()
+    fresh = CPU.activation_quantizer()
     fresh.load_state_dict(quantizer.state_dict())
     x = torch.randn(50)
     copies = (fresh, copy.deepcopy(quantizer), pickle.loads(pickle.dumps(quantizer)))
@@ -101,7 +101,7 @@ def test_state_goes_through_state_dict_deepcopy_and_pickle():
 
 
 def test_a_dense_checkpoint_is_accepted_and_half_a_quantizer_is_not():
-    quantizer = activation_quantizer()
+    quantizer = CPU.activation_quantizer()
     quantizer.load_state_dict({})
     with pytest.raises(RuntimeError, match="zero_point"):
         quantizer.load_state_dict({"scale": torch.tensor(1.0)})
@@ -118,7 +118,7 @@ def test_flipping_the_flags_compiles_nothing_again_and_computes_the_same():
     class Layer(nn.Module):
         def __init__(self):
             super().__init__()
-            self.quantizer = activation_quantizer()
+            self.quantizer = CPU.activation_quantizer()
 
         def forward(self, x):
             return self.quantizer(x) * 2
@@ -139,7 +139,7 @@ def test_flipping_the_flags_compiles_nothing_again_and_computes_the_same():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_ranges_stay_float32_in_a_model_of_another_precision(dtype):
-    quantizer = weight_quantizer(torch.randn(4, 8))
+    quantizer = CPU.weight_quantizer(torch.randn(4, 8))
     quantizer.observing.fill_(True)
     quantizer.enabled.fill_(True)
     before = 1e-7 * torch.randn(4, 8)
@@ -153,5 +153,5 @@ def test_ranges_stay_float32_in_a_model_of_another_precision(dtype):
 
 
 def test_a_quantizer_made_on_meta_gets_memory():
-    quantizer = weight_quantizer(torch.randn(4, 8)).to("meta")
+    quantizer = CPU.weight_quantizer(torch.randn(4, 8)).to("meta")
     assert quantizer.to_empty(device="cpu").scale.device.type == "cpu"

@@ -1,0 +1,129 @@
+"""ovit ptq: int8 without training."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ovit_engine.cli import options
+
+if TYPE_CHECKING:
+    from ovit_engine.integrations.ptq import Compared
+    from ovit_engine.recipe import Recipe
+
+
+@click.command(short_help="Quantize a trained model without training, to a verified ONNX file.")
+@click.argument("source", type=click.Path(path_type=Path), required=False, metavar="[MODEL.onnx]")
+@options.model
+@options.model_args
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Trained weights: a file, or a run's folder.")
+@click.option("--pretrained", is_flag=True, help="Take timm's weights (downloads them).")
+@click.option("--data", required=True, help="'digits', an image folder with train/ and val/, or a timm dataset name.")
+@click.option("--data-root", type=click.Path(path_type=Path), help="Where downloaded datasets are kept.")
+@click.option("--recipe", help="Recipe whose quantize is followed; its times play no part. Defaults if left out.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="The ONNX file to write.")
+@click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that read images.")
+@options.variables
+def ptq(
+    source: Path | None,
+    model: str | None,
+    model_args: tuple[tuple[str, Any], ...],
+    checkpoint: Path | None,
+    pretrained: bool,
+    data: str,
+    data_root: Path | None,
+    recipe: str | None,
+    output: Path,
+    workers: int,
+    variables: tuple[tuple[str, Any], ...],
+) -> None:
+    """Take int8 ranges from some training images, write the ONNX file, and compare it with the float model.
+
+    The model is a timm model with trained weights, or MODEL.onnx, a float file of any tool: then --model only tells
+    how images are prepared, if the file does not.
+    """
+    if checkpoint is not None and pretrained:
+        raise click.UsageError("weights come from --checkpoint or --pretrained, not both")
+    if not output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"no folder {str(output.parent)!r} to write {output.name!r} to")
+    if source is not None:
+        if checkpoint is not None or pretrained or recipe is not None or model_args:
+            raise click.UsageError("MODEL.onnx has its weights: no --checkpoint, --pretrained, --recipe or --model-arg")
+        found = _from_onnx(source, model, data, data_root, output, workers)
+    else:
+        read = _recipe(recipe, options.as_mapping(variables))
+        found = _from_weights(
+            read, model, options.as_mapping(model_args), checkpoint, pretrained, data, data_root, output, workers
+        )
+    found.certificate.render()
+    for line in found.lines():
+        click.echo(line)
+
+
+def _recipe(name: str | None, values: Mapping[str, Any]) -> "Recipe":
+    from ovit_engine.integrations.ptq import DEFAULT
+    from ovit_engine.recipe import Recipe
+
+    return Recipe.parse(DEFAULT) if name is None else Recipe.load(name, **values)
+
+
+def _from_weights(
+    read: "Recipe",
+    model: str | None,
+    model_args: Mapping[str, Any],
+    checkpoint: Path | None,
+    pretrained: bool,
+    data: str,
+    data_root: Path | None,
+    output: Path,
+    workers: int,
+) -> "Compared":
+    from torch.utils.data import DataLoader
+
+    from ovit_engine.integrations import ptq as after
+    from ovit_engine.integrations.models import with_training
+    from ovit_engine.integrations.oneshot_timm import set_up
+    from ovit_engine.recipe import Recipe
+
+    modifier = after.quantize_of(read)
+    run = None if checkpoint is None else after.run_of(checkpoint)
+    if run is not None and read.training.model is None:  # the run tells the model
+        read = replace(read, training=Recipe.parse(run["recipe"]).training)
+    if model is None or model == read.training.model:  # the recipe's arguments go with the recipe's model
+        model_args = {**read.training.model_args, **model_args}
+    read = with_training(read, model=model, model_args=model_args)
+    bench = set_up(
+        read, data=data, checkpoint=checkpoint, pretrained=pretrained, device="cpu", workers=workers, root=data_root
+    )
+    images = bench.plain()
+    return after.ptq(
+        bench.model,
+        read,
+        after.calibration_batches(images.train, modifier.calibration_images, seed=read.training.seed),
+        output,
+        example_inputs=bench.example_inputs,
+        data=DataLoader(images.val, batch_size=64, num_workers=workers),
+        masks=None if run is None else after.masks_of(run, bench.model),
+        preprocessing=images.preprocessing,
+    )
+
+
+def _from_onnx(
+    source: Path, model: str | None, data: str, data_root: Path | None, output: Path, workers: int
+) -> "Compared":
+    from torch.utils.data import DataLoader
+
+    from ovit_engine.integrations.data import load_data
+    from ovit_engine.integrations.ptq import calibration_batches
+    from ovit_engine.integrations.ptq_onnx import IMAGES, image_config, ptq_onnx
+
+    images = load_data(data, config=image_config(source, model), root=data_root)
+    return ptq_onnx(
+        source,
+        output,
+        [batch.numpy() for (batch,) in calibration_batches(images.train, IMAGES)],
+        data=DataLoader(images.val, batch_size=64, num_workers=workers),
+        preprocessing=images.preprocessing,
+    )
