@@ -84,8 +84,11 @@ def contradictions(recipe_text: str, promise: Promise, layers: Sequence[LayerFac
     if not has_unknown:
         found += _unasked(pruners, quantizers, promised, layers)
     found += _patterns(pruners, promised.values())
-    found += _missing(pruners, quantizers, promised, layers)
-    for step in pruners:
+    # a sweep keeps models of before the end: nothing else of the recipe need have begun by then
+    sweeping = [step for step in pruners if step.options.get("sweep")]
+    certain = sweeping or pruners
+    found += _missing(certain, [] if sweeping else quantizers, promised, layers)
+    for step in certain:
         found += _amount(step, promised, layers)
     return found
 

@@ -11,10 +11,12 @@ from onnx import numpy_helper
 
 from ovit_engine.cli import main
 from ovit_engine.export import VerificationError
-from ovit_engine.export.certificate import Certificate, certificate_path, reference_path
+from ovit_engine.export.certificate import Certificate, LayerFacts, certificate_path, reference_path
 from ovit_engine.export.measure import Origin, measure_file
 from ovit_engine.export.parity import Reference, accuracy, compare
+from ovit_engine.export.promise import Promise, PromisedLayer
 from ovit_engine.export.runtime import open_session, run_outputs
+from ovit_engine.export.stated import contradictions
 from ovit_engine.export.verify import verify_file
 from ovit_engine.export.writer import set_metadata
 
@@ -183,6 +185,20 @@ SPARSER = "obert_prune: {sparsity: 0.9, pattern: '2:4', targets: ['preset:vit']}
 def test_another_recipe(vit_copy, modifiers, words):
     forge(vit_copy.path, recipe=f"modifiers: {modifiers}")
     assert some(findings(vit_copy.path), *words)
+
+
+def test_points_of_a_sweep_come_before_the_end_of_their_recipe() -> None:
+    """The model at 50 % was kept before int8 training began, and before the second pruner did."""
+    sweep = "ovit_prune: {sparsity: {from: 0.5, to: 0.9}, sweep: [0.5, 0.9], targets: [a.weight]}"
+    later = "magnitude_prune: {start: 9ep, sparsity: 0.5, targets: [b.weight]}"
+    text = f"modifiers: [{{{sweep}}}, {{{later}}}, {{quantize: {{start: 9ep}}}}]"
+    promise = Promise(layers=(PromisedLayer(name="a.weight", zeros=50),))
+    options = {"op": "Gemm", "shape": (10, 10), "dtype": "FLOAT", "quantized": False, "numel": 100}
+    half = [LayerFacts(name="a.weight", zeros=50, **options), LayerFacts(name="b.weight", zeros=0, **options)]
+    assert contradictions(text, promise, half) == []
+    (line,) = contradictions(text, promise, [LayerFacts(name="a.weight", zeros=20, **options), half[1]])
+    assert line.startswith("a.weight: 20.00% zeros; the recipe's ovit_prune asks for 50.00%")
+    assert len(contradictions(text.replace(", sweep: [0.5, 0.9]", ""), promise, half)) >= 3
 
 
 def test_another_recipe_with_its_own_promise(vit_copy):
