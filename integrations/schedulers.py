@@ -18,17 +18,11 @@ def make_scheduler(engine: Engine, optimizer: Optimizer, training: Training) -> 
     """The schedule of `training`, in optimizer steps: `step_update(n)` writes the learning rate of step n (from 0).
 
     Raises:
-        RecipeError: a modifier writes the learning rate too.
-        ValueError: arguments that timm's create_scheduler_v2 does not take, or a schedule of another length.
+        RecipeError, ValueError: what `check_scheduler` finds, or a schedule of another length.
     """
+    check_scheduler(engine, training)
     if training.scheduler is None:
         return None
-    for modifier in engine.modifiers:
-        if any(claim.what == "the learning rate" for claim in modifier.claims(engine.run)):
-            raise modifier.error(
-                f"writes the learning rate, as scheduler {training.scheduler!r} of training does: keep one"
-            )
-    _check_arguments(training.scheduler_args)
     scheduler, epochs = create_scheduler_v2(
         optimizer,
         sched=training.scheduler,
@@ -41,6 +35,23 @@ def make_scheduler(engine: Engine, optimizer: Optimizer, training: Training) -> 
         raise ValueError(f"training.scheduler_args: the schedule takes {epochs} epochs, training {training.epochs}")
     made: Scheduler = scheduler
     return made
+
+
+def check_scheduler(engine: Engine, training: Training) -> None:
+    """Check the schedule of `training` before there is an optimizer; `engine` is prepared.
+
+    Raises:
+        RecipeError: a modifier writes the learning rate too.
+        ValueError: arguments that timm's create_scheduler_v2 does not take.
+    """
+    if training.scheduler is None:
+        return
+    for modifier in engine.modifiers:
+        if any(claim.what == "the learning rate" for claim in modifier.claims(engine.run)):
+            raise modifier.error(
+                f"writes the learning rate, as scheduler {training.scheduler!r} of training does: keep one"
+            )
+    _check_arguments(training.scheduler_args)
 
 
 def _check_arguments(arguments: dict[str, Any]) -> None:

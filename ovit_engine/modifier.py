@@ -183,7 +183,8 @@ class Modifier(BaseModel):
         if not run.nearly_done:
             raise RuntimeError(
                 f"{self.name}: training ended before {what}: {seen}. steps_per_epoch counts optimizer steps: divide "
-                "len(loader) by gradient accumulation, and attach the optimizer that the loop steps"
+                "len(loader) by gradient accumulation; attach the optimizer that the loop steps; load the engine's "
+                "state where a run goes on"
             )
         warnings.warn(f"{self.name}: {seen} (skipped steps?); {what} is done now", stacklevel=6)
 

@@ -48,7 +48,10 @@ def validate(
             list(modifier.timeline(clock))  # times past the end
         console.print(f"{read.name}: ok; --model NAME checks its targets")
         return
+    from ovit_engine.integrations.schedulers import check_scheduler
+
     engine = prepared(read, model, model_args, epochs=epochs, steps_per_epoch=steps_per_epoch)
+    check_scheduler(engine, engine.recipe.training)
     _print_matches(console, engine)
     console.print(f"{read.name}: ok on {engine.recipe.training.model}")
 

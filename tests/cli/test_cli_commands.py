@@ -185,3 +185,13 @@ def test_a_file_that_was_changed_does_not_verify(ovit: Ovit, finished_run: Path)
     assert result.exit_code == 1
     assert result.stderr.startswith("ovit: error: ")
     assert result.stderr.count("\n") == 1
+
+
+def test_validate_finds_what_train_would_refuse(ovit: Ovit) -> None:
+    training = "training: {model: vit_tiny_patch16_224, scheduler: cosine, scheduler_args: {warmup: 1}}"
+    Path("both.yaml").write_text(f"{training}\nmodifiers:\n  - cyclic_lr: {{max: 0.1, min: 0.01}}\n")
+    done = ovit("validate", "both.yaml")
+    assert done.exit_code == 1
+    assert "both.yaml:3:5: cyclic_lr: writes the learning rate, as scheduler 'cosine' of training does" in done.stderr
+    Path("none.yaml").write_text(f"{training}\nmodifiers: []\n")
+    assert "training.scheduler_args has no 'warmup'" in ovit("validate", "none.yaml").stderr
