@@ -33,6 +33,9 @@ IMAGES = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = (IMAGES.flatten(1) @ torch.randn(64, 4, generator=torch.Generator().manual_seed(1))).argmax(1)
 CALIBRATION = Calibration(torch.utils.data.TensorDataset(IMAGES, LABELS), nn.functional.cross_entropy)
 
+# on a CPU inductor would compile C++ for a minute
+BACKENDS = {"cpu": "aot_eager", "cuda": "inductor"}
+
 Loop = Callable[[Any, Engine], Iterator[bool]]
 
 
@@ -102,11 +105,15 @@ class ConvNet(nn.Module):
         return pooled
 
 
-def batches(count: int = STEPS) -> Iterator[tuple[Tensor, Tensor]]:
-    order = torch.Generator().manual_seed(2)
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def batches(model: Any, count: int = STEPS) -> Iterator[tuple[Tensor, Tensor]]:
+    order, device = torch.Generator().manual_seed(2), device_of(model)
     for _ in range(count):
         chosen = torch.randperm(len(IMAGES), generator=order)[:16]
-        yield IMAGES[chosen], LABELS[chosen]
+        yield IMAGES[chosen].to(device), LABELS[chosen].to(device)
 
 
 def adamw(parameters: Any, **options: Any) -> torch.optim.Optimizer:
@@ -121,7 +128,7 @@ def plain(model: Any, engine: Engine, make: Callable[..., Any] = adamw) -> Itera
     optimizer = make(model.parameters())
     engine.attach(optimizer, calibration=CALIBRATION)
     yield False
-    for x, y in batches():
+    for x, y in batches(model):
         model.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -133,7 +140,7 @@ def accumulation(model: Any, engine: Engine) -> Iterator[bool]:
     optimizer = adamw(model.parameters())
     engine.attach(optimizer, calibration=CALIBRATION)
     yield False
-    for index, (x, y) in enumerate(batches(3 * STEPS), 1):
+    for index, (x, y) in enumerate(batches(model, 3 * STEPS), 1):
         (nn.functional.cross_entropy(model(x), y) / 3).backward()
         if index % 3 == 0:
             optimizer.step()
@@ -146,7 +153,7 @@ def several_optimizers(model: Any, engine: Engine) -> Iterator[bool]:
     others = torch.optim.AdamW([p for p in model.parameters() if p.ndim < 2], 10 * RATE)
     engine.attach(matrices, others, calibration=CALIBRATION)
     yield False
-    for x, y in batches():
+    for x, y in batches(model):
         model.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         others.step()
@@ -167,11 +174,11 @@ def scaler(model: Any, engine: Engine, fused: bool, unscale: bool) -> Iterator[b
     optimizer = adamw(model.parameters(), fused=fused)
     engine.attach(optimizer, calibration=CALIBRATION)
     yield False
-    scale = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=5)
-    for index, (x, y) in enumerate(batches(STEPS + 5)):
+    scale = torch.amp.GradScaler(device_of(model).type, init_scale=256.0, growth_interval=5)
+    for index, (x, y) in enumerate(batches(model, STEPS + 5)):
         skip = index in (0, 6, 7, 14, 20)
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.float16):
+        with torch.autocast(device_of(model).type, torch.float16):
             loss = nn.functional.cross_entropy(model(x), y)
         scale.scale(loss * (float("inf") if skip else 1.0)).backward()
         if unscale:
@@ -186,9 +193,9 @@ def bf16_autocast(model: Any, engine: Engine) -> Iterator[bool]:
     optimizer = adamw(model.parameters())
     engine.attach(optimizer, calibration=CALIBRATION)
     yield False
-    for x, y in batches():
+    for x, y in batches(model):
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device_of(model).type, torch.bfloat16):
             loss = nn.functional.cross_entropy(model(x), y)
         loss.backward()
         optimizer.step()
@@ -201,7 +208,7 @@ def bf16_weights(model: Any, engine: Engine) -> Iterator[bool]:
     optimizer = adamw(model.parameters())
     engine.attach(optimizer, calibration=CALIBRATION)
     yield False
-    for x, y in batches():
+    for x, y in batches(model):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x.bfloat16()), y).backward()
         optimizer.step()
@@ -212,7 +219,7 @@ def closure(model: Any, engine: Engine, make: Callable[..., Any] = sgd) -> Itera
     optimizer = make(model.parameters())
     engine.attach(optimizer, calibration=CALIBRATION)
     yield False
-    for x, y in batches():
+    for x, y in batches(model):
 
         def evaluate(x: Tensor = x, y: Tensor = y) -> Tensor:
             model.zero_grad()
@@ -226,11 +233,11 @@ def closure(model: Any, engine: Engine, make: Callable[..., Any] = sgd) -> Itera
 
 def compiled_model(model: Any, engine: Engine) -> Iterator[bool]:
     engine.prepare()
-    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled: Any = torch.compile(model, backend=BACKENDS[device_of(model).type], fullgraph=True)
     optimizer = adamw(model.parameters())
     engine.attach(optimizer, calibration=CALIBRATION)
     yield False
-    for x, y in batches():
+    for x, y in batches(model):
         optimizer.zero_grad()
         nn.functional.cross_entropy(compiled(x), y).backward()
         optimizer.step()
@@ -251,7 +258,7 @@ def compiled_step(model: Any, engine: Engine) -> Iterator[bool]:
     def step() -> None:
         optimizer.step()
 
-    for x, y in batches():
+    for x, y in batches(model):
         optimizer.zero_grad()
         loss_of(x, y).backward()
         step()
@@ -262,7 +269,7 @@ def checkpointing(model: Any, engine: Engine, reentrant: bool) -> Iterator[bool]
     optimizer = adamw(model.parameters())
     engine.attach(optimizer, calibration=CALIBRATION)
     yield False
-    for x, y in batches():
+    for x, y in batches(model):
         optimizer.zero_grad()
         tokens = model._pos_embed(model.patch_embed(x))
         for block in model.blocks:
@@ -278,7 +285,7 @@ def averaged(model: Any, engine: Engine, make: Callable[[Any], Any], update: str
     optimizer = adamw(model.parameters())
     engine.attach(optimizer, calibration=CALIBRATION, ema=average if tell else None)
     yield False
-    for x, y in batches():
+    for x, y in batches(model):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
@@ -291,7 +298,7 @@ def channels_last(model: Any, engine: Engine) -> Iterator[bool]:
     optimizer = adamw(model.parameters())
     engine.attach(optimizer, calibration=CALIBRATION)
     yield False
-    for x, y in batches():
+    for x, y in batches(model):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x.to(memory_format=torch.channels_last)), y).backward()
         optimizer.step()

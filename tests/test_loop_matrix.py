@@ -49,10 +49,11 @@ def steps_with(steps: Iterator[bool], warning: str | None) -> Iterator[bool]:
         yield from steps
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", LOOPS)
-def test_every_loop(name: str, tmp_path: Path) -> None:
+def test_every_loop(name: str, device: str, tmp_path: Path) -> None:
     loop, make = LOOPS[name]
-    model = make()
+    model = make().to(device)
     engine = Engine(model, RECIPE, steps_per_epoch=STEPS // 2, epochs=2)
     steps = loop(model, engine)
     next(steps)
@@ -105,7 +106,7 @@ def rounded_calls(model: nn.Module) -> int:
             return func(*args, **(kwargs or {}))
 
     with torch.no_grad(), Watch():
-        model.eval()(IMAGES.to(next(model.parameters()).dtype))
+        model.eval()(IMAGES.to(next(model.parameters())))
     return sum(seen)
 
 

@@ -120,7 +120,7 @@ def _missing(
 ) -> Iterable[str]:
     """What the recipe does for certain, and the file does not promise."""
     for facts in layers:
-        layer = promised.get(facts.name)
+        layer = promised.get(facts.name) or _tied(facts, promised, layers)
         if _UNNAMED.fullmatch(facts.name):
             continue
         if layer is None and any(step.takes(facts.name) and _final(step) for step in pruners):
@@ -131,6 +131,16 @@ def _missing(
         yield "the recipe prunes, the file promises zeros nowhere"
     if quantizers and not any(layer.quantized for layer in promised.values()):
         yield "the recipe quantizes, the file promises int8 nowhere"
+
+
+def _tied(
+    facts: LayerFacts, promised: Mapping[str, PromisedLayer], layers: Iterable[LayerFacts]
+) -> PromisedLayer | None:
+    """The promise of a weight that is used twice is made under one of its names; it looks alike under the other."""
+    same = [
+        each.name for each in layers if (each.shape, each.dtype, each.zeros) == (facts.shape, facts.dtype, facts.zeros)
+    ]
+    return next((promised[name] for name in same if name in promised), None)
 
 
 def _amount(step: _Step, promised: Mapping[str, PromisedLayer], layers: Iterable[LayerFacts]) -> Iterable[str]:
