@@ -8,7 +8,6 @@ it returns a model where no trial passed: both are errors here. Measured in spec
 
 import contextlib
 import logging
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -189,7 +188,8 @@ def search(
     wrong = [observer for observer in observers if observer not in _OBSERVERS]
     if wrong:
         raise ValueError(
-            f"Neural Compressor has no observer {wrong[0]!r}: take {' or '.join(map(repr, _OBSERVERS))}, or leave it open"
+            f"Neural Compressor has no observer {wrong[0]!r}: take {' or '.join(map(repr, _OBSERVERS))}, "
+            "or leave it open"
         )
     candidates = make_candidates(ranked, observers, limits.max_trials)
     return _Search(ranked, candidates, quantize.post_training_scheme, labelled).run(
