@@ -199,7 +199,8 @@ def search(
 
 def make_candidates(ranked: Sequence[str], observers: Sequence[str], count: int) -> list[Candidate]:
     """The first `count` of: no layer float, the most sensitive one, two, four ..., each with every observer."""
-    found, spared = [], 0
+    found: list[Candidate] = []
+    spared = 0
     while len(found) < count and spared < len(ranked):
         found += [Candidate(observer=observer, exclude=tuple(ranked[:spared])) for observer in observers]
         spared = max(1, 2 * spared)
@@ -236,8 +237,11 @@ class _Search:
         size = len(calibration[0])
         try:
             with _quiet():
-                from neural_compressor.torch.export import export
-                from neural_compressor.torch.quantization import TuningConfig, autotune
+                from neural_compressor.torch.export import export  # type: ignore[import-untyped]
+                from neural_compressor.torch.quantization import (  # type: ignore[import-untyped]
+                    TuningConfig,
+                    autotune,
+                )
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 f"'search: neural_compressor' needs pip install 'neural-compressor[pt]>=3.8' ({error.name} is missing)"

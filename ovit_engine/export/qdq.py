@@ -250,6 +250,8 @@ def _names(graph: Graph, node: onnx.NodeProto, weight: Weight | None) -> tuple[s
         return name, name
     if node.op_type == "LayerNormalization" and node.input[1] in graph.initializers:
         name = _module(node.input[1])
+        if graph.model.producer_name == "ovit-engine":  # baked, it is the first of two: its rounding comes second
+            name = name.removesuffix(".0")
         return name, name
     label = f"{node.op_type} {node.name or node.output[0]}"
     if node.op_type == "MatMul":  # a product of attention, of the module that its operands come out of

@@ -31,7 +31,7 @@ def quantizer_range(
         best = _FRACTIONS[int(np.argmin(errors))]
         low, high = low * best, high * best
     scale, zero_point = _parameters(low, high, kind, symmetric)
-    return np.float32(scale), kind(zero_point)  # type: ignore[call-arg]
+    return np.float32(scale), kind(zero_point)
 
 
 def _parameters(low: float, high: float, kind: type[np.generic], symmetric: bool) -> tuple[float, int]:

@@ -1,11 +1,16 @@
 """`diagnose` names the layer that was broken on purpose, and what it proposes brings the accuracy back."""
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+import timm
 import torch
 from click.testing import CliRunner
 from hypothesis import given
@@ -27,6 +32,7 @@ from ovit_engine.export.runtime import open_session, run_outputs
 from ovit_engine.integrations.digits import split_digits
 from ovit_engine.integrations.ptq import calibration_batches, ptq
 
+ROOT = Path(__file__).parents[2]
 TRAIN, VAL, PREPROCESSING = split_digits((1, 8, 8), None)
 NAMES = ("a", "b", "c", "d")
 
@@ -415,3 +421,60 @@ def test_the_command_prints_the_table_and_the_recipe_lines(broken: Path, monkeyp
     done = CliRunner().invoke(main, ["diagnose", str(broken / "lost.onnx"), "--data", "digits"])
     assert done.exit_code == 1
     assert "no such file" in done.output
+
+
+def test_convolutions_and_a_vit_are_taken_apart(convnet: Any, vit: Any) -> None:
+    """Every rounding goes with a layer that a recipe has a name for; in float none is left."""
+    for file, roundings in ((convnet, 2), (vit, 1)):
+        model = onnx.load(file.path)
+        layers = find_layers(model)
+        promised = {layer.name.removesuffix(".weight") for layer in file.promise.layers if layer.quantized}
+        assert promised <= {layer.name for layer in layers}
+        assert all(layer.recipe_name == layer.name for layer in layers if layer.roundings)
+        assert max(len(layer.roundings) for layer in layers) >= roundings  # a convolution's output too
+        weights = {layer.output: layer.weight.values for layer in layers if layer.weight}
+        floated = rewrite(model, float_inputs=[layer.output for layer in layers], weights=weights, layers=layers)
+        onnx.checker.check_model(floated)
+        assert not {"QuantizeLinear", "DequantizeLinear"} & {node.op_type for node in floated.graph.node}
+
+
+def test_products_of_attention_and_layer_norms_are_layers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=8, patch_size=4, in_chans=1, embed_dim=16, depth=1, num_heads=2, num_classes=10
+    )
+    text = "modifiers: [{quantize: {groups: [linear, attention, layer_norm]}}]"
+    batches = calibration_batches(TRAIN, 32)
+    ptq(model, Recipe.parse(text), batches, tmp_path / "a.onnx", example_inputs=batches[0][0][:1], data=data())
+    layers = find_layers(onnx.load(tmp_path / "a.onnx"))
+    rounded_ones = [layer for layer in layers if layer.roundings]
+    assert [layer.recipe_name for layer in rounded_ones] == [
+        "blocks.0.norm1",
+        "blocks.0.attn.qkv",
+        "blocks.0.attn",
+        "blocks.0.attn",
+        "blocks.0.attn.proj",
+        "blocks.0.norm2",
+        "blocks.0.mlp.fc1",
+        "blocks.0.mlp.fc2",
+        "norm",
+    ]
+    assert [len(layer.roundings) for layer in rounded_ones if layer.recipe_name == "blocks.0.attn"] == [2, 2]
+    found = diagnose(tmp_path / "a.onnx", data())
+    assert found.parts[0].without.agreement == 1
+    assert sum(layer.sqnr is not None for layer in found.layers) == 6  # products and layers, of which norms are none
+
+
+def test_pytorch_is_not_needed(broken: Path) -> None:
+    images = np.stack([VAL[index][0].numpy() for index in range(64)])
+    np.savez(broken / "images.npz", images=images, labels=np.array([VAL[index][1] for index in range(64)]))
+    code = (
+        "import sys\nfor name in ('torch', 'timm', 'onnxscript'): sys.modules[name] = None\n"
+        "import numpy as np\nfrom ovit_engine.export.diagnose import diagnose\n"
+        "data = np.load('images.npz')\n"
+        "print(diagnose('bad.onnx', [(data['images'], data['labels'])]).mends[0].recipe())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=broken, env=environment, capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.stdout == "quantize: {exclude: [c]}\n"
