@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -89,7 +90,8 @@ class Found:
             f"(float {self.float_accuracy:.2%}, {self.images} images)"
             for number, (candidate, accuracy) in enumerate(self.trials, 1)
         ]
-        names = f", exclude: [{', '.join(self.picked.exclude)}]" if self.picked.exclude else ""
+        dumped = yaml.safe_dump(list(self.picked.exclude), default_flow_style=True, width=10**6).strip()
+        names = f", exclude: {dumped}" if self.picked.exclude else ""
         return [*found, f"picked: activations: {{observer: {self.picked.observer}}}{names}"]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import yaml
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -64,7 +66,8 @@ class Mend:
         """The lines of a recipe."""
         if self.observer is not None:
             return f"quantize: {{activations: {{observer: {self.observer}}}}}"
-        return f"quantize: {{exclude: [{', '.join(self.layers)}]}}"
+        names = yaml.safe_dump(list(self.layers), default_flow_style=True, width=10**6).strip()  # "0" is quoted
+        return f"quantize: {{exclude: {names}}}"
 
 
 @dataclass(frozen=True, kw_only=True)

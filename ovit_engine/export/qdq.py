@@ -17,7 +17,7 @@ from onnx import helper, numpy_helper
 
 _READERS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 # between a layer and the rounding of its output: bias, activation, folded scale
-_FOLLOWERS = ("Add", "Relu", "Clip", "HardSwish", "HardSigmoid", "Mul", "Reshape", "Squeeze", "Identity")
+_FOLLOWERS = ("Add", "Relu", "Clip", "HardSwish", "HardSigmoid", "Mul", "Reshape", "Squeeze", "Unsqueeze", "Identity")
 _NOT_TAKEN = ("QLinearMatMul", "QLinearConv", "QGemm", "MatMulInteger", "ConvInteger", "DynamicQuantizeLinear")
 
 

@@ -423,19 +423,28 @@ def test_the_command_prints_the_table_and_the_recipe_lines(broken: Path, monkeyp
     assert "no such file" in done.output
 
 
+def without_rounding(model: onnx.ModelProto, layers: list[Layer]) -> onnx.ModelProto:
+    """All in float, in which no rounding may be left."""
+    weights = {layer.output: layer.weight.values for layer in layers if layer.weight}
+    floated = rewrite(model, float_inputs=[layer.output for layer in layers], weights=weights, layers=layers)
+    onnx.checker.check_model(floated)
+    assert not {"QuantizeLinear", "DequantizeLinear"} & {node.op_type for node in floated.graph.node}
+    return floated
+
+
 def test_convolutions_and_a_vit_are_taken_apart(convnet: Any, vit: Any) -> None:
-    """Every rounding goes with a layer that a recipe has a name for; in float none is left."""
-    for file, roundings in ((convnet, 2), (vit, 1)):
+    """Every rounding goes with the layer that reads it, that of a convolution's output with the convolution."""
+    for file in (convnet, vit):
         model = onnx.load(file.path)
         layers = find_layers(model)
         promised = {layer.name.removesuffix(".weight") for layer in file.promise.layers if layer.quantized}
-        assert promised <= {layer.name for layer in layers}
-        assert all(layer.recipe_name == layer.name for layer in layers if layer.roundings)
-        assert max(len(layer.roundings) for layer in layers) >= roundings  # a convolution's output too
-        weights = {layer.output: layer.weight.values for layer in layers if layer.weight}
-        floated = rewrite(model, float_inputs=[layer.output for layer in layers], weights=weights, layers=layers)
-        onnx.checker.check_model(floated)
-        assert not {"QuantizeLinear", "DequantizeLinear"} & {node.op_type for node in floated.graph.node}
+        assert promised == {layer.name for layer in layers if layer.roundings}
+        for layer in layers:
+            own = [reader for reader, _, _ in layer.roundings if reader == layer.output]
+            assert len(own) == (layer.name in promised), layer
+            assert layer.op == "Conv" or len(layer.roundings) == len(own)
+        without_rounding(model, layers)
+    assert any(len(layer.roundings) > 1 for layer in find_layers(onnx.load(convnet.path)))
 
 
 def test_products_of_attention_and_layer_norms_are_layers(tmp_path: Path) -> None:
@@ -463,6 +472,7 @@ def test_products_of_attention_and_layer_norms_are_layers(tmp_path: Path) -> Non
         "norm",
     ]
     assert [len(layer.roundings) for layer in rounded_ones if layer.recipe_name == "blocks.0.attn"] == [2, 2]
+    without_rounding(onnx.load(tmp_path / "a.onnx"), layers)
     found = diagnose(tmp_path / "a.onnx", data())
     assert found.parts[0].without.agreement == 1
     assert sum(layer.sqnr is not None for layer in found.layers) == 6  # products and layers, of which norms are none
