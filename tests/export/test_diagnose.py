@@ -26,7 +26,7 @@ from ovit_engine.export.diagnose import _bisect, _fewest, diagnose
 from ovit_engine.export.diagnosis import Diagnosis, Score
 from ovit_engine.export.exporter import export_model
 from ovit_engine.export.float_reference import match_weights, pruned_by
-from ovit_engine.export.qdq import Layer, Weight, find_layers, rewrite, with_twins
+from ovit_engine.export.qdq import Layer, Weight, find_layers, rewrite
 from ovit_engine.export.quantizer_ranges import quantizer_range
 from ovit_engine.export.runtime import open_session, run_outputs
 from ovit_engine.integrations.digits import split_digits
@@ -287,21 +287,8 @@ def test_variants_compute_what_numpy_computes(kept: tuple[str, ...], broken: Pat
     # a level that falls the other way shows as 1e-3; a layer rounded or not as more
     np.testing.assert_allclose(found, x, atol=2e-2 if kept else 1e-4)
     if kept == NAMES:
-        sums = twin_sums(model, layers, images, broken / "twins.onnx")
-        for layer in layers:
-            noise, twin, _, _ = sums[layer.output]
-            assert 10 * np.log10(twin / noise) == pytest.approx(ratios[layer.name], abs=0.2)
-
-
-def twin_sums(model: onnx.ModelProto, layers: list[Layer], images: np.ndarray, path: Path) -> dict[str, np.ndarray]:
-    weights = {layer.output: layer.weight.values for layer in layers if layer.weight}
-    onnx.save(with_twins(model, layers, weights), path)
-    session = open_session(path)
-    names = [value.name for value in session.get_outputs()][1:]
-    return {
-        name.removesuffix(".sums"): sums
-        for name, sums in zip(names, session.run(names, {"input": images}), strict=True)
-    }
+        for layer in diagnose(path, [images]).layers:
+            assert layer.sqnr == pytest.approx(ratios[layer.name], abs=0.2)
 
 
 @given(st.lists(st.sampled_from([0.0, 0.001, 0.5, 1.0, 7.0]), min_size=1, max_size=40))
