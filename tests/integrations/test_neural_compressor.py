@@ -163,6 +163,17 @@ def test_an_observer_that_it_lacks_is_told(trained: Net) -> None:
         search(trained, Recipe.parse(f"modifiers: [{text}]"))
 
 
+def test_a_last_batch_may_be_smaller(trained: Net) -> None:
+    """Exported models take batches of one size."""
+    quantize: Any = quantize_of(recipe(", max_trials: 1", "[a, c]"))
+    images, labels = LABELLED[1]
+    found = searching.search(trained, quantize, [*BATCHES, (images[:3],)], [LABELLED[0], (images[:5], labels[:5])])
+    assert found.images == 37
+    with torch.no_grad():
+        right = sum(int((trained(x).argmax(1) == y).sum()) for x, y in (LABELLED[0], (images[:5], labels[:5])))
+    assert found.float_accuracy == pytest.approx(right / 37)
+
+
 def test_it_is_quiet(trained: Net) -> None:
     """Its log prints pages; afterwards it is as it was."""
     records: list[logging.LogRecord] = []
