@@ -32,6 +32,9 @@ class Quantizes(Protocol):
     @property
     def calibration_images(self) -> int: ...
 
+    @property
+    def search(self) -> object | None: ...
+
     def quantize(self, model: nn.Module, batches: Sequence[tuple[Any, ...]]) -> tuple[str, ...]: ...
 
 

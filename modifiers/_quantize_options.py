@@ -2,9 +2,9 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
 from ovit_engine import quant
@@ -64,6 +64,26 @@ class PostTraining(BaseModel):
         description="SmoothQuant: the share of the difficulty that moves from inputs to weights; off if left out",
     )
     bias_correction: bool = Field(False, description="take the mean error of each output channel out of the bias")
+    search: Literal["neural_compressor"] | None = Field(
+        None,
+        description="let Neural Compressor try observers and layers left float until the loss of accuracy is tolerable",
+    )
+    tolerable_loss: float = Field(0.01, ge=0, lt=1, description="of a search: relative to the float model's accuracy")
+    max_trials: int = Field(8, ge=1, description="of a search: configurations tried at most")
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> Self:
+        limits = [name for name in ("tolerable_loss", "max_trials") if name in self.model_fields_set]
+        if self.search is None and limits:
+            raise ValueError(f"{limits[0]!r} is of a search: add 'search: neural_compressor', or leave it out")
+        if self.search is not None and self.smooth is not None:
+            raise ValueError("a search tries the model as it is: leave 'smooth' out, or 'search'")
+        return self
+
+    def without_search(self) -> "PostTraining":
+        """The same options for a configuration that has been found."""
+        kept = self.model_fields_set - {"search", "tolerable_loss", "max_trials"}
+        return PostTraining(**{name: getattr(self, name) for name in kept})
 
 
 @dataclass(frozen=True)

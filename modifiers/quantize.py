@@ -192,6 +192,25 @@ class Quantize(Modifier):
         """How many images ranges are taken from without training."""
         return (self.ptq or PostTraining()).images
 
+    @property
+    def search(self) -> PostTraining | None:
+        """The limits of the search that is asked for; None where none is."""
+        return self.ptq if self.ptq is not None and self.ptq.search is not None else None
+
+    @property
+    def post_training_scheme(self) -> quant.Scheme:
+        """What the options spell where there is no training."""
+        return scheme(self.preset, self.weights, self.activations, observer="mse")
+
+    def picked(self, exclude: Iterable[str], observer: str) -> "Quantize":
+        """A copy with what a search picked in place of the search: layers that stay float besides, and an observer."""
+        activations = self.activations.model_copy(update={"observer": observer})
+        changes = {"exclude": [*self.exclude, *exclude], "activations": activations}
+        assert self.ptq is not None
+        copy = self.model_copy(update={**changes, "ptq": self.ptq.without_search()}, deep=True)
+        copy._origins = self._origins
+        return copy
+
     def quantize(self, model: nn.Module, batches: Sequence[tuple[Any, ...]]) -> tuple[str, ...]:
         """Quantize a trained model at once, in place, with ranges taken from `batches`; times play no part.
 

@@ -1,6 +1,7 @@
 """The command line: `ovit`, the same as `python -m ovit_engine`. One file a command."""
 
 from ovit_engine.cli.bench import bench
+from ovit_engine.cli.diagnose import diagnose
 from ovit_engine.cli.export import export
 from ovit_engine.cli.group import OvitGroup
 from ovit_engine.cli.lint import lint
@@ -29,6 +30,7 @@ main = OvitGroup(
         export,
         verify,
         verify_resume,
+        diagnose,
         bench,
         report,
         pack,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,7 @@ def _from_weights(
 ) -> "Compared":
     from torch.utils.data import DataLoader
 
+    from ovit_engine.integrations import neural_compressor
     from ovit_engine.integrations import ptq as after
     from ovit_engine.integrations.models import with_training
     from ovit_engine.integrations.oneshot_timm import set_up
@@ -98,10 +100,15 @@ def _from_weights(
         read, data=data, checkpoint=checkpoint, pretrained=pretrained, device="cpu", workers=workers, root=data_root
     )
     images = bench.plain()
-    return after.ptq(
+    batches = after.calibration_batches(images.train, modifier.calibration_images, seed=read.training.seed)
+    write = after.ptq
+    if modifier.search is not None:
+        labelled = neural_compressor.search_batches(images.train, modifier.calibration_images, seed=read.training.seed)
+        write = partial(neural_compressor.search_ptq, labelled=labelled)
+    return write(
         bench.model,
         read,
-        after.calibration_batches(images.train, modifier.calibration_images, seed=read.training.seed),
+        batches,
         output,
         example_inputs=bench.example_inputs,
         data=DataLoader(images.val, batch_size=64, num_workers=workers),

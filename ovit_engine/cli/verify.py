@@ -15,12 +15,12 @@ def verify(file: Path, data: str | None, data_root: Path | None) -> None:
     """Measure everything in the certificate of FILE again, from the file alone."""
     from ovit_engine.export.verify import verify_file
 
-    certificate = verify_file(file, data=None if data is None else _images(file, data, data_root))
+    certificate = verify_file(file, data=None if data is None else images_for(file, data, data_root))
     certificate.render()
     click.echo(f"{file} is what its certificate says")
 
 
-def _images(file: Path, data: str, root: Path | None) -> Any:
+def images_for(file: Path, data: str, root: Path | None) -> Any:
     """The validation images of `data`, prepared as the file's metadata say."""
     import onnx
     from torch.utils.data import DataLoader

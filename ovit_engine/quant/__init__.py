@@ -44,5 +44,6 @@ from ovit_engine.quant.ranges import share_ranges as share_ranges
 from ovit_engine.quant.scheme import CPU as CPU
 from ovit_engine.quant.scheme import GPU as GPU
 from ovit_engine.quant.scheme import Scheme as Scheme
+from ovit_engine.quant.sensitivity import layer_sensitivity as layer_sensitivity
 from ovit_engine.quant.smoothing import Smoothed as Smoothed
 from ovit_engine.quant.smoothing import smooth as smooth

@@ -35,6 +35,7 @@ def test_help_names_the_commands_in_the_order_of_work(ovit: Ovit) -> None:
         "export",
         "verify",
         "verify-resume",
+        "diagnose",
         "bench",
         "report",
         "pack",
