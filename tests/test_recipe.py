@@ -124,7 +124,7 @@ times = st.one_of(
     st.integers(0, 100).map("{}%".format),
 )
 letters = st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"])  # PyYAML writes some line breaks as they are
-words = st.text(letters, min_size=1).filter(lambda text: not text.startswith("re:") and "${" not in text)
+words = st.text(letters, min_size=1).filter(lambda text: not text.startswith(("re:", "preset:")) and "${" not in text)
 sparsities = st.floats(0, 0.99)
 ranges = st.tuples(sparsities, sparsities, st.sampled_from(["linear", "cubic", "constant"])).map(
     lambda parts: {"from": min(parts[:2]), "to": max(parts[:2]), "curve": parts[2]}
