@@ -5,7 +5,7 @@ import difflib
 import click
 
 
-@click.command()
+@click.command(short_help="List our recipes, or print one.")
 @click.argument("name", required=False)
 def recipes(name: str | None) -> None:
     """List our recipes with what they are, or print the one called NAME."""

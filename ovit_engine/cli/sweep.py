@@ -5,8 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ovit_engine.cli import options
-
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -16,7 +14,7 @@ if TYPE_CHECKING:
 @click.command(short_help="Print the points of a sweep, export or fine-tune them.")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--continue", "point", type=float, metavar="SPARSITY", help="Fine-tune the point of this sparsity.")
-@options.epochs
+@click.option("--epochs", type=click.IntRange(min=1), help="Length of --continue; 100, or the tail's own, if left out.")
 @click.option("--onnx", is_flag=True, help="Export each point to a verified ONNX file.")
 @click.option("--data", help="'digits', an image folder or a timm dataset name; the run's own data if left out.")
 @click.option("--data-root", type=click.Path(path_type=Path), help="Where downloaded datasets are kept.")
