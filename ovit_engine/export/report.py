@@ -58,13 +58,14 @@ def fact_rows(certificate: Certificate) -> list[tuple[str, str]]:
 
 def _layers(certificate: Certificate) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in LAYER_COLUMNS[:-1]:
-        table.add_column(column, no_wrap=True)
-    table.add_column(LAYER_COLUMNS[-1], justify="right")
     promised = {layer.name for layer in certificate.promise.layers}
-    for row in layer_rows(certificate):
-        if row[0] in promised:
-            table.add_row(*(Text(cell) for cell in row))
+    rows = [row for row in layer_rows(certificate) if row[0] in promised]
+    for column, cells in zip(LAYER_COLUMNS, zip(LAYER_COLUMNS, *rows, strict=True), strict=True):
+        # where the terminal is narrow the last column is cut: the kernels are counted in full above
+        width = None if column == LAYER_COLUMNS[-1] else max(map(len, cells))
+        table.add_column(column, no_wrap=True, min_width=width, justify="right" if column == "zeros" else "left")
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
 
 
@@ -87,7 +88,7 @@ def readiness_table(layers: Iterable[SparseLayer], choice: TensorRTChoice | None
     return table
 
 
-LAYER_COLUMNS = ("weight", "shape", "type", "kernel", "pattern", "zeros")
+LAYER_COLUMNS = ("weight", "shape", "type", "zeros", "pattern", "kernel")
 
 
 def layer_rows(certificate: Certificate) -> list[tuple[str, ...]]:
@@ -101,9 +102,9 @@ def layer_rows(certificate: Certificate) -> list[tuple[str, ...]]:
                 layer.name,
                 "x".join(str(size) for size in layer.shape),
                 layer.dtype,
-                certificate.kernels.get(layer.name, "float"),
-                pattern if isinstance(pattern, str) else f"block {pattern['block']}",
                 f"{layer.sparsity:.2%}",
+                pattern if isinstance(pattern, str) else f"block {pattern['block']}",
+                certificate.kernels.get(layer.name, "float"),
             )
         )
     return rows
