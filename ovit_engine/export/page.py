@@ -17,7 +17,8 @@ h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; marg
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); }
 .facts th { white-space: nowrap; } .facts td { overflow-wrap: anywhere; }
-.layers td { white-space: nowrap; font-variant-numeric: tabular-nums; } .layers :is(th, td):nth-child(4) { text-align: right; }
+.layers td { white-space: nowrap; font-variant-numeric: tabular-nums; }
+.layers :is(th, td):nth-child(4) { text-align: right; }
 .note { border-left: .25rem solid #c80; padding-left: .8rem; }
 code { overflow-wrap: anywhere; }
 """
