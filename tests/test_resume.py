@@ -12,7 +12,7 @@ import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
-from ovit_engine import Calibration, Engine
+from ovit_engine import Calibration, Engine, RecipeError
 from ovit_engine.verify_resume import differences
 from tests.loops import PRUNE, X, Y, mlp, recipe, zeros
 
@@ -349,3 +349,28 @@ def test_a_state_comes_before_attach() -> None:
     training = Training(PRUNE).attach()
     with pytest.raises(RuntimeError, match=r"load the engine's state before engine.attach\(optimizer\)"):
         training.engine.load_state_dict(training.engine.state_dict())
+
+
+def test_a_state_that_lost_its_masks_is_refused() -> None:
+    weights, _, state = read(Training(PRUNE).attach().train(0, 40).save())[:3]
+    resumed = Training(PRUNE)
+    resumed.engine.load_state_dict({**state, "masks": {}, "finished": False})
+    resumed.model.load_state_dict(weights)
+    with pytest.raises(ValueError, match=r"half a state was loaded: it acted at step \d+, and '0.weight' has no mask"):
+        resumed.attach()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_optimizers_with_fewer_groups_or_more_of_them_are_refused(count: int) -> None:
+    def groups(model: nn.Sequential) -> list[dict[str, Any]]:
+        return [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.01}]
+
+    rates, model = recipe("cyclic_lr: {max: 0.1, min: 0.01}"), mlp()
+    engine = Engine(model, rates, steps_per_epoch=10, epochs=4).attach(torch.optim.SGD(groups(model), 0.1))
+    resumed = mlp()
+    other = Engine(resumed, rates, steps_per_epoch=10, epochs=4)
+    other.load_state_dict(engine.state_dict())
+    parts = [resumed] if count == 1 else [resumed[0], resumed[2]]
+    words = r"of optimizers with \[2\] parameter groups, here they have \[1" + (r"\]" if count == 1 else ", 1")
+    with pytest.raises(RecipeError, match=words):
+        other.attach(*[torch.optim.SGD(part.parameters(), 0.1) for part in parts])

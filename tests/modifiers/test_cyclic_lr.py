@@ -207,3 +207,14 @@ def test_the_timeline_tells_the_warm_up() -> None:
         (7, "0.15 -> 0.11 (linear)"),
         (12, "0.2 -> 0.11 (linear)"),
     ]
+
+
+def test_a_rival_of_another_group_is_named_by_its_own_rates() -> None:
+    model = mlp()
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.03}]
+    optimizer = torch.optim.SGD(groups, 0.3)
+    Engine(model, recipe("cyclic_lr: {max: 0.2, min: 0.1}"), steps_per_epoch=10, epochs=1).attach(optimizer)
+    plain(model, optimizer)
+    optimizer.param_groups[1]["lr"] = 0.5
+    with pytest.warns(UserWarning, match=r"changed the learning rate from 0\.02 to 0\.5 \(a scheduler"):
+        plain(model, optimizer)
