@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
@@ -18,6 +18,7 @@ from ovit_engine.files import atomic_write
 KIND = "ovit bench, ONNX Runtime on the CPU"
 STEM = "bench"
 _FORMAT = 1
+Result = TypeVar("Result")
 
 
 def to_json(report: BenchReport) -> str:
@@ -36,18 +37,23 @@ def read_bench(path: Path) -> BenchReport:
         FileNotFoundError: nothing there.
         ValueError: something else, or damaged; it names the file.
     """
+    return read_kind(path, KIND, BenchReport, "JSON of ovit bench")
+
+
+def read_kind(path: Path, kind: str, result: type[Result], what: str) -> Result:
+    """Read JSON that says of which kind it is, as a dataclass; raises as `read_bench` does, which calls it `what`."""
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or content.get("kind") != KIND:
-            raise ValueError(f"it does not say {KIND!r}")
-        return TypeAdapter(BenchReport).validate_python(content)
+        if not isinstance(content, dict) or content.get("kind") != kind:
+            raise ValueError(f"it does not say {kind!r}")
+        return TypeAdapter(result).validate_python(content)
     except ValueError as error:
-        raise ValueError(f"{str(path)!r} is damaged, or no JSON of ovit bench: {first_reason(error)}") from error
+        raise ValueError(f"{str(path)!r} is damaged, or no {what}: {_first_reason(error)}") from error
 
 
-def first_reason(error: ValueError) -> str:
+def _first_reason(error: ValueError) -> str:
     """The first thing that is wrong, in one line."""
     found: list[Any] = error.errors() if hasattr(error, "errors") else []
     if not found:

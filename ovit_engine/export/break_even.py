@@ -8,9 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import TypeAdapter
-
-from ovit_engine.export.bench_files import first_reason
+from ovit_engine.export.bench_files import read_kind
 from ovit_engine.export.bench_paired import Ratio
 from ovit_engine.files import atomic_write
 
@@ -155,13 +153,4 @@ def read_table(path: Path) -> SparseTable:
         FileNotFoundError: nothing there.
         ValueError: something else, or damaged; it names the file.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or content.get("kind") != KIND:
-            raise ValueError(f"it does not say {KIND!r}")
-        return TypeAdapter(SparseTable).validate_python(content)
-    except ValueError as error:
-        reason = f"{str(path)!r} is damaged, or no table of ovit bench --device cuda: {first_reason(error)}"
-        raise ValueError(reason) from error
+    return read_kind(path, KIND, SparseTable, "table of ovit bench --device cuda")
