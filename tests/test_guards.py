@@ -109,3 +109,10 @@ def test_sync_batch_norm_comes_before_quantizers() -> None:
     with torch.no_grad():
         rounded = model[:2](torch.randn(2, 1, 8, 8))
     assert torch.equal(rounded, rounded.round())
+
+
+def test_an_averaged_copy_of_another_width_is_refused() -> None:
+    model, other = mlp(), nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1))
+    engine = engine_of(model)
+    with pytest.raises(ValueError, match=r"'0\.weight' of the EMA copy is \[4, 8\], of the model \[16, 8\]"):
+        engine.attach(torch.optim.SGD(model.parameters(), 0.1), ema=other)

@@ -184,3 +184,20 @@ def test_a_first_step_of_a_closure_that_moves_the_weights_often() -> None:
 
     optimizer.step(evaluate)
     assert engine.run.step == 1
+
+
+def test_what_a_closure_does_inside_a_step_is_not_watched() -> None:
+    model = mlp()
+    optimizer = torch.optim.LBFGS(model.parameters(), 0.1, max_iter=20)
+    engine = Engine(model, recipe(), steps_per_epoch=2, epochs=1).attach(optimizer)
+
+    def evaluate() -> float:
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        return loss.item()
+
+    for _ in range(2):
+        evaluate()  # so that one weight is watched from the first step on
+        optimizer.step(evaluate)
+    assert (engine.run.step, hooks_of(model)) == (2, 1)
