@@ -68,7 +68,11 @@ def ptq_onnx(
     remove_debris(proto)
     promise = Promise(layers=tuple(PromisedLayer(name=name, quantized=True) for name in weights))
     origin = Origin(
-        recipe_name=f"ptq of {source.name}", recipe_text="", promise=promise, preprocessing=dict(preprocessing or {})
+        recipe_name=f"ptq of {source.name}",
+        recipe_text="",
+        promise=promise,
+        preprocessing=dict(preprocessing or {}),
+        reference=source.name,
     )
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
     reference = replace(make_reference(sample, exact), tensors=keep_all(proto, tensors))

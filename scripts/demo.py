@@ -79,14 +79,20 @@ def compress(output: Path, *, seed: int, say: Callable[[str], None]) -> Result:
     data = load_data("digits", augmentation=recipe.training.augmentation)
     held_out = DataLoader(data.val, batch_size=64)
 
-    def write(model: nn.Module, name: str, promise: Promise) -> Certificate:
+    def write(model: nn.Module, name: str, promise: Promise, **origin: str) -> Certificate:
         options = {"data": held_out, "preprocessing": data.preprocessing, "promise": promise}
-        return export_model(model, output / name, EXAMPLE, recipe_name=recipe.name, **options)
+        return export_model(model, output / name, EXAMPLE, **origin, **options)
 
     say(f"1/4  train a dense ViT on {len(data.train)} scanned digits, {dense_recipe.training.epochs} epochs")
     model = make_model(dense_recipe, seed)
     train(model, dense_recipe, data, seed, after_epoch=progress(dense_recipe, say))
-    dense = write(copy.deepcopy(model), "dense.onnx", Promise())
+    dense = write(
+        copy.deepcopy(model),
+        "dense.onnx",
+        Promise(),
+        recipe_name=dense_recipe.name,
+        recipe_text=dense_recipe.dump(),
+    )
     say(f"     {dense.accuracy.file:.2%} of the {len(data.val)} held-out images are right")
 
     quantize = next(modifier for modifier in recipe.modifiers if isinstance(modifier, Quantize))
@@ -108,7 +114,12 @@ def compress(output: Path, *, seed: int, say: Callable[[str], None]) -> Result:
     say("3/4  export, measure each file from its bytes, compare with PyTorch image by image")
     set_enabled(sparse[0], False)
     floating = bake(sparse[0])
-    floats = write(floating, "sparse.onnx", promise_of(floating, engine.run.masks))
+    floats = write(
+        floating,
+        "sparse.onnx",
+        promise_of(floating, engine.run.masks),
+        recipe_name=f"{recipe.name} before int8 training",
+    )
     int8 = engine.export(output / "model.onnx", EXAMPLE, data=held_out, preprocessing=data.preprocessing)
 
     say("4/4  measure latency, file against file in turn")

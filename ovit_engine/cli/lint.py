@@ -20,29 +20,38 @@ UNMEASURED = "rules only: whether 2:4 makes a layer faster, no one knows before 
 @click.option(
     "--trt-log", type=click.Path(path_type=Path), help="What trtexec --verbose printed: adds what TensorRT chose."
 )
+@click.option(
+    "--measured",
+    type=click.Path(path_type=Path),
+    help="What ovit bench --device cuda --json wrote: adds from how many rows on 2:4 was faster there.",
+)
 @options.model
 @options.model_args
 @options.variables
 def lint(
     target: str,
     trt_log: Path | None,
+    measured: Path | None,
     model: str | None,
     model_args: tuple[tuple[str, Any], ...],
     variables: tuple[tuple[str, Any], ...],
 ) -> None:
     """Tell of each layer of a file or of a recipe's model whether NVIDIA's sparse tensor cores can take it, or why not.
 
-    For a file also the trtexec line that builds it, and with --trt-log what TensorRT chose.
+    For a file also the trtexec line that builds it, and with --trt-log what TensorRT chose. Rules of shape, type and
+    pattern decide what can run sparse; whether it is faster for it only a measurement tells, which --measured reads.
     """
     from rich.console import Console
 
     from ovit_engine.export.ampere import total_line, trtexec_line
+    from ovit_engine.export.break_even import read_table
     from ovit_engine.export.report import readiness_table
 
     is_file = Path(target).suffix == ".onnx"
     if trt_log is not None and not is_file:
         raise click.UsageError("--trt-log goes with the ONNX file that trtexec read")
-    lines = []
+    table = None if measured is None else read_table(measured)
+    lines = [] if table else [UNMEASURED]
     if is_file:
         layers, inputs = of_file(Path(target))
         lines.append(trtexec_line(target, inputs, int8=any(layer.weight == "INT8" for layer in layers)))
@@ -52,8 +61,8 @@ def lint(
 
         layers = list(of_recipe(prepared(Recipe.load(target, **options.as_mapping(variables)), model, model_args)))
     console = Console(highlight=False)
-    console.print(readiness_table(layers, None if trt_log is None else _choice(trt_log)))
-    for line in (total_line(layers), UNMEASURED, *lines):
+    console.print(readiness_table(layers, None if trt_log is None else _choice(trt_log), table))
+    for line in (total_line(layers), *lines):
         console.print(line, soft_wrap=True)
 
 

@@ -89,6 +89,11 @@ class SparseTable:
         first, second = known[max(below)], known[min(above)]
         return first if first == second else None
 
+    def verdict(self, out_features: int, in_features: int, dtype: str) -> BreakEven | None:
+        """From how many rows on 2:4 pays for a weight of this shape; None where none such was measured."""
+        key = (dtype, out_features, in_features)
+        return next((e for e in self.break_even if (e.dtype, e.out_features, e.in_features) == key), None)
+
     def render(self, console: Console | None = None) -> None:
         """Print a table: in colour on a terminal, plain elsewhere."""
         from rich.console import Console as RichConsole

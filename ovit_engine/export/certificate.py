@@ -71,6 +71,7 @@ class Accuracy(_Facts):
 
     images: int
     file: float
+    # of what the file is compared with (the certificate's ``reference``)
     pytorch: float
 
 
@@ -126,6 +127,8 @@ class Certificate(_Facts):
     recipe_sha256: str
     promise: Promise
     preprocessing: dict[str, Any]
+    # what parity and accuracy compare the file with
+    reference: str = "PyTorch"
 
     # every weight that a MatMul, Gemm or Conv reads, and every promised one
     layers: tuple[LayerFacts, ...]

@@ -33,6 +33,8 @@ class Origin:
     recipe_text: str
     promise: Promise
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    # what the file is compared with: PyTorch's model, or the float ONNX file that it was made of
+    reference: str = "PyTorch"
     # what the metadata say of the sparsity of each promised weight; "" where it is yet to be written
     sparsity: str = ""
     # promised weight -> initializer, where an equal weight is stored once for both
@@ -52,6 +54,7 @@ class Origin:
             "ovit.recipe_sha256": self.recipe_sha256,
             "ovit.promise": self.promise.model_dump_json(),
             "ovit.preprocessing": json.dumps(dict(self.preprocessing)),
+            "ovit.reference": self.reference,
             "ovit.shared_weights": json.dumps(dict(self.shared_weights)),
             "ovit.sparsity": self._sparsity_of(layers),
             "ovit.versions": json.dumps(versions()),
@@ -79,6 +82,7 @@ class Origin:
                 recipe_text=found["ovit.recipe"],
                 promise=Promise.model_validate_json(found["ovit.promise"]),
                 preprocessing=json.loads(found["ovit.preprocessing"]),
+                reference=found.get("ovit.reference", "PyTorch"),
                 sparsity=found["ovit.sparsity"],
                 shared_weights=json.loads(found["ovit.shared_weights"]),
             )
@@ -123,6 +127,7 @@ def measure_file(
         recipe_sha256=origin.recipe_sha256,
         promise=origin.promise,
         preprocessing=dict(origin.preprocessing),
+        reference=origin.reference,
         layers=layers,
         ops=count_ops(model),
         runtime_ops=ops,

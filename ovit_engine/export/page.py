@@ -11,7 +11,8 @@ from ovit_engine.export.report import LAYER_COLUMNS, fact_rows, has_2_4, layer_r
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem;
+  background: Canvas; color: CanvasText; }
 h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; }
@@ -30,7 +31,8 @@ def to_html(certificate: Certificate) -> str:
     parts = [
         f"<h1>{escape(title)}</h1>",
         "<p>Measured from the bytes of the file when it was written. "
-        f"<code>ovit verify {escape(certificate.file)}</code> measures all of it again.</p>",
+        f"<code>ovit verify {escape(certificate.file)}</code> measures all of it again"
+        f"{' but latency, which is of this machine' if certificate.latency else ''}.</p>",
         *(f'<p class="note">{escape(note)}</p>' for note in certificate.notes),
         '<table class="facts">',
         *(
@@ -49,7 +51,7 @@ def to_html(certificate: Certificate) -> str:
             [
                 ("file", certificate.sha256),
                 ("recipe", certificate.recipe_sha256),
-                ("PyTorch's reference", certificate.reference_sha256),
+                (f"{certificate.reference}'s outputs", certificate.reference_sha256),
             ],
         ),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 
 from rich.console import Group, RenderableType
@@ -9,7 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ovit_engine.export.ampere import READINESS_COLUMNS, SparseLayer, TensorRTChoice, from_facts, readiness_row
-from ovit_engine.export.certificate import Certificate, Latency, Parity
+from ovit_engine.export.break_even import SparseTable, spell
+from ovit_engine.export.certificate import Certificate, Latency
+
+_NO_RECIPE = hashlib.sha256(b"").hexdigest()
 
 
 def describe(certificate: Certificate) -> RenderableType:
@@ -32,7 +36,7 @@ def fact_rows(certificate: Certificate) -> list[tuple[str, str]]:
     """What holds for the file as a whole: name and value."""
     rows = [
         ("file", f"{certificate.file}  sha256 {certificate.sha256[:16]}  opset {certificate.opset}"),
-        ("recipe", f"{certificate.recipe_name or '-'}  sha256 {certificate.recipe_sha256[:16]}"),
+        ("recipe", recipe_text(certificate)),
         ("size", sizes_text(certificate)),
         ("inputs", ", ".join(f"{name} {list(shape)}" for name, shape in certificate.inputs.items())),
         (
@@ -42,11 +46,13 @@ def fact_rows(certificate: Certificate) -> list[tuple[str, str]]:
         ),
         ("int8", f"{certificate.int8_share:.1%} of all weights, {len(certificate.quantized)} layers"),
         ("kernels", f"{certificate.integer_kernels} integer kernels in ONNX Runtime: {_kernels(certificate)}"),
-        ("parity", parity_text(certificate.parity)),
+        ("parity", parity_text(certificate)),
     ]
     if certificate.accuracy is not None:
         hits = certificate.accuracy
-        rows.append(("accuracy", f"{hits.file:.2%} top-1, PyTorch {hits.pytorch:.2%} ({hits.images} images)"))
+        rows.append(
+            ("accuracy", f"{hits.file:.2%} top-1, {certificate.reference} {hits.pytorch:.2%} ({hits.images} images)")
+        )
     if certificate.preprocessing:
         rows.append(("preprocessing", ", ".join(f"{key} {value}" for key, value in certificate.preprocessing.items())))
     rows += [("latency", _latency(row)) for row in certificate.latency]
@@ -74,18 +80,31 @@ def has_2_4(certificate: Certificate) -> bool:
     return any(layer.pattern == "2:4" for layer in certificate.promise.layers)
 
 
-def readiness_table(layers: Iterable[SparseLayer], choice: TensorRTChoice | None = None) -> Table:
-    """Which layers sparse tensor cores can take, a row each; with ``choice`` also what TensorRT did with them."""
+def readiness_table(
+    layers: Iterable[SparseLayer], choice: TensorRTChoice | None = None, measured: SparseTable | None = None
+) -> Table:
+    """Which layers sparse tensor cores can take, a row each.
+
+    With ``choice`` also what TensorRT did with them, with ``measured`` from how many rows on 2:4 was faster on a GPU.
+    """
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     columns = [*READINESS_COLUMNS[:-1], *(["TensorRT"] if choice else [])]
+    columns += [f"measured on {measured.device}"] if measured else []
     for column in columns:
         table.add_column(column, no_wrap=True)
     table.add_column(READINESS_COLUMNS[-1])
     for layer in layers:
         *cells, verdict = readiness_row(layer)
         cells += [choice.of(layer.node)] if choice else []
+        cells += [measured_pay(layer, measured)] if measured else []
         table.add_row(*(Text(cell) for cell in (*cells, verdict)))
     return table
+
+
+def measured_pay(layer: SparseLayer, table: SparseTable) -> str:
+    """Whether 2:4 paid for a weight of this shape and type when it was measured; nothing is guessed of other shapes."""
+    even = table.verdict(layer.out, layer.k, "int8" if layer.weight in ("INT8", "UINT8") else "float16")
+    return "-" if even is None else spell(even)
 
 
 LAYER_COLUMNS = ("weight", "shape", "type", "zeros", "pattern", "kernel")
@@ -119,11 +138,20 @@ def sizes_text(certificate: Certificate) -> str:
     return f"{', '.join(parts)}; weights {stored}, at their entropy {bound}"
 
 
-def parity_text(parity: Parity) -> str:
+def recipe_text(certificate: Certificate) -> str:
+    """Name and hash of the recipe; a file can be written without one."""
+    name = certificate.recipe_name or "-"
+    if certificate.recipe_sha256 == _NO_RECIPE:
+        return f"{name}, without the text of a recipe"
+    return f"{name}  sha256 {certificate.recipe_sha256[:16]}"
+
+
+def parity_text(certificate: Certificate) -> str:
     """Agreement with its interval, cosine and largest error in words."""
+    parity = certificate.parity
     source = "images" if parity.source == "data" else "random inputs"
     return (
-        f"{parity.agreement:.2%} same argmax as PyTorch on {parity.images} {source} "
+        f"{parity.agreement:.2%} same argmax as {certificate.reference} on {parity.images} {source} "
         f"(95 % interval {parity.agreement_low:.2%} to {parity.agreement_high:.2%}), "
         f"cosine {parity.cosine:.5f}, largest error {parity.max_error:.2%} of the largest logit"
     )

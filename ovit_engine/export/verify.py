@@ -38,6 +38,7 @@ _EXACT = (
     "recipe_sha256",
     "promise",
     "preprocessing",
+    "reference",
     "weight_bytes",
     "weight_entropy_bytes",
     "ops",
@@ -83,6 +84,9 @@ def verify_file(path: str | Path, *, data: Any = None) -> Certificate:
                 f"measured again on {parity.images} of the {len(reference.logits)} images, which the reference holds: "
             )
             note += "what the certificate says of the others needs the data"
+            measured = measured.model_copy(update={"notes": (*measured.notes, note)})
+        if stated.latency:
+            note = f"latency stays as its maker measured it on {stated.machine.cpu}: ovit bench measures it here"
             measured = measured.model_copy(update={"notes": (*measured.notes, note)})
     except CertificateError as error:
         raise VerificationError(f"{path.name} fails", [*tampered, *error.violations]) from error
@@ -168,11 +172,13 @@ def _inconsistencies(stated: Certificate, reference: Reference) -> list[str]:
     elif hits is not None and known is not None:
         if hits.images != count or abs(hits.pytorch - known.pytorch) > 1e-9:
             found.append(
-                f"accuracy of PyTorch: the certificate says {hits.pytorch:.4f}, the reference {known.pytorch:.4f}"
+                f"accuracy of {stated.reference}: the certificate says {hits.pytorch:.4f}, "
+                f"the reference {known.pytorch:.4f}"
             )
         if abs(hits.file - hits.pytorch) > 1 - stated.parity.agreement + 1e-9:
             found.append(
-                f"accuracy {hits.file:.4f} can't be, with {hits.pytorch:.4f} of PyTorch and the agreement stated"
+                f"accuracy {hits.file:.4f} can't be, with {hits.pytorch:.4f} of {stated.reference} "
+                "and the agreement stated"
             )
     for kind in ("parity", "parity_stored"):
         parity = getattr(stated, kind)
@@ -183,9 +189,24 @@ def _inconsistencies(stated: Certificate, reference: Reference) -> list[str]:
                     f"{kind}: the interval of {parity.agreement:.2%} of {parity.images} is {low:.2%}-{high:.2%}, "
                     f"the certificate says {parity.agreement_low:.2%}-{parity.agreement_high:.2%}"
                 )
+    found += _impossible_latencies(stated)
     kernels = sum(number for op, number in stated.runtime_ops.items() if op in INTEGER_KERNELS)
     if stated.integer_kernels != kernels:
         found.append(f"integer_kernels is {stated.integer_kernels}, runtime_ops has {kernels}")
+    return found
+
+
+def _impossible_latencies(stated: Certificate) -> list[str]:
+    """Stated times that contradict themselves: they cannot be measured again on another machine."""
+    found = []
+    for row in stated.latency:
+        where = f"latency of {row.file} at batch {row.batch_size}"
+        if not 0 < row.low <= row.median <= row.high:
+            found.append(
+                f"{where}: the median {row.median} s does not lie within its quartiles {row.low} to {row.high}"
+            )
+        elif abs(row.throughput * row.median - row.batch_size) > 1e-6 * row.batch_size:
+            found.append(f"{where}: {row.throughput} images/s is not what a median of {row.median} s gives")
     return found
 
 

@@ -198,8 +198,8 @@ def _export_cost(run: RunFolder) -> list[Advice]:
             found.append(
                 Advice(
                     what=f"Find out what {run.label(file)} lost.",
-                    why=f"It is right on {percent(accuracy.file)} of {accuracy.images} images, the PyTorch model on "
-                    f"{percent(accuracy.pytorch)}.",
+                    why=f"It is right on {percent(accuracy.file)} of {accuracy.images} images, "
+                    f"{file.certificate.reference} on {percent(accuracy.pytorch)}.",
                 )
             )
     return found

@@ -159,6 +159,10 @@ def test_a_file_of_another_tool(ovit: Ovit, float_file: Path) -> None:
     assert "float.onnx does not tell its preprocessing" in done.output
     assert agreement(done.output) >= 98
     certificate = verify_file("int8.onnx")
+    words = " ".join(str(certificate).split())
+    assert certificate.reference == "float.onnx"
+    assert "same argmax as float.onnx on" in words
+    assert "top-1, float.onnx " in words
     assert [layer.name for layer in certificate.layers if not layer.quantized] == [
         "head.weight",
         "patch_embed.proj.weight",

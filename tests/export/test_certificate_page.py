@@ -3,6 +3,7 @@
 import html.parser
 import logging
 
+import pytest
 import torch
 from torch import nn
 
@@ -10,6 +11,9 @@ from ovit_engine.export import Promise
 from ovit_engine.export.certificate import page_path
 from ovit_engine.export.exporter import export_model
 from ovit_engine.export.page import to_html
+from tests.report.chromium import assert_readable, find_chromium, running
+
+CHROMIUM = find_chromium()
 
 
 class Reader(html.parser.HTMLParser):
@@ -51,6 +55,19 @@ def test_the_page_holds_the_facts_and_loads_nothing(vit):
         assert fact in words
     for layer in vit.certificate.layers:
         assert layer.name in page.texts
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium or chrome in PATH")
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_in_a_browser(vit, tmp_path, dark):
+    with running(CHROMIUM, tmp_path / "profile") as tab:
+        for _ in assert_readable(tab, page_path(vit.path).as_uri(), dark=dark):
+            assert tab.evaluate("document.querySelectorAll('.layers tbody tr').length") > len(vit.certificate.layers)
+
+
+def test_a_file_without_the_text_of_a_recipe_says_so(vit, convnet):
+    assert f"tiny  sha256 {vit.certificate.recipe_sha256[:16]}" in str(vit.certificate)
+    assert "without the text of a recipe" in str(convnet.certificate)
 
 
 def test_names_from_a_model_are_no_markup(vit):

@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from ovit_engine.export.certificate import Certificate, certificate_path, page_path
+from ovit_engine.export.errors import VerificationError
 from ovit_engine.export.latency import add_latency
 from ovit_engine.export.page import to_html
 from ovit_engine.export.verify import verify_file
@@ -30,7 +31,26 @@ def test_latency_against_two_files(vit_copy, tmp_path):
     words = " ".join(str(certificate).split())
     assert "against dense-int8.onnx" in words
     assert "images/s, 1 thread(s)" in words
-    assert verify_file(vit_copy.path).latency == ()
+    verified = verify_file(vit_copy.path)
+    assert verified.latency == ()
+    assert "latency stays as its maker measured it" in verified.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("lie", "message"),
+    [
+        ({"throughput": 1e6}, "latency of model.onnx at batch 1: 1000000.0 images/s is not what a median of"),
+        ({"median": 1e-9}, "latency of model.onnx at batch 1: the median 1e-09 s does not lie within its quartiles"),
+    ],
+)
+def test_times_that_contradict_themselves(vit_copy, tmp_path, lie, message):
+    shutil.copy(vit_copy.path, tmp_path / "dense.onnx")
+    certificate = add_latency(vit_copy.path, [tmp_path / "dense.onnx"], batch_sizes=(1,), repeats=5)
+    rows = [row.model_copy(update=lie if row.baseline else {}) for row in certificate.latency]
+    forged = certificate.model_copy(update={"latency": tuple(rows)})
+    certificate_path(vit_copy.path).write_text(forged.to_json())
+    with pytest.raises(VerificationError, match=message):
+        verify_file(vit_copy.path)
 
 
 def test_it_needs_a_baseline_and_a_certificate(vit_copy, tmp_path):

@@ -14,6 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 from ovit_engine.cli import main
 from ovit_engine.cli.lint import UNMEASURED, of_file
 from ovit_engine.export.ampere import SparseLayer, blockers, doubts, read_trt_log, readiness_row, trtexec_line
+from ovit_engine.export.bench_paired import Ratio
+from ovit_engine.export.break_even import ProductRow, SparseTable, write_table
 
 
 def layer(**facts):
@@ -218,6 +220,25 @@ def test_the_command_on_a_recipe(tmp_path):
     assert lines[8] == UNMEASURED
 
 
+def test_the_command_with_what_was_measured_on_a_gpu(tmp_path):
+    """Of the shape and type that were measured it says from where on 2:4 pays; of others nothing."""
+    (tmp_path / "g.yaml").write_text(RECIPE)
+    shape = {"dtype": "float16", "out_features": 192, "in_features": 192}
+    ratios = {64: Ratio(median=0.5, low=0.4, high=0.6), 4096: Ratio(median=1.5, low=1.4, high=1.6)}
+    rows = tuple(ProductRow(**shape, rows=count, ratio=ratio) for count, ratio in ratios.items())
+    known = {"capability": (9, 0), "backend": "cusparselt", "versions": {}, "date": "", "repeats": 5}
+    write_table(SparseTable(device="Abacus", rows=rows, **known), tmp_path / "t.json")
+    lines = lint(tmp_path / "g.yaml", "--measured", tmp_path / "t.json")
+    assert lines[0] == "weight out K operands 2:4 measured on Abacus on sparse tensor cores"
+    found = {line.split()[0]: line for line in lines[1:7]}
+    assert (
+        "groups 2:4 is faster from 4096 rows on (64 to 4096 rows were measured) can be"
+        in found["blocks.0.attn.proj.weight"]
+    )
+    assert [name for name, line in found.items() if "is faster" in line] == ["blocks.0.attn.proj.weight"]
+    assert UNMEASURED not in lines
+
+
 def test_what_goes_wrong_is_one_line(tmp_path, vit):
     (tmp_path / "bad.onnx").write_bytes(b"nonsense")
     (tmp_path / "trt.log").write_text("nothing")
@@ -225,6 +246,7 @@ def test_what_goes_wrong_is_one_line(tmp_path, vit):
         ([tmp_path / "none.onnx"], "no such file"),
         ([tmp_path / "bad.onnx"], "is no ONNX file"),
         ([vit.path, "--trt-log", tmp_path / "trt.log"], "trt.log': no line of it begins with (Sparsity)"),
+        ([vit.path, "--measured", tmp_path / "trt.log"], "trt.log"),
         (["r.yaml", "--trt-log", tmp_path / "trt.log"], "goes with the ONNX file"),
     ):
         result = CliRunner().invoke(main, ["lint", *map(str, arguments)])

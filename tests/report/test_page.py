@@ -7,7 +7,7 @@ import pytest
 
 from ovit_engine.report import gather, render
 from ovit_engine.report.page import SECTIONS
-from tests.report.chromium import find_chromium, running
+from tests.report.chromium import assert_readable, find_chromium, running
 
 CHROMIUM = find_chromium()
 
@@ -88,46 +88,7 @@ def test_figures_are_those_of_the_folder(page, whole_run):
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_in_a_browser(page, tmp_path, dark):
     (tmp_path / "report.html").write_text(page)
-    address = (tmp_path / "report.html").as_uri()
     with running(CHROMIUM, tmp_path / "profile") as tab:
-        for width in (1280, 390):
-            tab.open(address, width, 900, dark=dark)
-            assert tab.evaluate("innerWidth") == width
-            assert tab.evaluate("document.documentElement.scrollWidth") == width, "it scrolls sideways"
-            assert tab.evaluate(TOO_WIDE) == []
-            assert tab.evaluate(SMALLEST) >= 11
-            assert tab.evaluate(HIDDEN) == []
-            assert tab.evaluate(LOW_CONTRAST) == []
+        for width in assert_readable(tab, (tmp_path / "report.html").as_uri(), dark=dark):
             shown = tab.evaluate("[...document.querySelectorAll('svg')].filter(s => s.clientWidth).length")
-            assert shown == 3  # one of each pair
-        assert tab.complaints == []
-        assert set(tab.requests) == {address}
-
-
-# what sticks out of the window, but for what scrolls in a box of its own
-TOO_WIDE = """[...document.querySelectorAll('body *')]
-  .filter(e => !e.closest('.scroll') && e.getClientRects().length)
-  .filter(e => e.getBoundingClientRect().right > innerWidth + 1 || e.getBoundingClientRect().left < -1)
-  .map(e => e.outerHTML.slice(0, 80))"""
-# the smallest words in pixels, with what drawings are scaled by
-SMALLEST = """Math.min(...[...document.querySelectorAll('p,dd,dt,li,td,th,text,small,code')]
-  .filter(e => e.getClientRects().length)
-  .map(e => parseFloat(getComputedStyle(e).fontSize) * (e.ownerSVGElement ?
-    e.ownerSVGElement.getBoundingClientRect().width / e.ownerSVGElement.viewBox.baseVal.width : 1)))"""
-HIDDEN = (
-    "[...document.querySelectorAll('section, h2')].filter(e => e.getBoundingClientRect().height < 5).map(e => e.id)"
-)
-# WCAG 2: words need 4.5 times the luminance of their ground, or the other way
-LOW_CONTRAST = """(() => {
-  const parse = c => c.match(/[\\d.]+/g).map(Number);
-  const linear = v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
-  const light = c => { const [r, g, b] = parse(c).map(v => linear(v / 255));
-    return .2126 * r + .7152 * g + .0722 * b; };
-  const ground = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
-    if (parse(c)[3] !== 0) return c; } return 'rgb(255,255,255)'; };
-  const weak = e => { const style = getComputedStyle(e), b = light(ground(e));
-    const a = light(e.ownerSVGElement ? style.fill : style.color);
-    return (Math.max(a, b) + .05) / (Math.min(a, b) + .05) < 4.5; };
-  return [...document.querySelectorAll('h1,h2,h3,p,dd,dt,li,td,th,small,code,a,text,summary')]
-    .filter(e => e.getClientRects().length && weak(e)).map(e => e.outerHTML.slice(0, 80));
-})()"""
+            assert shown == 3, width  # one of each pair
