@@ -15,7 +15,7 @@ LAYERS = [
     ["event", "schedule", "pattern", "quant", "files", "progress", "random_states", "batched_gradients", "sharding"],
     ["second_order", "presets", "plots", "samples", "torch_files"],
     ["targets", "processes"],
-    ["masks", "gradient_pass", "gates"],
+    ["masks", "gradient_pass", "gates", "tokens"],
     ["calibration", "flops", "loggers"],
     ["modifier"],
     ["registry"],

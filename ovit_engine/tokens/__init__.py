@@ -1,0 +1,24 @@
+"""Fewer tokens in vision transformers: the mathematics on plain tensors, and the hooks that apply it to a model.
+
+A reduction is a scorer (what a token is worth), a reducer (drop or merge), a way to train it, the blocks where it acts
+and how many tokens it keeps there, as whole numbers. Prefix tokens (class, distillation, registers) always stay.
+"""
+
+from ovit_engine.tokens.counts import floor_counts, quarter_blocks
+from ovit_engine.tokens.gather import Survivors, gather_tokens, top_tokens
+from ovit_engine.tokens.hooks import TokenHooks, hooks_of
+from ovit_engine.tokens.layout import Layout, find_layout
+from ovit_engine.tokens.policy import policy_bias
+
+__all__ = [
+    "Layout",
+    "Survivors",
+    "TokenHooks",
+    "find_layout",
+    "floor_counts",
+    "gather_tokens",
+    "hooks_of",
+    "policy_bias",
+    "quarter_blocks",
+    "top_tokens",
+]

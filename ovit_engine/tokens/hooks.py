@@ -1,0 +1,73 @@
+"""The object behind the hooks that reduce the tokens of one copy of a model."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ovit_engine.targets import unwrapped
+from ovit_engine.tokens.gather import Survivors
+from ovit_engine.tokens.layout import Layout, find_transformer
+
+ATTRIBUTE = "_token_hooks"
+
+
+class TokenHooks(ABC):
+    """Reduces tokens by hooks on a model's blocks. It lies on the model, and is copied with it.
+
+    Hooks are bound methods of this object or of small ones that it holds, and reach parameters through their `module`
+    argument: so an EMA copy, or a pickled one, uses what is its own. Whether to train or to infer they read from
+    `module.training` alone. In eval mode tokens are really gone, by operations of constant size.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.survivors: Survivors | None = None  # of the last forward pass in training; None where all are left
+        self._handles: list[RemovableHandle] = []
+
+    def install(self, model: nn.Module) -> None:
+        """Hang the hooks on the vision transformer in `model`.
+
+        Raises:
+            ValueError: its tokens are reduced already.
+        """
+        vit = find_transformer(model)
+        if hooks_of(model) is not None:
+            raise ValueError(f"tokens of {type(vit).__name__} are reduced already, by another recipe or modifier")
+        self._handles = list(self.register(vit))
+        setattr(vit, ATTRIBUTE, self)
+
+    @abstractmethod
+    def register(self, vit: Any) -> list[RemovableHandle]:
+        """Hang hooks on `vit.blocks` and return their handles."""
+
+    def finish(self, vit: Any) -> None:
+        """Take off what only training needs: called on the copy that is exported."""
+        self.survivors = None
+
+    def end_step(self, step: int) -> None:
+        """`step` optimizer steps are done: let go of what the forward passes before left behind."""
+        self.survivors = None
+
+    def remove(self) -> None:
+        """Take all hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def hooks_of(model: nn.Module) -> TokenHooks | None:
+    """What reduces the tokens of `model`, or of the model inside a wrapper; None where nothing does."""
+    for module in unwrapped(model).modules():
+        found = vars(module).get(ATTRIBUTE)
+        if isinstance(found, TokenHooks):
+            return found
+    return None
+
+
+def finish(model: nn.Module) -> None:
+    """Make a copy of a model what is deployed: without what only training needs."""
+    hooks = hooks_of(model)
+    if hooks is not None:
+        hooks.finish(find_transformer(model))
