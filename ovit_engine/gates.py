@@ -18,6 +18,7 @@ from ovit_engine.targets import clean_name
 Kind = Literal["heads", "units"]
 
 GATE = "input_gate"
+TALLY = "input_gate_tally"
 KINDS: tuple[Kind, ...] = ("heads", "units")
 _EXPECTED = {
     "heads": {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"},
@@ -65,12 +66,16 @@ def gate_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Forward pre-hook: zeros what the gate of `module` switches off, [..., count x width].
 
     It reads the gate through its argument, so that copies of the model (EMA, pickle) use their own. Zeros are filled
-    in: by a product what is off would spread NaN and infinity.
+    in: by a product what is off would spread NaN and infinity. While scores are recorded (gate_scores.py) it shows what
+    it gates and the result to the site's tally.
     """
     features, *others = args
     gate = cast(Tensor, getattr(module, GATE))
-    groups = features.unflatten(-1, (gate.numel(), -1))
-    return (groups.masked_fill(~gate.unsqueeze(-1), 0).flatten(-2), *others)
+    gated = features.unflatten(-1, (gate.numel(), -1)).masked_fill(~gate.unsqueeze(-1), 0).flatten(-2)
+    tally = getattr(module, TALLY, None)
+    if tally is not None and module.training:
+        gated = tally(gated, features)
+    return (gated, *others)
 
 
 def find_sites(model: nn.Module, kinds: Iterable[Kind] = KINDS) -> list[GateSite]:

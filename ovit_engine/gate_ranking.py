@@ -1,0 +1,108 @@
+"""How heads and units are ranked: pure functions, in one small registry.
+
+A ranker gives a site [count] scores, the lowest of which go first. It says what it needs to know, and who asks for it
+collects that: `gradients` are recorded in training (gate_scores.py), `outputs` are similarities of head outputs.
+"""
+
+import difflib
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ovit_engine.gate_scores import GateScores
+from ovit_engine.gates import KINDS, GateSite, Kind
+from ovit_engine.sharding import gathered
+
+Needs = Literal["nothing", "gradients", "outputs"]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What is known of a site when it is ranked; a part that the ranker does not need may be None."""
+
+    gradients: GateScores | None = None
+    similarity: Tensor | None = None  # of the outputs of heads, [count, count]
+    seed: int = 0
+
+
+Score = Callable[[GateSite, Statistics], Tensor]
+
+
+@dataclass(frozen=True)
+class Ranker:
+    """One way to rank what a gate switches."""
+
+    name: str
+    score: Score  # scores [count] of a site; the lowest go first, and ties by index
+    needs: Needs
+    kinds: tuple[Kind, ...]  # what it can rank
+
+
+RANKERS: dict[str, Ranker] = {}
+
+
+def register_ranker(name: str, *, needs: Needs, kinds: Iterable[Kind] = KINDS) -> Callable[[Score], Score]:
+    """Decorator: make a way to rank known by `name`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def add(score: Score) -> Score:
+        if name in RANKERS:
+            raise ValueError(f"ranker {name!r} is registered twice: by {RANKERS[name].score!r} and {score!r}")
+        RANKERS[name] = Ranker(name, score, needs, tuple(kinds))
+        return score
+
+    return add
+
+
+def find_ranker(name: str) -> Ranker:
+    """The ranker of that name; ValueError with the nearest right one."""
+    if name not in RANKERS:
+        near = difflib.get_close_matches(name, RANKERS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"{name!r} is no way to rank: {hint}there are {', '.join(RANKERS)}")
+    return RANKERS[name]
+
+
+@register_ranker("taylor", needs="gradients")
+def taylor(site: GateSite, statistics: Statistics) -> Tensor:
+    """The loss's first-order change without it: mean over samples of |dL/dgate| (Michel et al. 2019, §4)."""
+    return _gradients(site, statistics).importance
+
+
+@register_ranker("salience", needs="gradients")
+def salience(site: GateSite, statistics: Statistics) -> Tensor:
+    """Mean over samples of the sum of |activation x gradient|: as Taylor, but nothing cancels out.
+
+    Our reading of SSP, the salience-based baseline of the SViTE paper, of which no code is public.
+    """
+    return _gradients(site, statistics).salience
+
+
+@register_ranker("l1", needs="nothing")
+def l1(site: GateSite, statistics: Statistics) -> Tensor:
+    """Sum of absolute weights of the rows that compute it and the columns that read it, without biases."""
+    computed = gathered(site.source.weight).float().abs().sum(1)
+    read = gathered(site.linear.weight).float().abs().sum(0)
+    parts = 3 if site.kind == "heads" else 1
+    return computed.view(parts, site.count, site.width).sum((0, 2)) + read.view(site.count, site.width).sum(1)
+
+
+@register_ranker("random", needs="nothing")
+def random(site: GateSite, statistics: Statistics) -> Tensor:
+    """Uniform numbers from the seed and the site's name: the same in every process, however many sites there are."""
+    digest = hashlib.blake2b(f"{statistics.seed} {site.name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.rand(site.count, generator=generator).to(site.linear.weight.device)
+
+
+def _gradients(site: GateSite, statistics: Statistics) -> GateScores:
+    if statistics.gradients is None:
+        raise ValueError(f"ranking {site.name!r} needs gradients, and none were recorded")
+    return statistics.gradients

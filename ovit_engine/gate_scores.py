@@ -1,0 +1,144 @@
+"""What training says of gates: per-sample gradients of heads and units, recorded by the loop's own backward passes.
+
+The gradient of a gate is that of the gated features times the features before the gate, summed over all that the gate
+switches. So it is known of what is off as well (specs/structured-and-tokens.md §3.3): dL/dg for o' = g o is the sum of
+dL/do' o, whatever g is.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ovit_engine.gates import TALLY, GateSite
+from ovit_engine.processes import process_group
+
+_ROWS = 4  # of a tally: importance, growth, salience, samples
+
+
+@dataclass(frozen=True)
+class GateScores:
+    """Means over the samples of a window, float32 [count] each.
+
+    With o the features of a head or unit before its gate, o' after it, and sums over its tokens and features:
+
+    - `importance`: |sum dL/do' o|, the size of the gradient of a gate that multiplies it.
+    - `growth`: sum |dL/do'|, by which S2ViTE as published revives heads.
+    - `salience`: sum |dL/do' o|, where terms do not cancel out.
+    """
+
+    importance: Tensor
+    growth: Tensor
+    salience: Tensor
+    samples: int
+
+
+class Tally:
+    """Sums of one site while a window lasts: float32 [4, count], in the rows of `GateScores`.
+
+    It hangs on the gated layer; copies of the model record nothing.
+    """
+
+    def __init__(self, sums: Tensor) -> None:
+        self.sums = sums
+
+    def __call__(self, gated: Tensor, features: Tensor) -> Tensor:
+        """`gated` as it is; when its gradient comes, it is counted."""
+        return _Observe.apply(gated, features.detach(), self.sums)  # type: ignore[no-any-return]
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+def start_recording(sites: Iterable[GateSite], sums: Mapping[str, Tensor] | None = None) -> None:
+    """Record from here on, in training mode only; `sums` by site name go on where an earlier window was interrupted.
+
+    Raises:
+        ValueError: `sums` lack a site, or are of another shape.
+    """
+    for site in sites:
+        shape = (_ROWS, site.count)
+        if sums is None:
+            own = torch.zeros(shape, device=site.gate.device)
+        else:
+            found = sums.get(site.name)
+            if found is None or found.shape != shape:
+                what = "nothing" if found is None else list(found.shape)
+                raise ValueError(f"the recorded scores of {site.name!r} must be of shape {list(shape)}, not {what}")
+            own = found.to(site.gate.device, torch.float32, copy=True)
+        setattr(site.linear, TALLY, Tally(own))
+
+
+def stop_recording(sites: Iterable[GateSite]) -> None:
+    """Record no more, and forget what was recorded."""
+    for site in sites:
+        site.linear.__dict__.pop(TALLY, None)
+
+
+def recorded_sums(sites: Iterable[GateSite]) -> dict[str, Tensor]:
+    """What this process recorded so far by site name, to be saved; empty outside windows."""
+    tallies = {site.name: site.linear.__dict__.get(TALLY) for site in sites}
+    return {name: tally.sums.clone() for name, tally in tallies.items() if tally is not None}
+
+
+def read_scores(sites: Iterable[GateSite]) -> dict[str, GateScores]:
+    """Scores by site name, over the samples of all processes: each must call it.
+
+    Raises:
+        ValueError: no gradient came to a gate in training mode.
+    """
+    sums = recorded_sums(sites)
+    group = process_group()
+    if group is not None and sums:
+        together = torch.cat([each.flatten() for each in sums.values()])
+        dist.all_reduce(together, group=group)
+        parts = torch.split(together, [each.numel() for each in sums.values()])
+        sums = {name: part.view_as(sums[name]) for name, part in zip(sums, parts, strict=True)}
+    found = {}
+    for site in sites:
+        samples = int(sums[site.name][3, 0]) if site.name in sums else 0
+        if samples == 0:
+            raise ValueError(
+                f"no finite gradient came to the gate of {site.name!r}: is its layer trained, the model in "
+                "training mode, the loss finite?"
+            )
+        importance, growth, salience = sums[site.name][:3] / samples
+        found[site.name] = GateScores(importance, growth, salience, samples)
+    return found
+
+
+@torch.library.custom_op("ovit_engine::tally_gate", mutates_args=("sums",))
+def _tally_gate(features: Tensor, gradient: Tensor, sums: Tensor) -> None:
+    """Add the samples of one backward pass to `sums`. An operator of its own, which a compiled backward calls.
+
+    A gradient scaler multiplies all gradients by a power of two, which changes no order. Where that overflowed nothing
+    is added.
+    """
+    shape = (len(features), -1, sums.shape[1], features.shape[-1] // sums.shape[1])
+    gradient = gradient.detach().float().reshape(shape)
+    products = gradient * features.detach().float().reshape(shape)
+    new = torch.stack((products.sum((1, 3)).abs(), gradient.abs().sum((1, 3)), products.abs().sum((1, 3)))).sum(1)
+    new = torch.cat((new, torch.full_like(new[:1], len(features))))
+    sums.add_(torch.where(torch.isfinite(new).all(), new, torch.zeros_like(new)))
+
+
+@_tally_gate.register_fake
+def _tally_gate_in_shape(features: Tensor, gradient: Tensor, sums: Tensor) -> None:
+    return None
+
+
+class _Observe(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gated: Tensor, features: Tensor, sums: Tensor) -> Tensor:
+        ctx.save_for_backward(features)
+        ctx.sums = sums
+        return gated.view_as(gated)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (features,) = ctx.saved_tensors
+        _tally_gate(features, gradient, ctx.sums)
+        return gradient, None, None
