@@ -5,7 +5,6 @@ collects that: `gradients` are recorded in training (gate_scores.py), `outputs` 
 """
 
 import difflib
-import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ovit_engine.gate_scores import GateScores
 from ovit_engine.gates import KINDS, GateSite, Kind
+from ovit_engine.random_states import mixed
 from ovit_engine.sharding import gathered
 
 Needs = Literal["nothing", "gradients", "outputs"]
@@ -40,13 +40,18 @@ class Ranker:
     score: Score  # scores [count] of a site; the lowest go first, and ties by index
     needs: Needs
     kinds: tuple[Kind, ...]  # what it can rank
+    additive: bool  # whether a score grows with the parameters that it stands for
 
 
 RANKERS: dict[str, Ranker] = {}
 
 
-def register_ranker(name: str, *, needs: Needs, kinds: Iterable[Kind] = KINDS) -> Callable[[Score], Score]:
+def register_ranker(
+    name: str, *, needs: Needs, kinds: Iterable[Kind] = KINDS, additive: bool = True
+) -> Callable[[Score], Score]:
     """Decorator: make a way to rank known by `name`.
+
+    Where heads and units compete for one budget, `additive` scores are compared per parameter.
 
     Raises:
         ValueError: the name is taken.
@@ -55,7 +60,7 @@ def register_ranker(name: str, *, needs: Needs, kinds: Iterable[Kind] = KINDS) -
     def add(score: Score) -> Score:
         if name in RANKERS:
             raise ValueError(f"ranker {name!r} is registered twice: by {RANKERS[name].score!r} and {score!r}")
-        RANKERS[name] = Ranker(name, score, needs, tuple(kinds))
+        RANKERS[name] = Ranker(name, score, needs, tuple(kinds), additive)
         return score
 
     return add
@@ -94,11 +99,10 @@ def l1(site: GateSite, statistics: Statistics) -> Tensor:
     return computed.view(parts, site.count, site.width).sum((0, 2)) + read.view(site.count, site.width).sum(1)
 
 
-@register_ranker("random", needs="nothing")
+@register_ranker("random", needs="nothing", additive=False)
 def random(site: GateSite, statistics: Statistics) -> Tensor:
     """Uniform numbers from the seed and the site's name: the same in every process, however many sites there are."""
-    digest = hashlib.blake2b(f"{statistics.seed} {site.name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    generator = torch.Generator().manual_seed(mixed(statistics.seed, *site.name.encode()))
     return torch.rand(site.count, generator=generator).to(site.linear.weight.device)
 
 

@@ -5,7 +5,7 @@ switches. So it is known of what is off as well (specs/structured-and-tokens.md 
 dL/do' o, whatever g is.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,18 @@ class GateScores:
     salience: Tensor
     samples: int
 
+    @classmethod
+    def of(cls, site: GateSite, sums: Tensor) -> "GateScores":
+        """The means of sums [4, count]; ValueError where no gradient came to the gate."""
+        samples = int(sums[3, 0])
+        if samples == 0:
+            raise ValueError(
+                f"no finite gradient came to the gate of {site.name!r}: is its layer trained, the model in training "
+                "mode, the loss finite?"
+            )
+        importance, growth, salience = sums[:3] / samples
+        return cls(importance, growth, salience, samples)
+
 
 class Tally:
     """Sums of one site while a window lasts: float32 [4, count], in the rows of `GateScores`.
@@ -53,61 +65,44 @@ class Tally:
         return type(None), ()
 
 
-def start_recording(sites: Iterable[GateSite], sums: Mapping[str, Tensor] | None = None) -> None:
-    """Record from here on, in training mode only; `sums` by site name go on where an earlier window was interrupted.
-
-    Raises:
-        ValueError: `sums` lack a site, or are of another shape.
-    """
+def start_recording(sites: Iterable[GateSite]) -> None:
+    """Record from here on, in training mode only; what was recorded before and not taken is forgotten."""
     for site in sites:
-        shape = (_ROWS, site.count)
-        if sums is None:
-            own = torch.zeros(shape, device=site.gate.device)
-        else:
-            found = sums.get(site.name)
-            if found is None or found.shape != shape:
-                what = "nothing" if found is None else list(found.shape)
-                raise ValueError(f"the recorded scores of {site.name!r} must be of shape {list(shape)}, not {what}")
-            own = found.to(site.gate.device, torch.float32, copy=True)
-        setattr(site.linear, TALLY, Tally(own))
+        setattr(site.linear, TALLY, Tally(torch.zeros(_ROWS, site.count, device=site.gate.device)))
 
 
 def stop_recording(sites: Iterable[GateSite]) -> None:
-    """Record no more, and forget what was recorded."""
+    """Record no more, and forget what was not taken."""
     for site in sites:
         site.linear.__dict__.pop(TALLY, None)
 
 
-def recorded_sums(sites: Iterable[GateSite]) -> dict[str, Tensor]:
-    """What this process recorded so far by site name, to be saved; empty outside windows."""
-    tallies = {site.name: site.linear.__dict__.get(TALLY) for site in sites}
-    return {name: tally.sums.clone() for name, tally in tallies.items() if tally is not None}
+def is_recording(site: GateSite) -> bool:
+    """Whether backward passes are counted."""
+    return TALLY in site.linear.__dict__
 
 
-def read_scores(sites: Iterable[GateSite]) -> dict[str, GateScores]:
-    """Scores by site name, over the samples of all processes: each must call it.
+def take_sums(sites: Sequence[GateSite]) -> dict[str, Tensor]:
+    """What was recorded since the last call, by site name, summed over all processes: each must call it.
 
-    Raises:
-        ValueError: no gradient came to a gate in training mode.
+    Sums float32 [4, count] are what to add up and to save; `GateScores.of` makes means of them.
     """
-    sums = recorded_sums(sites)
+    own = [site.linear.__dict__[TALLY].sums for site in sites]
+    together = torch.cat([each.flatten() for each in own])
     group = process_group()
-    if group is not None and sums:
-        together = torch.cat([each.flatten() for each in sums.values()])
+    if group is not None:
         dist.all_reduce(together, group=group)
-        parts = torch.split(together, [each.numel() for each in sums.values()])
-        sums = {name: part.view_as(sums[name]) for name, part in zip(sums, parts, strict=True)}
-    found = {}
-    for site in sites:
-        samples = int(sums[site.name][3, 0]) if site.name in sums else 0
-        if samples == 0:
-            raise ValueError(
-                f"no finite gradient came to the gate of {site.name!r}: is its layer trained, the model in "
-                "training mode, the loss finite?"
-            )
-        importance, growth, salience = sums[site.name][:3] / samples
-        found[site.name] = GateScores(importance, growth, salience, samples)
-    return found
+    parts = torch.split(together, [each.numel() for each in own])
+    for each in own:
+        each.zero_()
+    return {site.name: part.view(_ROWS, site.count) for site, part in zip(sites, parts, strict=True)}
+
+
+def check_sums(site: GateSite, sums: Tensor) -> None:
+    """Raise ValueError where saved sums are not of the shape that `take_sums` gives for a site."""
+    if sums.shape != (_ROWS, site.count):
+        shape = [_ROWS, site.count]
+        raise ValueError(f"the recorded scores of {site.name!r} must be of shape {shape}, not {list(sums.shape)}")
 
 
 @torch.library.custom_op("ovit_engine::tally_gate", mutates_args=("sums",))

@@ -57,6 +57,13 @@ class GateSite:
         return f"{self.owner_name}.{'qkv' if self.kind == 'heads' else 'fc1'}".lstrip(".")
 
     @property
+    def parameters(self) -> int:
+        """How many parameters go with one head or unit: its rows and biases of `source`, its columns of `linear`."""
+        rows = self.width * (3 if self.kind == "heads" else 1)
+        biases = 0 if self.source.bias is None else rows
+        return rows * self.source.in_features + biases + self.width * self.linear.out_features
+
+    @property
     def gate(self) -> Tensor:
         """The gate itself, bool [count], True = kept; AttributeError where none is installed."""
         return cast(Tensor, getattr(self.linear, GATE))

@@ -11,11 +11,16 @@ from hypothesis import strategies as st
 from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 
-from ovit_engine.gate_scores import GateScores, read_scores, recorded_sums, start_recording, stop_recording
+from ovit_engine.gate_scores import GateScores, check_sums, is_recording, start_recording, stop_recording, take_sums
 from ovit_engine.gates import GateSite, find_sites, install, set_gate
 from tests.test_gates import IMAGES, vit
 
 LABELS = torch.tensor([1, 7, 3, 3, 0])
+
+
+def read_scores(sites: list[GateSite]) -> dict[str, GateScores]:
+    sums = take_sums(sites)
+    return {site.name: GateScores.of(site, sums[site.name]) for site in sites}
 
 
 def pair(heads: int = 3, width: int = 4, fused: bool = True) -> tuple[nn.Module, list[GateSite]]:
@@ -101,8 +106,9 @@ def test_off_units_have_scores_of_the_size_of_the_others() -> None:
     model, sites = pair()
     start_recording(sites)
     loss_of(model(torch.randn(16, 5, 12))).backward()
+    scores = read_scores(sites)
     for site in sites:
-        found = read_scores(sites)[site.name]
+        found = scores[site.name]
         for score in (found.importance, found.growth, found.salience):
             assert (score[~site.gate] > score[site.gate].mean() / 50).all()
 
@@ -165,7 +171,7 @@ def test_a_compiled_model_records_too() -> None:
     forward(compiled)().backward()
     expected = scores_of(model, forward(model), forward(model))
     check_same(scores_of(model, forward(compiled), forward(compiled)), expected)
-    assert recorded_sums(find_sites(model)) == {}
+    assert not any(map(is_recording, find_sites(model)))
 
 
 def test_autocast_and_a_scaled_loss() -> None:
@@ -193,28 +199,33 @@ def test_evaluation_and_passes_without_gradient_are_not_counted() -> None:
     forward(model.eval())().backward()  # as calibration does
     with torch.no_grad():
         forward(model.train())()
-    assert not any(sums.any() for sums in recorded_sums(sites).values())
+    assert not any(sums.any() for sums in take_sums(sites).values())
 
 
-def test_copies_record_nothing_and_saved_sums_go_on() -> None:
+def test_copies_record_nothing() -> None:
+    model = ready()
+    start_recording(find_sites(model))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        forward(other)().backward()
+        assert not any(map(is_recording, find_sites(other)))
+    assert all(map(is_recording, find_sites(model)))
+    assert not any(sums.any() for sums in take_sums(find_sites(model)).values())
+
+
+def test_sums_add_up() -> None:
     model = ready()
     sites = find_sites(model)
     start_recording(sites)
-    forward(model)().backward()
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        forward(other)().backward()
-        assert recorded_sums(find_sites(other)) == {}
-    saved = recorded_sums(sites)
-    forward(model)().backward()
-    expected = read_scores(sites)
-    again = ready()
-    start_recording(find_sites(again), saved)
-    forward(again)().backward()
-    check_same(read_scores(find_sites(again)), expected, rtol=0)
-    with pytest.raises(ValueError, match=r"scores of 'blocks.0.attn.proj' must be of shape \[4, 3\], not nothing"):
-        start_recording(sites, {})
+    losses = [forward(model, part) for part in (slice(0, 2), slice(2, 5))]
+    found = []
+    for loss in losses:
+        loss().backward()
+        found.append(take_sums(sites))
+    expected = scores_of(model, *losses)
+    check_same({site.name: GateScores.of(site, found[0][site.name] + found[1][site.name]) for site in sites}, expected)
+    check_sums(sites[0], found[0][sites[0].name])
     with pytest.raises(ValueError, match=r"of 'blocks.0.attn.proj' must be of shape \[4, 3\], not \[4, 2\]"):
-        start_recording(sites, {name: sums[:, :2] for name, sums in saved.items()})
+        check_sums(sites[0], torch.zeros(4, 2))
 
 
 def test_no_tensor_is_kept_outside_windows() -> None:

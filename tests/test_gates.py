@@ -147,6 +147,15 @@ def test_live_weights_by_hand() -> None:
     assert "blocks.0.attn.qkv.bias" not in live_mask(gated([2], qkv_bias=False))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_parameters_of_a_gate_are_those_that_die_with_it(bias: bool) -> None:
+    model = gated([0, 2], [i for i in range(192) if i != 7], qkv_bias=bias)
+    dead = {name: int((~alive).sum()) for name, alive in live_mask(model).items() if name.startswith("blocks.0")}
+    heads, units = installed(model)[:2]
+    assert heads.parameters == sum(count for name, count in dead.items() if "attn" in name)
+    assert units.parameters == sum(count for name, count in dead.items() if "mlp" in name) == 2 * DIM + 1
+
+
 def test_copies_and_pickles_have_gates_of_their_own() -> None:
     model = gated([0, 1])
     twin, thawed = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
