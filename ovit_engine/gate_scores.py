@@ -79,7 +79,7 @@ def stop_recording(sites: Iterable[GateSite]) -> None:
 
 def is_recording(site: GateSite) -> bool:
     """Whether backward passes are counted."""
-    return TALLY in site.linear.__dict__
+    return site.linear.__dict__.get(TALLY) is not None
 
 
 def take_sums(sites: Sequence[GateSite]) -> dict[str, Tensor]:
