@@ -29,6 +29,8 @@ class Agreement:
                 "the recipe": self._recipe.hash.encode(),
                 "the step to go on from": run.step,
             }
+            if run.teacher is not None:
+                facts["the teacher"] = run.teacher.fingerprint.encode()
             agree(everyone, facts, "at attach")
 
     @contextmanager

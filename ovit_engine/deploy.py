@@ -15,6 +15,7 @@ from ovit_engine.quant import QuantConv2d, QuantLinear
 from ovit_engine.recipe import Recipe
 from ovit_engine.sharding import sharded_modules
 from ovit_engine.targets import clean_name, unwrapped
+from ovit_engine.teacher import forget_teacher
 
 if TYPE_CHECKING:
     from ovit_engine.engine import Engine
@@ -82,7 +83,7 @@ def write(
     Raises:
         ExportError: the file is not what `masks` and the quantized layers promise.
     """
-    reference.eval()
+    forget_teacher(reference.eval())
     baked = copy.deepcopy(reference)
     for modifier in modifiers:
         modifier.bake(baked)

@@ -21,13 +21,16 @@ from ovit_engine.guards import (
     check_claims,
     check_copy,
     check_device,
+    check_made,
     check_parameters,
     check_supported,
     check_surgery,
+    check_teacher,
     layers_of,
 )
-from ovit_engine.hooks import AddTerms, StepHooks
+from ovit_engine.hooks import StepHooks
 from ovit_engine.loggers import Log, learning_rates, sparsities
+from ovit_engine.loss_terms import AddTerms, LossTerms
 from ovit_engine.modifier import Modifier, Run, anew
 from ovit_engine.recipe import Recipe
 from ovit_engine.schedule import make_clock
@@ -35,6 +38,7 @@ from ovit_engine.sharding import reshard, sharded_modules
 from ovit_engine.state import check_model, check_modifiers, check_state, make_state, whole_state_dict
 from ovit_engine.sweep import Evaluate, find_sweep
 from ovit_engine.targets import unwrapped
+from ovit_engine.teacher import Teacher
 from ovit_engine.watch import StepWatch
 
 if TYPE_CHECKING:
@@ -53,6 +57,7 @@ class Engine:
         epochs: how long training is.
         total_steps: the same in applied optimizer steps, in place of `epochs`, for loops that end within an epoch.
         output: the folder of this run, for recipes that leave files while they train (a sweep).
+        teacher: what `distill` and its like learn from, which is frozen; a copy of the model at PREPARE if left out.
 
     Raises:
         RecipeError: anything in the recipe that can't be followed on this model or in this time.
@@ -67,14 +72,13 @@ class Engine:
         epochs: int | None = None,
         total_steps: int | None = None,
         output: str | Path | None = None,
+        teacher: nn.Module | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-        if not isinstance(recipe, (Recipe, str, Path)):
-            raise TypeError(f"recipe must be a Recipe, a path or a name, not {type(recipe).__name__}")
+        check_made(model, recipe)
         self.recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
         self.modifiers: tuple[Modifier, ...] = tuple(map(anew, self.recipe.modifiers))
-        check_supported(model)
+        check_teacher(teacher, model, self.modifiers)
+        self._teacher = teacher
         self.run = Run(model, make_clock(steps_per_epoch, epochs, total_steps))
         self._rate_logs: list[tuple[Log, int]] = []
         self._handles: list[RemovableHandle | StepWatch] = []
@@ -90,6 +94,7 @@ class Engine:
                 pass
         self.sweep = find_sweep(self.modifiers, self.recipe, self.run, None if output is None else Path(output))
         self._agreement = Agreement(self.recipe, self.modifiers, self.run)
+        self._terms = LossTerms(self.modifiers, self.run)
 
     @property
     def is_attached(self) -> bool:
@@ -115,6 +120,8 @@ class Engine:
         if self._stage is not None:
             raise RuntimeError("engine.prepare() was called before: once is enough")
         check_surgery(self.model, self.modifiers)
+        if any(modifier.needs_teacher() for modifier in self.modifiers):
+            self.run.teacher = Teacher(self.model, self._teacher)
         before = {id(parameter) for parameter in self.model.parameters()}
         self._fire(Event.PREPARE)
         self._new = [p for p in self.model.parameters() if id(p) not in before]
@@ -161,6 +168,8 @@ class Engine:
         if self.modifiers:
             check_parameters(self.model, optimizers, self._new)
         self._agreement.begin()
+        if self.run.teacher is not None:
+            self.run.teacher.check_student()
         self._device = next((parameter.device for parameter in self.model.parameters()), None)
         self.run.optimizers = optimizers
         self.run.calibration = calibration
@@ -179,7 +188,7 @@ class Engine:
             *(other.register_step_post_hook(project) for other in (*optimizers[1:], *wrappers)),
         ]
         if criterion is not None:
-            self._handles.append(criterion.register_forward_hook(AddTerms(self)))
+            self._handles.append(criterion.register_forward_hook(AddTerms(self._terms)))
         self._stage = Event.ATTACH
         return self
 
@@ -220,11 +229,8 @@ class Engine:
                 self._remove_hooks()
 
     def loss(self, loss: Tensor) -> Tensor:
-        """The loss to differentiate: `loss` plus the terms of modifiers that have any."""
-        for modifier in self.modifiers:
-            term = modifier.loss_term(self.run)
-            loss = loss if term is None else loss + term
-        return loss
+        """The loss to differentiate: `loss` plus the terms of modifiers that have any; in evaluation it stays."""
+        return self._terms.add(loss)
 
     def metric(self, name: str, value: float) -> None:
         """Tell the engine a measured value (validation accuracy, say): it is kept beside the step in `run.history`.
@@ -281,6 +287,8 @@ class Engine:
             self.prepare()
         check_model(state, self.model)
         check_modifiers(state["modifiers"], self.modifiers)
+        if self.run.teacher is not None and not state["finished"]:
+            self.run.teacher.check(state.get("teacher"))
         self.run.masks.load_state_dict(state["masks"], self.model)
         for modifier, own in zip(self.modifiers, state["modifiers"], strict=True):
             modifier.load_state_dict(own)
@@ -289,7 +297,8 @@ class Engine:
         if self.sweep is not None:
             self.sweep.load_state_dict(state["sweep"])
         if state["finished"]:
-            self._stage, self._finished = Event.DETACH, True
+            self._remove_hooks()
+            self._finished = True
 
     def export(
         self,
@@ -361,6 +370,7 @@ class Engine:
 
     def _end_step(self) -> None:
         self.run.step += 1
+        self._terms.check_step()
         if self._watch is not None:
             self._watch.end_step()
         for log_rates, every in self._rate_logs:
@@ -392,4 +402,7 @@ class Engine:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self.run.teacher is not None:
+            self.run.teacher.release()
+            self.run.teacher = None
         self._stage = Event.DETACH

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Iterable
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -11,8 +12,18 @@ from torch.optim import Optimizer
 
 from ovit_engine.calibration import Calibration
 from ovit_engine.modifier import Claim, Modifier
+from ovit_engine.recipe import Recipe
 from ovit_engine.sharding import is_sharded, sharded_modules
 from ovit_engine.targets import clean_name, unwrapped
+
+
+def check_made(model: object, recipe: object) -> None:
+    """Raise TypeError for what no engine can be made of."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if not isinstance(recipe, (Recipe, str, Path)):
+        raise TypeError(f"recipe must be a Recipe, a path or a name, not {type(recipe).__name__}")
+    check_supported(model)
 
 
 def check_arguments(
@@ -40,6 +51,18 @@ def check_arguments(
         raise TypeError(f"ema must be an averaged copy of the model, not {type(ema).__name__}")
     if evaluate is not None and not callable(evaluate):
         raise TypeError(f"evaluate must be a function of the model, not {type(evaluate).__name__}")
+
+
+def check_teacher(teacher: object, model: nn.Module, modifiers: Iterable[Modifier]) -> None:
+    """Raise for a teacher that is no other model, or that no modifier learns from."""
+    if teacher is None:
+        return
+    if not isinstance(teacher, nn.Module):
+        raise TypeError(f"teacher must be a torch.nn.Module, not {type(teacher).__name__}")
+    if unwrapped(teacher) is unwrapped(model):
+        raise ValueError("the teacher is the model itself: leave it out for a copy of the model as training begins")
+    if not any(modifier.needs_teacher() for modifier in modifiers):
+        raise ValueError("a teacher was given, and no modifier of the recipe learns from one: add 'distill'")
 
 
 def check_supported(model: nn.Module) -> None:
@@ -85,13 +108,17 @@ def check_device(model: nn.Module, device: torch.device | None) -> None:
 
 
 def check_surgery(model: nn.Module, modifiers: Iterable[Modifier]) -> None:
-    """Raise where the recipe replaces modules and the model is wrapped already: the wrapper would not see it."""
-    names = [modifier.name for modifier in modifiers if modifier.surgery]
+    """Raise where the recipe changes the model and that is wrapped already: the wrapper would not see it."""
+    needs = [(m.name, "replaces layers" if m.surgery else "needs a teacher") for m in modifiers if _changes(m)]
     late = _wrapper(model)
-    if names and late:
-        raise RuntimeError(
-            f"{names[0]} replaces layers, and the model is {late} already: call engine.prepare() before that line"
-        )
+    if needs and late:
+        name, does = needs[0]
+        raise RuntimeError(f"{name} {does}, and the model is {late} already: call engine.prepare() before that line")
+
+
+def _changes(modifier: Modifier) -> bool:
+    """Whether it does what must be done before the model is compiled: hooks that come later are not seen."""
+    return modifier.surgery or modifier.needs_teacher()
 
 
 _INSTEAD = "use DistributedDataParallel or FSDP2 (torch.distributed.fsdp.fully_shard)"

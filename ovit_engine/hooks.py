@@ -1,21 +1,17 @@
-"""What the engine hangs on a user's optimizer, closure and criterion."""
+"""What the engine hangs on a user's optimizer and closure."""
 
 import inspect
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ovit_engine.guards import nests
 from ovit_engine.modifier import Run
-
-if TYPE_CHECKING:
-    from ovit_engine.engine import Engine
 
 _WRAPPER = inspect.getsourcefile(Optimizer)  # where torch wraps `step`
 
@@ -117,13 +113,3 @@ class MaskedClosure:
             self._first = False
         self._run.masks.project_gradients()
         return loss
-
-
-class AddTerms:
-    """A forward hook on the criterion; an object and not a closure, so that the model pickles."""
-
-    def __init__(self, engine: "Engine") -> None:
-        self._engine = engine
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        return self._engine.loss(output)

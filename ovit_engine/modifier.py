@@ -16,6 +16,7 @@ from ovit_engine.masks import Masks
 from ovit_engine.progress import Progress, ProgressLog
 from ovit_engine.schedule import Clock, check_time
 from ovit_engine.targets import Slot
+from ovit_engine.teacher import Teacher
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class Run:
     masks: Masks = field(default_factory=Masks)
     grad_scale: Tensor | float = 1.0
     calibration: Calibration | None = None
+    teacher: Teacher | None = None  # where a modifier needs one: the model before surgery, or what the user gave
     copies_behind: bool = False  # whether an averaged copy of the model must follow, apart from masks
     history: list[tuple[int, str, float]] = field(default_factory=list)
     # told how far long work is, as progress("ovit_prune: gradients", 512, 1024); the default logs now and then
@@ -121,6 +123,7 @@ class Modifier(BaseModel):
     - `apply_to` brings another copy of the model (EMA) to the same state.
     - `timeline` lists what will happen, for `ovit show`.
     - `changes` says at which steps the model becomes another one (pruned further, quantized): a sweep keeps it before.
+    - `loss_term` is added to each loss of training; `needs_teacher` says whether it compares with `run.teacher`.
     - `sweep_plan` says which of those steps leave a checkpoint.
     """
 
@@ -147,6 +150,10 @@ class Modifier(BaseModel):
     def loss_term(self, run: Run) -> Tensor | None:
         """An extra term of the training loss, or None."""
         return None
+
+    def needs_teacher(self) -> bool:
+        """Whether `run.teacher` is used, which is made before any PREPARE."""
+        return False
 
     def state_dict(self) -> dict[str, Any]:
         """Runtime state as tensors, numbers and strings, so that `torch.load(weights_only=True)` reads it."""

@@ -63,6 +63,7 @@ def make_state(
         "modifiers": [modifier.state_dict() for modifier in modifiers],
         "history": [list(entry) for entry in run.history],
         "sweep": sweep,
+        "teacher": None if run.teacher is None else run.teacher.fingerprint,
     }
 
 

@@ -1,0 +1,53 @@
+"""What modifiers add to the loss of training, once a forward."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ovit_engine.modifier import Modifier, Run
+
+
+class LossTerms:
+    """Adds the terms of modifiers to a loss; the Engine's own, or that of a criterion through a forward hook."""
+
+    def __init__(self, modifiers: Sequence[Modifier], run: Run) -> None:
+        self._modifiers, self._run = modifiers, run
+        self._is_asked = False
+
+    def add(self, loss: Tensor) -> Tensor:
+        """`loss` plus the terms; nothing is added in evaluation (the model's eval mode, or no gradients)."""
+        if not (torch.is_grad_enabled() and self._run.model.training):
+            return loss
+        self._is_asked = True
+        try:
+            for modifier in self._modifiers:
+                term = modifier.loss_term(self._run)
+                loss = loss if term is None else loss + term
+        finally:
+            if self._run.teacher is not None:
+                self._run.teacher.forget()
+        return loss
+
+    def check_step(self) -> None:
+        """After a step: raise RuntimeError where a modifier has a term, and no loss had it yet."""
+        if self._is_asked:
+            return
+        names = [m.name for m in self._modifiers if type(m).loss_term is not Modifier.loss_term]
+        if names:
+            raise RuntimeError(
+                f"a step was made and the loss had no term of {names[0]}: write loss = engine.loss(loss) before "
+                "loss.backward(), or give the loss module to engine.attach(optimizer, criterion=...); the model must "
+                "be in training mode"
+            )
+
+
+class AddTerms:
+    """A forward hook on the criterion; an object and not a closure, so that the model pickles."""
+
+    def __init__(self, terms: LossTerms) -> None:
+        self._terms = terms
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return self._terms.add(output)
