@@ -20,7 +20,7 @@ TOKENS = "norm"  # of timm's vision transformers: the last layer that sees all t
 
 
 class Answer(NamedTuple):
-    """What a model made of a batch: its output, and its tokens [B, N, C] after the final norm if watched."""
+    """What a model made of a batch: its output, and its patch tokens [B, N, C] after the final norm if watched."""
 
     output: Any
     tokens: Tensor | None
@@ -112,7 +112,8 @@ class Teacher:
         if seen is None or not seen.is_answered:
             return None
         if seen.lesson is None:
-            seen.lesson = Lesson(Answer(seen.output, seen.tokens), self._ask(seen))
+            student = Answer(seen.output, _patches(self._student, seen.tokens))
+            seen.lesson = Lesson(student, self._ask(seen))
         return seen.lesson
 
     def forget(self) -> None:
@@ -164,7 +165,7 @@ class Teacher:
         finally:
             for handle in handles:
                 handle.remove()
-        return Answer(output, tokens.seen)
+        return Answer(output, _patches(unwrapped(self.module), tokens.seen))
 
 
 def forget_teacher(model: nn.Module) -> None:
@@ -241,6 +242,12 @@ def _copied(model: nn.Module) -> nn.Module:
     finally:
         for parameter, grad in grads:
             parameter.grad = grad
+
+
+def _patches(model: nn.Module, tokens: Tensor | None) -> Tensor | None:
+    """Tokens [B, P + N, C] or [B, H, W, C] without the P prefix ones (class token, registers), [B, N, C]."""
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    return None if tokens is None or tokens.ndim < 3 else tokens.flatten(1, -2)[:, prefix:]
 
 
 def _inputs_for(model: nn.Module, inputs: Any) -> Any:

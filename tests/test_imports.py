@@ -12,7 +12,18 @@ ROOT = Path(__file__).parents[1]
 
 # Each layer may import from itself only where it is a package, and from any layer above it.
 LAYERS = [
-    ["event", "schedule", "pattern", "quant", "files", "progress", "random_states", "batched_gradients", "sharding"],
+    [
+        "event",
+        "schedule",
+        "pattern",
+        "quant",
+        "files",
+        "progress",
+        "random_states",
+        "batched_gradients",
+        "sharding",
+        "distillation",
+    ],
     ["second_order", "presets", "plots", "samples", "torch_files"],
     ["targets", "processes"],
     ["masks", "gradient_pass", "gates", "tokens"],

@@ -12,7 +12,7 @@ from torch import nn
 from ovit_engine import Calibration, Clock, Engine, Modifier, Recipe, RecipeError, register
 from ovit_engine.quant.prepare import quantizers
 from ovit_engine.registry import modifiers
-from tests.loops import X, Y, hooks_on, mlp, plain, recipe
+from tests.loops import X, Y, hooks_on, loss_of, mlp, recipe
 
 # options with which each does something to the model of tests/loops.py in ten steps
 SETTINGS = {
@@ -26,6 +26,7 @@ SETTINGS = {
     "grad_weight_prune": "{start: 4st, sparsity: 0.5, targets: [0.weight], gradients: 4, images_per_gradient: 4}",
     "movement_prune": "{start: 3st, end: 7st, every: 2st, sparsity: {from: 0.2, to: 0.5}, targets: [0.weight]}",
     "cyclic_lr": "{max: 0.1, min: 0.01, period: 5st}",
+    "distill": "{start: 1st, end: 8st}",
     "quantize": "{start: 4st}",
 }
 NAMES = sorted(modifiers())
@@ -49,6 +50,12 @@ def started(name: str) -> tuple[nn.Module, torch.optim.Optimizer, Engine, Calibr
     data = torch.utils.data.TensorDataset(X, Y)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     return model, optimizer, engine, Calibration(data, nn.functional.mse_loss)
+
+
+def step(engine: Engine, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    engine.loss(loss_of(model)).backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
 
 
 def test_each_has_settings_here() -> None:
@@ -102,7 +109,7 @@ def test_it_trains_resumes_and_leaves_no_hook(name: str) -> None:
         model, optimizer, engine, calibration = started(name)
         engine.attach(optimizer, calibration=calibration)
         for _ in range(10 if cut is None else cut):
-            plain(model, optimizer)
+            step(engine, model, optimizer)
         if cut is not None:
             file = io.BytesIO()
             torch.save([part.state_dict() for part in (model, optimizer, engine)], file)
@@ -112,7 +119,7 @@ def test_it_trains_resumes_and_leaves_no_hook(name: str) -> None:
                 part.load_state_dict(state)  # type: ignore[attr-defined]
             engine.attach(optimizer, calibration=calibration)
             for _ in range(10 - cut):
-                plain(model, optimizer)
+                step(engine, model, optimizer)
         engine.detach()
         assert engine.finished
         assert hooks_on(optimizer) == 0
@@ -137,9 +144,9 @@ def test_it_tells_when_it_changes_the_model(name: str) -> None:
 
     engine.attach(optimizer, calibration=calibration)
     before = now()
-    for step in range(1, 11):
-        plain(model, optimizer)
-        assert step in changes or now() == before, step
+    for number in range(1, 11):
+        step(engine, model, optimizer)
+        assert number in changes or now() == before, number
         before = now()
 
 
@@ -153,7 +160,7 @@ def test_the_engine_works_on_copies(name: str) -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     engine.attach(optimizer, calibration=Calibration(data, nn.functional.mse_loss))
     for _ in range(10):
-        plain(model, optimizer)
+        step(engine, model, optimizer)
     engine.detach()
     assert engine.modifiers[0] is not shared.modifiers[0]
     assert shared.dump() == before

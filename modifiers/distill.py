@@ -1,0 +1,139 @@
+"""Learning from a teacher: its logits, its tokens, or both."""
+
+from collections.abc import Iterable
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PrivateAttr, model_validator
+from torch import Tensor
+
+from ovit_engine.distillation import hard_loss, soft_loss, token_loss
+from ovit_engine.modifier import Modifier, Run, Time
+from ovit_engine.registry import register
+from ovit_engine.schedule import Clock
+from ovit_engine.teacher import Lesson, Teacher, logits_of
+from ovit_engine.tokens import hooks_of
+
+
+@register("distill")
+class Distill(Modifier):
+    """Adds to the training loss how far the model is from a teacher on the same inputs.
+
+    The teacher is the model as training begins, before it is pruned or quantized, or `Engine(..., teacher=...)`. The
+    term comes in by `loss = engine.loss(loss)` in the loop, or by `engine.attach(criterion=...)`. It costs one forward
+    pass of the teacher for each of the model in training, and none in evaluation.
+    """
+
+    logits: NonNegativeFloat = Field(
+        0.5, description="weight of the logits' term: KL divergence, mean over images, or cross-entropy if hard"
+    )
+    tokens: NonNegativeFloat = Field(
+        0.0, description="weight of the mean square difference of patch tokens after the final norm; of those left"
+    )
+    hard: bool = Field(False, description="learn the teacher's most likely class instead of its probabilities")
+    temperature: PositiveFloat = Field(
+        1.0, description="softens both distributions; the term is multiplied by its square"
+    )
+    start: Time = Field("0ep", description="time from which the loss has the term")
+    end: Time | None = Field(None, description="time until which it has; to the end of training if left out")
+
+    _times: tuple[int, int] = PrivateAttr(default=(0, 0))
+    _learned: bool = PrivateAttr(default=False)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Distill":
+        if not self.logits and not self.tokens:
+            raise ValueError("'logits' and 'tokens' are both 0: nothing would be learned")
+        if self.hard and self.temperature != 1:
+            raise ValueError(f"'temperature' {self.temperature:g} softens probabilities, and 'hard' uses none")
+        return self
+
+    def needs_teacher(self) -> bool:
+        return True
+
+    def _resolve(self, clock: Clock) -> tuple[int, int]:
+        start = clock.steps(self.start)
+        self.check_end(clock, start, "start")
+        end = clock.total_steps
+        if self.end is not None:
+            end = clock.steps(self.end)
+            self.check_end(clock, end, "end")
+        if end <= start:
+            after = f"the start at {self.start!r}"
+            raise self.error(
+                f"no step lies between {after} and the end of training"
+                if self.end is None
+                else f"{self.end!r} does not come after {after}",
+                "start" if self.end is None else "end",
+            )
+        return start, end
+
+    def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
+        start, end = self._resolve(clock)
+        kind = "teacher's classes" if self.hard else f"teacher's logits at temperature {self.temperature:g}"
+        terms = [(self.logits, kind), (self.tokens, "teacher's tokens")]
+        yield start, "loss", " + ".join(f"{weight:g} x {what}" for weight, what in terms if weight)
+        if end < clock.total_steps:
+            yield end, "loss", "no more of the teacher's"
+
+    def prepare(self, run: Run) -> None:
+        self._times = self._resolve(run.clock)
+        if self.tokens:
+            try:
+                _teacher(run).watch_tokens()
+            except ValueError as error:
+                raise self.error(str(error), "tokens") from None
+
+    def loss_term(self, run: Run) -> Tensor | None:
+        start, end = self._times
+        lesson = _teacher(run).lesson() if start <= run.step < end else None
+        if lesson is None:
+            return None
+        self._learned = True
+        terms = []
+        if self.logits:
+            terms.append(self.logits * self._of_logits(lesson))
+        if self.tokens:
+            terms.append(self.tokens * self._of_tokens(run, lesson))
+        return sum(terms[1:], start=terms[0])
+
+    def step_end(self, run: Run) -> None:
+        start, end = self._times
+        if start < run.step <= end and not self._learned:
+            raise RuntimeError(
+                f"{self.name}: a step was made, and no forward pass of the model was seen: the loop must call the "
+                "model itself, not parts of it, in training mode and with gradients (reentrant checkpointing of all "
+                "of it has none)"
+            )
+
+    def _of_logits(self, lesson: Lesson) -> Tensor:
+        try:
+            student, teacher = logits_of(lesson.student.output), logits_of(lesson.teacher.output)
+        except TypeError as error:
+            raise self.error(str(error), "logits") from None
+        if student.shape != teacher.shape:
+            raise self.error(
+                f"the teacher gives logits of shape {list(teacher.shape)}, the model {list(student.shape)}: give a "
+                "teacher of the same classes, or tokens alone (logits: 0)"
+            )
+        return hard_loss(student, teacher) if self.hard else soft_loss(student, teacher, self.temperature)
+
+    def _of_tokens(self, run: Run, lesson: Lesson) -> Tensor:
+        student, teacher = lesson.student.tokens, lesson.teacher.tokens
+        if student is None or teacher is None:
+            whose = "model" if student is None else "teacher"
+            raise self.error(f"no tokens were seen after the {whose}'s final norm", "tokens")
+        hooks = hooks_of(run.model)
+        left = None if hooks is None else hooks.survivors
+        origin, weight = (None, None) if left is None else (left.origin, left.weight)
+        patches = student.shape[1] if hooks is None or origin is None else hooks.layout.patches
+        if teacher.shape != (student.shape[0], patches, student.shape[2]):
+            raise self.error(
+                f"the teacher has {teacher.shape[1]} patch tokens of {teacher.shape[2]} numbers, the model {patches} "
+                f"of {student.shape[2]}: give a teacher of the same, or take its logits alone",
+                "tokens",
+            )
+        return token_loss(student, teacher, origin, weight)
+
+
+def _teacher(run: Run) -> Teacher:
+    assert run.teacher is not None
+    return run.teacher
