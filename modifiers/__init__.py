@@ -5,6 +5,7 @@ from ovit_engine.modifiers import (
     constant_mask,
     cyclic_lr,
     distill,
+    dynamic_vit,
     grad_weight_prune,
     magnitude_prune,
     mfac_prune,
@@ -13,6 +14,7 @@ from ovit_engine.modifiers import (
     obert_prune,
     ovit_prune,
     quantize,
+    svite_tokens,
 )
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "constant_mask",
     "cyclic_lr",
     "distill",
+    "dynamic_vit",
     "grad_weight_prune",
     "magnitude_prune",
     "mfac_prune",
@@ -28,4 +31,5 @@ __all__ = [
     "obert_prune",
     "ovit_prune",
     "quantize",
+    "svite_tokens",
 ]

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
 from ovit_engine import quant
-from ovit_engine.targets import select
+from ovit_engine.targets import is_scorer, select
 
 Group = Literal["linear", "conv", "patch_embed", "head", "attention", "layer_norm"]
 Preset = Literal["cpu", "gpu"]
@@ -117,23 +117,28 @@ def choose(
 ) -> tuple[Chosen, str | None]:
     """The modules that the options mean, and the first group that the model has nothing of (None: has all).
 
+    Scorers of tokens stay float unless a target names one in full: rounded scores have ties, and runtimes break them
+    otherwise than PyTorch.
+
     Raises:
         ValueError: a target or an exclusion that matches nothing.
     """
-    layers = {name: m for name, m in model.named_modules() if name and isinstance(m, (nn.Linear, nn.Conv2d))}
+    modules = {name: module for name, module in model.named_modules() if name}
+    scorers = [name for name in modules if is_scorer(name) and name not in (targets or ())]
+    layers = {n: m for n, m in modules.items() if isinstance(m, (nn.Linear, nn.Conv2d)) and n not in scorers}
     grouped = {name: _group_of(model, name, layer) for name, layer in layers.items()}
     found: dict[str, list[str]] = {
         group: [name for name in grouped if grouped[name] == group] for group in _LAYER_GROUPS
     }
     found["attention"] = quant.attention_modules(model)
-    found["layer_norm"] = [name for name, module in model.named_modules() if name and isinstance(module, nn.LayerNorm)]
+    found["layer_norm"] = [n for n, module in modules.items() if isinstance(module, nn.LayerNorm) and n not in scorers]
     missing = next((group for group in groups if not found[group]), None)
     if targets is None:
         names = [name for name in layers if grouped[name] in groups]
     else:
         names = _select(layers, targets, "targets", model)
     others = {group: found[group] if group in groups else [] for group in ("attention", "layer_norm")}
-    known = {**layers, **{name: None for group in others.values() for name in group}}
+    known = {**layers, **dict.fromkeys(name for group in others.values() for name in group), **dict.fromkeys(scorers)}
     spared = _select(known, exclude, "exclude", model)
     chosen = [[name for name in part if name not in spared] for part in (names, *others.values())]
     return Chosen(*chosen), missing

@@ -15,6 +15,7 @@ from ovit_engine.sharding import gathered
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module)\.")
 _REGEX = "re:"
+SCORER = "token_predictor"  # the submodule of a block that scores tokens: only a name in full chooses what lies in it
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class Slot:
 def clean_name(name: str) -> str:
     """`name` without the prefixes of DDP, torch.compile and FSDP wrappers."""
     return _WRAPPERS.sub("", f"{name}.")[:-1]
+
+
+def is_scorer(name: str) -> bool:
+    """Whether a parameter or module of this name scores tokens: what is made of it stays dense and float."""
+    return SCORER in name.split(".")
 
 
 def parameter_slots(model: nn.Module) -> list[Slot]:
@@ -122,6 +128,8 @@ def find_slots(model: nn.Module, targets: Iterable[str]) -> list[Slot]:
     Raises:
         ValueError: a target that matches no parameter (nearest names shown), one that takes 1-D tensors by a regular
             expression (norm gains and biases are pruned only when named in full), or a preset that does not fit.
+
+    Scorers of tokens are pruned only when named in full too; expressions pass them over.
     """
     chosen = {slot.name for slots in match_targets(model, targets).values() for slot in slots}
     return [slot for slot in parameter_slots(model) if slot.name in chosen]
@@ -134,9 +142,11 @@ def match_targets(model: nn.Module, targets: Iterable[str]) -> dict[str, list[Sl
     presets = [target for target in targets if is_preset(target)]
     written = [target for target in targets if target not in presets]
     _refuse_tied(model, slots, written)
-    groups = {target: select(list(slots), [target], what="parameter", owner=type(model).__name__) for target in written}
+    names = [name for name in slots if not is_scorer(name) or name in written]
+    groups = {target: select(names, [target], what="parameter", owner=type(model).__name__) for target in written}
     _refuse_flat(slots, groups)
-    sizes = {name: slot.tensor.numel() for name, slot in slots.items() if is_prunable(slot.module, slot.attribute)}
+    prunable = [name for name in names if is_prunable(slots[name].module, slots[name].attribute)]
+    sizes = {name: slots[name].tensor.numel() for name in prunable}
     for target in presets:
         others = {name for each in written for name in groups[each]}
         others |= {name for each in presets if each != target for name in preset_of(each).take(sizes)}

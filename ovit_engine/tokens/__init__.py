@@ -6,8 +6,9 @@ and how many tokens it keeps there, as whole numbers. Prefix tokens (class, dist
 
 from ovit_engine.tokens.counts import floor_counts, quarter_blocks
 from ovit_engine.tokens.gather import Survivors, gather_tokens, top_tokens
+from ovit_engine.tokens.groups import param_groups
 from ovit_engine.tokens.hooks import TokenHooks, hooks_of
-from ovit_engine.tokens.layout import Layout, find_layout
+from ovit_engine.tokens.layout import Layout, find_layout, find_transformer
 from ovit_engine.tokens.policy import policy_bias
 
 __all__ = [
@@ -15,9 +16,11 @@ __all__ = [
     "Survivors",
     "TokenHooks",
     "find_layout",
+    "find_transformer",
     "floor_counts",
     "gather_tokens",
     "hooks_of",
+    "param_groups",
     "policy_bias",
     "quarter_blocks",
     "top_tokens",

@@ -26,6 +26,10 @@ class TokenHooks(ABC):
         self.survivors: Survivors | None = None  # of the last forward pass in training; None where all are left
         self._handles: list[RemovableHandle] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or a pickle, starts without what a forward pass left: tensors with a history can't be copied."""
+        return {**vars(self), "survivors": None}
+
     def install(self, model: nn.Module) -> None:
         """Hang the hooks on the vision transformer in `model`.
 

@@ -1,0 +1,187 @@
+"""Hooks that let scorers select tokens: by a bias of attention in training, by a real gather in inference."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ovit_engine.processes import process_group
+from ovit_engine.random_states import mixed
+from ovit_engine.targets import SCORER
+from ovit_engine.tokens.gather import Survivors, gather_tokens, top_tokens
+from ovit_engine.tokens.hooks import TokenHooks
+from ovit_engine.tokens.layout import Layout
+from ovit_engine.tokens.policy import compute_epsilon, policy_bias
+from ovit_engine.tokens.samplers import Sampler, gumbel
+from ovit_engine.tokens.scorers import Scorer
+
+Masking = Literal["attention", "zero"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Before `block` tokens go, until `keep` patch tokens are left."""
+
+    block: int
+    keep: int
+
+
+class SelectorHooks(TokenHooks):
+    """In training all tokens stay in place and dropped ones are masked; what is decided has a gradient.
+
+    What is kept of a forward pass lies by stage, and is overwritten by the next: gradient checkpointing runs the same
+    hooks a second time, in backward, and must find or make the same.
+
+    Args:
+        seed: of the noise, with the step, the process, and the number of the forward pass within the step.
+        masking: by attention, or with tokens set to zero, which still act as keys (SViTE+ as published).
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        stages: list[Stage],
+        sampler: Sampler,
+        *,
+        seed: int,
+        masking: Masking = "attention",
+    ) -> None:
+        super().__init__(layout)
+        self.stages, self.sampler, self.seed, self.masking = stages, sampler, seed, masking
+        self._step = 0
+        self._calls = 0  # forward passes in training since the step began
+        self._open = 0  # of them, those whose backward pass is not known to have come to its end
+        self._with_gradient = False  # whether the last one had gradients
+        self._untaken = False  # whether nobody asked yet what it decided
+        self._decisions: dict[int, Tensor] = {}  # by stage: [images, patches], those of earlier stages multiplied in
+        self._biases: dict[int, Tensor] = {}
+        self._training_only: list[RemovableHandle] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_decisions": {}, "_biases": {}, "_untaken": False}
+
+    def register(self, vit: Any) -> list[RemovableHandle]:
+        handles = []
+        number = -1  # of the stage that is in force
+        for place, block in enumerate(vit.blocks):
+            begins = any(stage.block == place for stage in self.stages)
+            number += begins
+            if number < 0:
+                continue
+            hook = _BlockHook(self, number, begins=begins)
+            handles.append(block.register_forward_pre_hook(hook.enter, with_kwargs=True))
+            if not begins:
+                self._training_only.append(handles[-1])
+        return handles
+
+    def finish(self, vit: Any) -> None:
+        super().finish(vit)
+        self.end_step(self._step)
+        for handle in self._training_only:
+            handle.remove()
+        self._training_only = []
+
+    def end_step(self, step: int) -> None:
+        super().end_step(step)
+        self._step, self._calls, self._open, self._untaken = step, 0, 0, False
+        self._decisions, self._biases = {}, {}
+
+    def take_decisions(self) -> list[Tensor] | None:
+        """The decisions [images, patches] of each stage in the last forward pass of training; once, then None."""
+        if not self._untaken or not torch.is_grad_enabled():
+            return None
+        self._untaken = False
+        return [self._decisions[number] for number in range(len(self.stages))]
+
+    def gather(self, number: int, block: nn.Module, x: Tensor) -> Tensor:
+        """Stage `number` in inference: the best tokens of x [images, prefix + tokens, width], and the prefix."""
+        before = self.stages[number - 1].keep if number else self.layout.patches
+        self._check(x, before)
+        keep = self.stages[number].keep
+        if keep == before:
+            return x
+        index = top_tokens(_scorer(block)(x[:, self.layout.prefix :], None), keep)
+        return gather_tokens(x, index, self.layout.prefix)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch.compiler.disable, which loads the compiler when this file is imported
+    def decide(self, number: int, block: nn.Module, x: Tensor) -> None:
+        """Stage `number` in training: score the tokens of x, and keep what is decided for the blocks after it."""
+        self._check(x, self.layout.patches)
+        self._begin(number)
+        before = self._decisions.get(number - 1)
+        scores = _scorer(block)(x[:, self.layout.prefix :], before).float()
+        shape = (*scores.shape, self.sampler.choices)
+        group = process_group()
+        rank = 0 if group is None else dist.get_rank(group)
+        seed = mixed(self.seed, rank, self._step, self._calls, number)
+        decided = self.sampler(scores, gumbel(shape, x.device, seed), self.stages[number].keep, before)
+        if before is not None:
+            decided = decided * before
+        self._decisions[number] = decided
+        policy = torch.cat([decided.new_ones(len(x), self.layout.prefix), decided], dim=1)
+        self._biases[number] = policy_bias(policy, compute_epsilon(x)) if self.masking == "attention" else policy
+        places = torch.arange(self.layout.patches, device=x.device).expand(len(x), -1)
+        self.survivors = Survivors(places, decided.detach())
+
+    def mask(self, number: int, begins: bool, x: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Let a block of training see what stage `number` decided."""
+        if kwargs.get("attn_mask") is not None:
+            raise ValueError("the model was called with an attn_mask of its own, and its tokens are reduced by another")
+        if self.masking == "zero":
+            return (x * self._biases[number].unsqueeze(-1).to(x.dtype) if begins else x), kwargs
+        return x, {**kwargs, "attn_mask": self._biases[number].to(x.dtype)}
+
+    def _begin(self, number: int) -> None:
+        """Note that a stage of training begins, perhaps a second time, in the backward pass."""
+        if torch._C._current_graph_task_id() == -1:  # no backward pass runs: so torch.utils.checkpoint tells it too
+            if number == 0:
+                self._calls += 1
+                self._open += 1
+                self._decisions, self._biases = {}, {}
+                self._untaken = self._with_gradient = torch.is_grad_enabled()
+            return
+        if not self._with_gradient:
+            raise RuntimeError(
+                "reentrant gradient checkpointing takes the gradient of token decisions away: call "
+                "torch.utils.checkpoint with use_reentrant=False (timm's default)"
+            )
+        if self._open > 1:  # the decisions of the passes before are gone, and theirs can't be told from the last one's
+            raise RuntimeError(
+                "gradient checkpointing of token decisions needs backward after each forward pass in training mode"
+            )
+        if number == 0:
+            self._open = 0
+
+    def _check(self, x: Tensor, patches: int) -> None:
+        if x.shape[1] != self.layout.prefix + patches:
+            raise ValueError(
+                f"{x.shape[1]} tokens came where {self.layout.prefix} + {patches} were expected: counts are fixed to "
+                "the image size that the model had at engine.prepare()"
+            )
+
+
+class _BlockHook:
+    """The hook of one block."""
+
+    def __init__(self, hooks: SelectorHooks, number: int, *, begins: bool) -> None:
+        self._hooks, self._number, self._begins = hooks, number, begins
+
+    def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """The forward pre-hook."""
+        x, *others = args
+        if block.training:
+            if self._begins:
+                self._hooks.decide(self._number, block, x)
+            x, kwargs = self._hooks.mask(self._number, self._begins, x, kwargs)
+        elif self._begins:
+            x = self._hooks.gather(self._number, block, x)
+        return (x, *others), kwargs
+
+
+def _scorer(block: nn.Module) -> Scorer:
+    scorer = getattr(block, SCORER)
+    assert isinstance(scorer, Scorer)
+    return scorer
