@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ from ovit_engine.integrations.training_log import EpochMetrics, Progress, write_
 from ovit_engine.random_states import mixed, seed_everything
 from ovit_engine.recipe import Recipe
 from ovit_engine.state import whole_state_dict
+from ovit_engine.targets import is_scorer
+from ovit_engine.tokens import param_groups
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +151,8 @@ class Trainer:
         options: dict[str, Any] = {}
         if self.preset is not None and self.training.optimizer == "adamw":
             options["eps"] = self.preset.eps
+        if any(is_scorer(name) for name, _ in self.model.named_parameters()):  # they may learn at a rate of their own
+            options["param_group_fn"] = partial(param_groups, weight_decay=self.training.weight_decay)
         self.optimizer = create_optimizer_v2(
             self.model,
             opt=self.training.optimizer,
