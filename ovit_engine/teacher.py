@@ -70,8 +70,8 @@ class Teacher:
         own = {id(parameter) for parameter in student.parameters()}
         if any(id(parameter) in own for parameter in self.module.parameters()):
             raise ValueError("the teacher shares parameters with the model that learns from it: give a copy")
-        if any(parameter.is_meta for parameter in self.module.parameters()):
-            raise ValueError("the teacher has no weights yet (meta device): load them before engine.prepare()")
+        if not any(parameter.is_meta for parameter in student.parameters()):  # of one without weights it is a plan
+            self._check_weights()
         self.module.eval().requires_grad_(False)
         self._student = student
         self._watch = _Watch()
@@ -137,8 +137,13 @@ class Teacher:
             )
         self._is_known = True
 
+    def _check_weights(self) -> None:
+        if any(parameter.is_meta for parameter in self.module.parameters()):
+            raise ValueError("the teacher has no weights yet (meta device): load them before engine.prepare()")
+
     def check_student(self) -> None:
-        """Raise RuntimeError where the student got other weights since the teacher was copied from it."""
+        """Raise where the teacher has no weights (ValueError), or the student others than it was copied with."""
+        self._check_weights()
         if not self._is_copy or self._is_known:
             return
         weights = self.module.state_dict()

@@ -401,6 +401,10 @@ def test_teachers_that_are_none() -> None:
         empty = vit()
     with pytest.raises(ValueError, match=r"no weights yet \(meta device\)"):
         engine_for(model, teacher=empty).prepare()
+    planned = engine_for(empty).prepare()  # as `ovit validate` does
+    empty.to_empty(device="cpu")
+    with pytest.raises(ValueError, match=r"no weights yet \(meta device\)"):
+        planned.attach(torch.optim.SGD(empty.parameters(), 0.1))
     with pytest.raises(ValueError, match=r"the model \(Linear\) has no final norm 'norm' to read tokens from"):
         Teacher(nn.Linear(2, 2), vit()).watch_tokens()
     with pytest.raises(ValueError, match=r"the teacher \(Linear\) has no final norm"):
