@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from time import perf_counter
 from typing import Annotated, Any, Literal
 
@@ -11,10 +10,11 @@ from pydantic import BeforeValidator, Field, PlainSerializer, PrivateAttr, model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ovit_engine.modifier import Claim, Modifier, Run, SweepPlan, Time
-from ovit_engine.modifiers._amount import Amount, SparsityRange, SparsitySteps, Sweep, place_targets
+from ovit_engine.modifier import Claim, Modifier, Run, SweepPlan
+from ovit_engine.modifiers._amount import Amount, SparsityRange, Sweep, place_targets
+from ovit_engine.modifiers._when import ScheduledModifier, spelled
 from ovit_engine.pattern import NM, Block, Unstructured, parse_pattern
-from ovit_engine.schedule import Clock, Schedule
+from ovit_engine.schedule import Clock
 from ovit_engine.targets import Slot, check_target, find_slots
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # weights [in, out, ...]
@@ -110,12 +110,9 @@ class MaskingModifier(Modifier):
         return f"{self.pattern.resolve(sparsity):.2%} {self.pattern} ({self.name})"
 
 
-class PruningModifier(MaskingModifier):
+class PruningModifier(ScheduledModifier, MaskingModifier):
     """Prunes targets step by step. A subclass states how masks and weights are found: `solve`."""
 
-    start: Time = Field("0ep", description="time of the first pruning step")
-    end: Time | None = Field(None, description="time of the last one, with a sparsity range")
-    every: Time | None = Field(None, description="time between pruning steps, with a sparsity range")
     sparsity: Amount | None = Field(
         None, description="share of zeros: a number, {from, to, curve}, or {time: number, ...}; N:M implies its own"
     )
@@ -128,25 +125,10 @@ class PruningModifier(MaskingModifier):
 
     @model_validator(mode="after")
     def _consistent(self) -> "PruningModifier":
-        ranged = isinstance(self.sparsity, SparsityRange)
-        for amount in self._amounts():
+        for amount in spelled(self.sparsity):
             self.pattern.resolve(amount)
-        if ranged and (self.end is None or self.every is None):
-            raise ValueError(
-                "a sparsity range needs 'end' and 'every': when the last pruning step is, and the time between"
-            )
-        if not ranged and (self.end is not None or self.every is not None):
-            raise ValueError(
-                "'end' and 'every' go with a sparsity range {from, to}: one sparsity is one pruning step, at 'start'"
-            )
-        if isinstance(self.sparsity, SparsitySteps) and "start" in self.model_fields_set:
-            raise ValueError("'start' does not go with a sparsity for each time: the times say when")
+        self.check_times([self.sparsity])
         return self
-
-    def _amounts(self) -> list[float | None]:
-        if isinstance(self.sparsity, SparsityRange):
-            return [self.sparsity.initial, self.sparsity.final]
-        return list(self.sparsity.steps.values()) if isinstance(self.sparsity, SparsitySteps) else [self.sparsity]
 
     @abstractmethod
     def solve(self, run: Run, slots: Sequence[Slot], sparsity: float | None) -> tuple[list[Tensor], list[Tensor]]:
@@ -154,7 +136,7 @@ class PruningModifier(MaskingModifier):
 
     def events(self, clock: Clock) -> dict[int, float | None]:
         """Pruning steps and the sparsity after each (None = what the pattern implies), in the order of time."""
-        scheduled = self._scheduled(clock)
+        scheduled = self.scheduled(clock, self.sparsity, "sparsity")
         return {**scheduled, **self._points(scheduled)}
 
     def _points(self, scheduled: Mapping[int, float | None]) -> dict[int, float]:
@@ -171,41 +153,8 @@ class PruningModifier(MaskingModifier):
         except ValueError as error:
             raise self.error(str(error), "sweep") from None
 
-    def _scheduled(self, clock: Clock) -> dict[int, float | None]:
-        if isinstance(self.sparsity, SparsitySteps):
-            return self._listed(clock, self.sparsity.steps)
-        start = clock.steps(self.start)
-        self.check_end(clock, start, "start")
-        if not isinstance(self.sparsity, SparsityRange):
-            return {start: self.sparsity}
-        assert self.end is not None
-        assert self.every is not None
-        end, every = clock.steps(self.end), clock.steps(self.every)
-        self.check_end(clock, end, "end")
-        if end < start:
-            raise self.error(f"{self.end!r} comes before the start at {self.start!r}", "end")
-        if every < 1:
-            raise self.error(f"{self.every!r} is less than a step of {clock.steps_per_epoch} steps an epoch", "every")
-        schedule = Schedule(self.sparsity.initial, self.sparsity.final, self.sparsity.curve)
-        times = [*range(start, end, every), end]
-        return {step: schedule.value((step - start) / (end - start) if end > start else 1.0) for step in times}
-
-    def _listed(self, clock: Clock, steps: dict[str, float]) -> dict[int, float | None]:
-        timed = [(clock.steps(time), time, value) for time, value in steps.items()]
-        for (step, time, value), (next_step, next_time, next_value) in pairwise(timed):
-            if next_step <= step:
-                raise self.error(f"{next_time!r} does not come after {time!r}", "sparsity")
-            if next_value < value:
-                raise self.error(
-                    f"sparsity falls from {value:g} at {time} to {next_value:g} at {next_time}", "sparsity"
-                )
-        last_step, last_time, _ = timed[-1]
-        if last_step > clock.total_steps:
-            raise self.error(f"{last_time!r} is past the end of training at step {clock.total_steps}", "sparsity")
-        return {step: value for step, _, value in timed}
-
     def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
-        points = self._points(self._scheduled(clock))
+        points = self._points(self.scheduled(clock, self.sparsity, "sparsity"))
         for step, sparsity in self.events(clock).items():
             yield step, "sparsity", self.describe(sparsity) + ", sweep point" * (step in points)
 
@@ -215,7 +164,7 @@ class PruningModifier(MaskingModifier):
     def sweep_plan(self, clock: Clock) -> SweepPlan | None:
         if self.sweep is None:
             return None
-        points = self._points(self._scheduled(clock))
+        points = self._points(self.scheduled(clock, self.sparsity, "sparsity"))
         return SweepPlan(points, self.sweep.metric, self.sweep.best, self.sweep.onnx)
 
     def prepare(self, run: Run) -> None:

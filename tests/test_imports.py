@@ -25,7 +25,7 @@ LAYERS = [
         "distillation",
     ],
     ["second_order", "presets", "plots", "samples", "torch_files"],
-    ["targets", "processes"],
+    ["targets", "processes", "gate_choice"],
     ["masks", "gradient_pass", "gates", "tokens"],
     ["calibration", "flops", "loggers", "gate_scores", "teacher"],
     ["gate_ranking"],

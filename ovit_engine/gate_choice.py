@@ -1,0 +1,85 @@
+"""Which heads and units are kept: counts, swaps and budgets on plain tensors. At least one of each layer stays.
+
+`keep` is boolean [count] and `scores` float [count], one of each a layer; the lowest scores go first, ties by layer and
+index. What is off already stays off.
+"""
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from ovit_engine.second_order.allocate import take_lowest
+
+
+def kept_count(count: int, sparsity: float) -> int:
+    """How many of `count` are kept: rounded down as S2ViTE's code does, by the decimals as written, and at least 1."""
+    return max(1, math.floor(count * (1 - Fraction(repr(sparsity)))))
+
+
+def swap_count(active: int, share: float, least: int) -> int:
+    """How many of `active` move: `share` of them rounded up and at least `least`, or rounded down where that is 0."""
+    if least == 0:
+        return math.floor(share * active)
+    return min(active, max(math.ceil(share * active), least))
+
+
+def swap(keep: Tensor, drop: Tensor, grow: Tensor, count: int) -> Tensor:
+    """Switch off the `count` of lowest `drop`, then on the `count` of highest `grow` among all that are off then.
+
+    What was just switched off may come back, so the number that is on never changes.
+    """
+    (dropped,) = take_lowest([_ranked(drop).masked_fill(~keep.cpu(), torch.inf)], count)
+    kept = keep.cpu() & ~dropped
+    (grown,) = take_lowest([_ranked(-grow).masked_fill(kept, torch.inf)], count)
+    return (kept | grown).to(keep.device)
+
+
+def keep_best(keeps: Sequence[Tensor], scores: Sequence[Tensor], kept: int) -> list[Tensor]:
+    """Keep `kept` over all layers together, or what is on if that is less, or one a layer if that is more."""
+    rankings = [_protected(keep, score) for keep, score in zip(keeps, scores, strict=True)]
+    total = sum(keep.numel() for keep in keeps)
+    off = take_lowest(rankings, max(0, total - max(kept, len(keeps))))
+    return [keep & ~gone.to(keep.device) for keep, gone in zip(keeps, off, strict=True)]
+
+
+def keep_within(keeps: Sequence[Tensor], scores: Sequence[Tensor], sizes: Sequence[int], budget: int) -> list[Tensor]:
+    """Switch off heads and units of `sizes[layer]` parameters each, until no other fits into `budget` parameters.
+
+    In the order of scores; one that does not fit is passed over. What is off already counts towards the budget.
+    """
+    after = [keep.cpu().clone() for keep in keeps]
+    left = budget - sum(int((~keep).sum()) * size for keep, size in zip(keeps, sizes, strict=True))
+    rankings = [_protected(keep, score) for keep, score in zip(keeps, scores, strict=True)]
+    layers = [layer for layer, keep in enumerate(keeps) for _ in range(keep.numel())]
+    indices = [index for keep in keeps for index in range(keep.numel())]
+    flat = torch.cat(rankings)
+    smallest = min(sizes)
+    for place in flat.argsort(stable=True).tolist():
+        if left < smallest or bool(torch.isinf(flat[place]) & (flat[place] > 0)):
+            break
+        layer, index = layers[place], indices[place]
+        if sizes[layer] <= left and after[layer][index]:
+            after[layer][index] = False
+            left -= sizes[layer]
+    return [keep.to(before.device) for keep, before in zip(after, keeps, strict=True)]
+
+
+def _protected(keep: Tensor, scores: Tensor) -> Tensor:
+    """An order in which what is off comes first, and the best of what is on never."""
+    on, ranking = keep.cpu(), _ranked(scores)
+    best = len(ranking) - 1 - int(ranking.masked_fill(~on, -torch.inf).flip(0).argmax())
+    ranking = ranking.masked_fill(~on, -torch.inf)
+    ranking[best] = torch.inf
+    return ranking
+
+
+def _ranked(scores: Tensor) -> Tensor:
+    """Finite, on the CPU, where choosing the lowest is deterministic."""
+    wide = scores.detach().double().cpu()
+    if bool(wide.isnan().any()):
+        raise FloatingPointError("a score is NaN, so heads and units can't be compared: did training diverge?")
+    largest = torch.finfo(wide.dtype).max
+    return wide.clamp(-largest, largest)
