@@ -14,6 +14,8 @@ from ovit_engine.modifiers import (
     obert_prune,
     ovit_prune,
     quantize,
+    s2vite,
+    structured_prune,
     svite_tokens,
 )
 
@@ -31,5 +33,7 @@ __all__ = [
     "obert_prune",
     "ovit_prune",
     "quantize",
+    "s2vite",
+    "structured_prune",
     "svite_tokens",
 ]

@@ -11,6 +11,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ovit_engine import Calibration, Clock, Engine, Modifier, Recipe, RecipeError, register
+from ovit_engine.gate_scores import is_recording
+from ovit_engine.gates import gate_input, installed
 from ovit_engine.quant.prepare import quantizers
 from ovit_engine.registry import modifiers
 from ovit_engine.tokens import TokenHooks, hooks_of
@@ -32,9 +34,11 @@ SETTINGS = {
     "quantize": "{start: 4st}",
     "dynamic_vit": "{keep: 0.5, blocks: [1]}",
     "svite_tokens": "{keep: 0.75}",
+    "s2vite": "{head_sparsity: 0.5, unit_sparsity: 0.3, every: 3st, gradients: 2}",
+    "structured_prune": "{start: 3st, end: 7st, every: 2st, gradients: 2, parameter_sparsity: {from: 0.2, to: 0.5}}",
 }
 NAMES = sorted(modifiers())
-ON_VIT = {"dynamic_vit", "svite_tokens"}
+ON_VIT = {"dynamic_vit", "s2vite", "structured_prune", "svite_tokens"}
 
 
 class RowVit(VisionTransformer):
@@ -145,7 +149,9 @@ def test_it_trains_resumes_and_leaves_no_hook(name: str) -> None:
         assert hooks_on(optimizer) == 0
         if isinstance(left := hooks_of(model), TokenHooks):  # inference drops tokens too, until it is exported
             left.remove()
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+        assert set(hooks) <= {gate_input}  # gates stay, as fake quantizers do, and are no hooks of the training
+        assert not any(is_recording(site) for site in installed(model))
         results.append(model.state_dict())
     for other in results[1:]:
         for key, value in results[0].items():
@@ -161,8 +167,9 @@ def test_it_tells_when_it_changes_the_model(name: str) -> None:
 
     def now() -> tuple[list[bytes], list[bool]]:
         masks = engine.run.masks
+        gates = [site.gate.numpy().tobytes() for site in installed(model)]
         kept = [mask.numpy().tobytes() for part in masks.names() if (mask := masks.get(part)) is not None]
-        return kept, [bool(quantizer.enabled) for _, quantizer in quantizers(model)]
+        return kept + gates, [bool(quantizer.enabled) for _, quantizer in quantizers(model)]
 
     engine.attach(optimizer, calibration=calibration)
     before = now()

@@ -1,0 +1,142 @@
+"""What modifiers that switch heads and units off share: the surgery, scores from training, and the gates' state."""
+
+from abc import abstractmethod
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import PrivateAttr
+from torch import Tensor, nn
+
+from ovit_engine.gate_scores import GateScores, check_sums, is_recording, start_recording, stop_recording, take_sums
+from ovit_engine.gates import GateSite, Kind, copy_gates, find_sites, install, set_gate
+from ovit_engine.modifier import Modifier, Run
+
+
+class GateModifier(Modifier):
+    """Switches heads and units on and off. A subclass states when, and which.
+
+    Scores come from the loop's own backward passes in the steps before an event, and nothing is recorded otherwise.
+    """
+
+    surgery = True  # a model that is compiled already would not see the gates
+
+    _sites: list[GateSite] = PrivateAttr(default_factory=list)
+    _model: nn.Module | None = PrivateAttr(default=None)
+    _done: int = PrivateAttr(default=-1)  # the last of its times at which it acted
+    _sums: dict[str, Tensor] = PrivateAttr(default_factory=dict)  # of the present window, over all processes
+    _loaded: dict[str, Tensor] | None = PrivateAttr(default=None)  # gates of a loaded state
+    _scored: list[int] = PrivateAttr(default_factory=list)  # steps at whose end scores are needed, in order
+    _window: int = PrivateAttr(default=0)  # steps that are recorded before each of them
+
+    @abstractmethod
+    def kinds(self) -> Sequence[Kind]:
+        """What it switches."""
+
+    @abstractmethod
+    def _act(self, run: Run) -> None:
+        """Do what is due, at ATTACH and after every step."""
+
+    def prepare(self, run: Run) -> None:
+        try:
+            self._sites = find_sites(run.model, self.kinds())
+        except ValueError as error:
+            raise self.error(str(error)) from None
+        install(self._sites)
+        self._model = run.model
+
+    def attach(self, run: Run) -> None:
+        if self._loaded is not None:
+            self._check_model_came_too(run, self._loaded)
+            begin = self._begin(run.step)
+            if begin is not None and begin < run.step and not self._sums:
+                raise self.error(f"half a state was loaded: it lacks the scores recorded since step {begin}")
+        self._act(run)
+        self._record(run)
+
+    def step_end(self, run: Run) -> None:
+        if is_recording(self._sites[0]):
+            for name, sums in take_sums(self._sites).items():
+                before = self._sums.get(name)
+                self._sums[name] = sums if before is None else before + sums
+        self._act(run)
+        self._record(run)
+
+    def detach(self, run: Run) -> None:
+        stop_recording(self._sites)
+
+    def apply_to(self, model: nn.Module) -> None:
+        assert self._model is not None
+        copy_gates(self._model, model)
+
+    def sites(self, kind: Kind) -> list[GateSite]:
+        """The sites of one kind."""
+        return [site for site in self._sites if site.kind == kind]
+
+    def scores(self, site: GateSite) -> GateScores:
+        """What the window that ends now says of a site; RecipeError where it saw no gradient."""
+        if site.name not in self._sums:
+            raise self.error("no gradients were recorded: training ended before the steps that would have told scores")
+        try:
+            return GateScores.of(site, self._sums[site.name])
+        except ValueError as error:
+            raise self.error(str(error)) from None
+
+    def write(self, run: Run, keeps: Mapping[str, Tensor]) -> None:
+        """Put gates in force, by site name; a window that led to them is over."""
+        for site in self._sites:
+            set_gate(site, keeps.get(site.name, site.gate))
+            run.shared[f"the gate of {site.name!r}"] = site.gate
+        run.copies_behind = True
+        self._sums = {}
+        for kind in self.kinds():
+            off = sum(int((~site.gate).sum()) for site in self.sites(kind))
+            run.log(f"{self.name}/{kind}_off", off / sum(site.count for site in self.sites(kind)))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "done": self._done,
+            "gates": {site.name: site.gate.clone() for site in self._sites},
+            "sums": {name: sums.clone() for name, sums in self._sums.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        sites = {site.name: site for site in self._sites}
+        for name in {**state["gates"], **state["sums"]}:
+            if name not in sites:
+                raise ValueError(f"the checkpoint's gate of {name!r} is of no layer here")
+        for name, site in sites.items():
+            gate = state["gates"].get(name)
+            if gate is None or gate.shape != (site.count,):
+                found = "missing" if gate is None else list(gate.shape)
+                raise ValueError(f"the checkpoint's gate of {name!r} must be [{site.count}], it is {found}")
+        for name, sums in state["sums"].items():
+            check_sums(sites[name], sums)
+        self._done = state["done"]
+        self._loaded = {name: gate.clone() for name, gate in state["gates"].items()}
+        self._sums = {name: sums.to(sites[name].gate.device, copy=True) for name, sums in state["sums"].items()}
+
+    def _check_model_came_too(self, run: Run, gates: Mapping[str, Tensor]) -> None:
+        """Gates are the model's own: without its state a resumed run would go on with all heads and units."""
+        for site in self._sites:
+            if not bool((site.gate.cpu() == gates[site.name].cpu()).all()):
+                raise RuntimeError(
+                    f"{self.name}: at step {run.step} the gate of {site.name!r} is not that of the loaded state: call "
+                    "model.load_state_dict(...) between engine.load_state_dict(...) and attach"
+                )
+
+    def _begin(self, step: int) -> int | None:
+        """The step at whose end the window began in which training is after `step`; None outside windows."""
+        place = bisect_right(self._scored, step)
+        if place == len(self._scored):
+            return None
+        begin = max(self._scored[place] - self._window, self._scored[place - 1] if place else 0)
+        return begin if begin <= step else None
+
+    def _record(self, run: Run) -> None:
+        """Begin a window, or end one."""
+        wanted, now = self._begin(run.step) is not None, is_recording(self._sites[0])
+        if wanted and not now:
+            start_recording(self._sites)
+        elif now and not wanted:
+            stop_recording(self._sites)
