@@ -28,8 +28,8 @@ from ovit_engine.targets import Slot
 class S2Vite(GateModifier):
     """Trains with a share of the heads and MLP units switched off; at each update the least important change places.
 
-    Each layer keeps as many as it started with, the same share rounded down. Weights of what is off stay (only weight
-    decay moves them), and removal at export changes nothing else.
+    Each layer keeps as many as it started with: its share rounded down, as in the published code. Weights of what is
+    off stay (only weight decay moves them), and removal at export changes nothing else.
     """
 
     head_sparsity: Sparsity | None = Field(None, description="share of the heads of each block that is off")

@@ -14,7 +14,7 @@ from ovit_engine.gate_choice import keep_best, keep_within, kept_count
 from ovit_engine.gate_ranking import Statistics, find_ranker
 from ovit_engine.gates import GateSite, Kind
 from ovit_engine.modifier import Claim, Run
-from ovit_engine.modifiers._amount import Amount, SparsityRange, SparsitySteps
+from ovit_engine.modifiers._amount import Amount, SparsitySteps
 from ovit_engine.modifiers._gates import GateModifier
 from ovit_engine.modifiers._when import Given, ScheduledModifier, spelled
 from ovit_engine.registry import register
@@ -92,7 +92,9 @@ class StructuredPrune(ScheduledModifier, GateModifier):
             steps = self.scheduled(clock, amount, _OPTIONS[budget])
             if 0 in steps and find_ranker(self.score).needs == "gradients":
                 option = _OPTIONS[budget] if isinstance(amount, SparsitySteps) else "start"
-                raise self.error(f"at step 0 no gradient was seen, which score {self.score!r} needs: prune later", option)
+                raise self.error(
+                    f"at step 0 no gradient was seen, which score {self.score!r} needs: prune later", option
+                )
             found[budget] = {step: share for step, share in steps.items() if share is not None}
         return found
 

@@ -28,6 +28,7 @@ RECIPES = {
     "2:4": [f"obert_prune: {{{TARGETS}, start: 0st, pattern: '2:4', block: 16, gradients: 40}}"],
     "movement": [f"movement_prune: {{{TARGETS}, start: 3st, end: 5st, every: 2st, sparsity: {{from: 0.2, to: 0.5}}}}"],
     "acdc": [f"acdc: {{every: 2st, start: 1st, last_sparse: 2st, sparsity: 0.5, {TARGETS}}}"],
+    "gates": ["s2vite: {head_sparsity: 0.5, unit_sparsity: 0.4, every: 2st, gradients: 2}"],
     "rate": ["cyclic_lr: {max: 0.1, min: 0.01, period: 3st}"],
     "held": ["constant_mask: {targets: [2.weight]}"],
     "int8": ["quantize: {start: 1st, freeze_observers: 6st}"],
@@ -41,6 +42,8 @@ AT_ATTACH = ["magnitude", "ovit", "in parts", "2:4", "stacked"]  # they prune fr
 # (kind, recipe)
 CASES = [(kind, name) for kind in ("ddp", "fsdp2") for name in RECIPES] + [
     *(("ddp, own buffers", name) for name in ("int8", "stacked")),
+    ("ddp, compiled", "gates"),
+    ("fsdp2, fp16", "gates"),
     *((kind, "stacked") for kind in ("ddp, compiled", "fsdp2, compiled", "ddp, fp16", "fsdp2, fp16", "ddp, no_sync")),
     *(("zero", name) for name in ("stacked", "acdc", "of training")),
 ]
@@ -54,6 +57,31 @@ def start(rank: int, ranks: int, store: str, device: str) -> None:
         torch.cuda.set_device(rank)
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+
+
+class Block(nn.Module):
+    """Attention of four heads on two tokens of four features, then a hidden layer: rows [8] to rows [16]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.mlp = nn.Module(), nn.Module()
+        self.attn.num_heads, self.attn.head_dim = 4, 2
+        self.attn.qkv, self.attn.proj = nn.Linear(4, 24), nn.Linear(8, 4)
+        self.mlp.fc1, self.mlp.fc2 = nn.Linear(8, 10), nn.Linear(10, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.attn.qkv(x.view(-1, 2, 4)).view(-1, 2, 3, 4, 2).permute(2, 0, 3, 1, 4)
+        heads = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, 2, 8)
+        hidden = nn.functional.gelu(self.mlp.fc1(self.attn.proj(heads).flatten(1)))
+        output: Tensor = self.mlp.fc2(hidden)
+        return output
+
+
+def model_for(name: str, device: str) -> nn.Sequential:
+    model = sparse_mlp(device)
+    if name == "gates":
+        model[0] = Block().to(device)
+    return model
 
 
 def sparse_mlp(device: str) -> nn.Sequential:
@@ -93,7 +121,7 @@ def train(kind: str, name: str, device: str = "cpu", before: Callable[[Engine, i
     `before` is called with the engine and the number of each step before it.
     """
     rank, ranks = (0, 1) if kind == "alone" else (dist.get_rank(), dist.get_world_size())
-    model = sparse_mlp(device)
+    model = model_for(name, device)
     engine = Engine(model, recipe(*RECIPES[name]), steps_per_epoch=STEPS, epochs=1).prepare()
     loop = spread(kind, model, device)
     optimizer = optimizer_for(kind, model)
