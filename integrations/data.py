@@ -130,7 +130,9 @@ def config_of(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
             "crop_mode": preprocessing.get("crop_mode", "center"),
         }
     except (KeyError, TypeError) as error:
-        raise ValueError(f"the preprocessing is unknown ({error}): {dict(preprocessing)}") from None
+        raise ValueError(
+            f"the preprocessing is not told (no {error} in {dict(preprocessing)}): export with preprocessing="
+        ) from None
 
 
 def _preprocessing(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -62,9 +62,9 @@ def set_up(
     Raises:
         ValueError: data, weights or a model that do not fit; FileNotFoundError where one is not there.
     """
+    name = model_name(recipe.training)
     if checkpoint is None and not pretrained:
         log.warning("the weights are random, so accuracies say nothing: did you mean --checkpoint or --pretrained?")
-    name = model_name(recipe.training)
     config = model_data_config(name, recipe.training.model_args)
     augmentation = recipe.training.augmentation
     images = load_data(data, config=config, augmentation=augmentation, root=root)

@@ -57,6 +57,8 @@ def ptq_onnx(
     """
     source, path = Path(source), Path(path)
     check_target(path)
+    if path.exists() and path.samefile(source):
+        raise ValueError(f"{path.name} is the float file itself: name another output")
     float_model = read(source)
     shapes, types = input_types(float_model)
     sample = take_sample(data, shapes, types)

@@ -91,7 +91,10 @@ def of_file(path: Path) -> "tuple[list[SparseLayer], dict[str, tuple[int | str, 
         model = onnx.load(path)
     except DecodeError:
         raise ValueError(f"{str(path)!r} is no ONNX file") from None
-    return [from_facts(facts) for facts in measure_layers(model, Promise(), {})], input_shapes(model)
+    layers = [from_facts(facts) for facts in measure_layers(model, Promise(), {})]
+    if not layers:
+        raise ValueError(f"{str(path)!r} has no MatMul, Gemm or Conv that reads a weight")
+    return layers, input_shapes(model)
 
 
 def of_recipe(engine: "Engine") -> "Iterable[SparseLayer]":

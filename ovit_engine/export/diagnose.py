@@ -304,9 +304,11 @@ def _recipe_names(layers: Sequence[Layer], outputs: Collection[str]) -> tuple[st
 
 
 def _thin(values: np.ndarray) -> np.ndarray:
-    """Some of the values, and their extremes."""
+    """Some of the values, drawn from all of them, and their extremes: a stride would see few of the channels."""
     flat = values.ravel()
-    return flat if flat.size <= _VALUES else np.append(flat[:: flat.size // _VALUES], [flat.min(), flat.max()])
+    if flat.size <= _VALUES:
+        return flat
+    return np.append(np.random.default_rng(0).choice(flat, _VALUES), [flat.min(), flat.max()])
 
 
 def _session(model: onnx.ModelProto, folder: Path) -> Any:

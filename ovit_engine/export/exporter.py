@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from ovit_engine.export.atomic import staged, write_bytes
 from ovit_engine.export.certificate import Certificate, certificate_path, page_path, reference_path
 from ovit_engine.export.errors import CertificateError, ExportError
+from ovit_engine.export.fingerprint import fingerprints
 from ovit_engine.export.graph import measure_layers
 from ovit_engine.export.measure import Origin, measure_file
 from ovit_engine.export.page import to_html
@@ -102,7 +103,7 @@ def publish(proto: onnx.ModelProto, path: Path, origin: Origin, sample: Sample, 
     targets = (reference_path(path), certificate_path(path), page_path(path), path)
     with staged(path.parent) as folder:
         files = [folder / target.name for target in targets]
-        kept = reference.to_bytes()
+        kept = replace(reference, prints=fingerprints(proto)).to_bytes()
         write_bytes(files[0], kept)
         write_bytes(files[-1], serialize(proto))
         try:

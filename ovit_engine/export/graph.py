@@ -56,8 +56,8 @@ class _Source:
 
 
 def read_weights(model: onnx.ModelProto) -> dict[str, Weight]:
-    """Every initializer that a MatMul, Gemm or Conv reads as its weight, by name."""
-    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    """Every stored tensor that a MatMul, Gemm or Conv reads as its weight, by name."""
+    initializers = stored_tensors(model)
     nodes = list(walk_nodes(model.graph))
     producers = {output: node for node in nodes for output in node.output}
     weights: dict[str, Weight] = {}
@@ -71,9 +71,22 @@ def read_weights(model: onnx.ModelProto) -> dict[str, Weight]:
             flip = _stored_in_out(node, position) != source.transposed
             weight = _read(initializers, source, node.op_type, flip)
             activation = _activation(node.input[1 - position], producers, initializers)
-            weights[source.name] = replace(weight, activation=activation, node=node.name)
+            weight = replace(weight, activation=activation, node=node.name)
+            other = weights.get(source.name)
+            if other is None or _misfits(weight) >= _misfits(other):  # read both ways round: the worse of the two
+                weights[source.name] = weight
             break
     return weights
+
+
+def stored_tensors(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+    """All tensors that the file holds, by the name that nodes read them by: initializers, and values of Constants."""
+    found = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in walk_nodes(model.graph):
+        if node.op_type == "Constant":
+            values = [attribute.t for attribute in node.attribute if attribute.name == "value"]
+            found |= dict(zip(node.output, values, strict=False))
+    return found
 
 
 def measure_layers(model: onnx.ModelProto, promise: Promise, names: dict[str, str]) -> tuple[LayerFacts, ...]:
@@ -83,7 +96,7 @@ def measure_layers(model: onnx.ModelProto, promise: Promise, names: dict[str, st
     stored once). A promised weight that no MatMul, Gemm or Conv reads is measured as it is stored.
     """
     weights = read_weights(model)
-    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    initializers = stored_tensors(model)
     facts = {name: _facts(name, weight, None) for name, weight in weights.items()}
     for layer in promise.layers:
         stored = names.get(layer.name, layer.name)
@@ -102,7 +115,7 @@ def hardware_rows(values: np.ndarray) -> np.ndarray:
 
 def broken_groups(is_zero: np.ndarray, rule: GroupRule) -> int | None:
     """Groups along the input axis with more than ``rule.keep`` non-zeros; None if groups do not fit the axis."""
-    if is_zero.shape[1] % rule.cols:
+    if is_zero.ndim < 2 or is_zero.shape[1] % rule.cols:
         return None
     kept = (~hardware_rows(is_zero)).reshape(-1, rule.cols).sum(axis=1)
     return int((kept > rule.keep).sum())
@@ -110,11 +123,19 @@ def broken_groups(is_zero: np.ndarray, rule: GroupRule) -> int | None:
 
 def tile_zeros(is_zero: np.ndarray, rule: TileRule) -> int:
     """Zeros in tiles that are zero throughout; 0 if tiles do not fit the weight."""
+    if is_zero.ndim < 2:
+        return 0
     rows = hardware_rows(is_zero)
     if rows.shape[0] % rule.rows or rows.shape[1] % rule.cols:
         return 0
     tiles = rows.reshape(rows.shape[0] // rule.rows, rule.rows, rows.shape[1] // rule.cols, rule.cols)
     return int(tiles.all(axis=(1, 3)).sum()) * rule.rows * rule.cols
+
+
+def _misfits(weight: Weight) -> int:
+    """Groups that break 2:4; all where groups do not fit."""
+    broken = broken_groups(weight.is_zero, _AMPERE)
+    return weight.is_zero.size if broken is None else broken
 
 
 def _facts(name: str, weight: Weight, rule: GroupRule | TileRule | None) -> LayerFacts:
@@ -195,6 +216,8 @@ def _read(initializers: dict[str, onnx.TensorProto], source: _Source, op: str, f
     is_zero = values == zero
     if flip:
         is_zero = np.swapaxes(is_zero, -1, -2)
+    if op == "MatMul" and is_zero.ndim > 2:  # a stack of weights [out, in]
+        is_zero = is_zero.reshape(-1, is_zero.shape[-1])
     dtype = onnx.TensorProto.DataType.Name(tensor.data_type)
     symmetric = None if source.quantize is None else not np.any(zero)
     return Weight(source.name, op, dtype, source.quantize is not None, is_zero, symmetric)

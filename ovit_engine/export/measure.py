@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,11 +139,13 @@ def measure_file(
         accuracy=accuracy,
         machine=machine,
         versions=versions(),
-        notes=_notes(layers, fused, parity, machine),
+        notes=_notes(layers, fused, parity, machine, [value.name for value in model.graph.output]),
     )
 
 
-def _notes(layers: Iterable[LayerFacts], kernels: Collection[str], parity: Parity, machine: Machine) -> tuple[str, ...]:
+def _notes(
+    layers: Iterable[LayerFacts], kernels: Collection[str], parity: Parity, machine: Machine, outputs: Sequence[str]
+) -> tuple[str, ...]:
     """What a reader should know before they trust a number."""
     quantized = [layer.name for layer in layers if layer.quantized]
     notes = [int8_note(machine)] if quantized else []
@@ -153,6 +155,8 @@ def _notes(layers: Iterable[LayerFacts], kernels: Collection[str], parity: Parit
         notes.append(
             f"{len(in_float)} of {len(quantized)} int8 weights are computed with in float by the runtime: {some}"
         )
+    if len(outputs) > 1:
+        notes.append(f"parity compares {outputs[0]!r}, the first of {len(outputs)} outputs")
     if parity.source == "random":
         notes.append("parity was measured on random inputs: no data was given")
     elif parity.images < WANTED_IMAGES:

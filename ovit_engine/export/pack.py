@@ -65,9 +65,14 @@ def pack_file(path: str | Path, output: str | Path | None = None) -> Sizes:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    content = path.read_bytes()
-    packed = pack(content)
     output = path.with_name(path.name + SUFFIX) if output is None else Path(output)
+    if output.exists() and output.samefile(path):
+        raise ValueError(f"{str(path)!r} is the file to pack: name another output")
+    content = path.read_bytes()
+    try:
+        packed = pack(content)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}: {error}") from None
     atomic_write(output, lambda stream: stream.write(packed))
     header, _ = _read_header(packed)
     streams = {stream["name"]: stream for stream in header["streams"]}
@@ -153,6 +158,8 @@ def _initializers(content: bytes) -> Iterable[tuple[str, bytes, np.ndarray]]:
         model = onnx.load_model_from_string(content)
     except DecodeError:
         raise ValueError("no ONNX file") from None
+    if not model.graph.output:  # no bytes at all are an empty message
+        raise ValueError("no ONNX file")
     for tensor in model.graph.initializer:
         raw = tensor.raw_data
         size = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize if len(raw) >= _MIN_BYTES else 0

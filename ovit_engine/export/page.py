@@ -7,7 +7,7 @@ from html import escape
 
 from ovit_engine.export.ampere import READINESS_COLUMNS, from_facts, readiness_row
 from ovit_engine.export.certificate import Certificate
-from ovit_engine.export.report import LAYER_COLUMNS, fact_rows, has_2_4, layer_rows
+from ovit_engine.export.report import LAYER_COLUMNS, fact_rows, has_2_4, layer_rows, matrices
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
@@ -64,7 +64,7 @@ def _readiness(certificate: Certificate) -> list[str]:
     return [
         "<h2>2:4 on sparse tensor cores</h2>",
         "<p>Rules of shape, type and pattern. Whether a layer is faster for it only a measurement on a GPU says.</p>",
-        _table(READINESS_COLUMNS, [readiness_row(from_facts(layer)) for layer in certificate.pruned]),
+        _table(READINESS_COLUMNS, [readiness_row(from_facts(layer)) for layer in matrices(certificate)]),
     ]
 
 

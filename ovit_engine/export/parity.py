@@ -50,12 +50,16 @@ class Reference:
     source: str
     # tensor of the file -> what `tensors.keep` makes of PyTorch's
     tensors: Mapping[str, np.ndarray] = field(default_factory=dict)
+    # part of the file -> its hash when it was written (`fingerprint.fingerprints`)
+    prints: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """As a compressed .npz without pickles."""
         arrays = {"logits": self.logits, "hashes": self.hashes, "source": np.array(self.source)}
         arrays |= {f"input_{index}": array for index, array in enumerate(self.stored)}
         arrays |= {f"{_TENSOR}{name}": array for name, array in self.tensors.items()}
+        if self.prints:
+            arrays |= {"print_names": np.array(list(self.prints)), "prints": np.stack(list(self.prints.values()))}
         if self.labels is not None:
             arrays["labels"] = self.labels
         stream = io.BytesIO()
@@ -70,7 +74,10 @@ class Reference:
                 stored = [file[f"input_{index}"] for index in range(sum(key.startswith("input_") for key in file))]
                 labels = file.get("labels")
                 tensors = {key.removeprefix(_TENSOR): file[key] for key in file if key.startswith(_TENSOR)}
-                found = cls(file["logits"], labels, tuple(stored), file["hashes"], str(file["source"]), tensors)
+                names, digests = file.get("print_names", ()), file.get("prints", ())
+                prints = dict(zip(map(str, names), digests, strict=True))
+                source = str(file["source"])
+                found = cls(file["logits"], labels, tuple(stored), file["hashes"], source, tensors, prints)
         except (KeyError, EOFError, OSError, ValueError, BadZipFile) as error:
             raise ValueError(f"{path.name} is not a reference of ovit-engine: {error}") from error
         if not found.is_whole():
@@ -197,13 +204,22 @@ def random_sample(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[Any], coun
 
 
 def find_stored(sample: Sample, reference: Reference) -> tuple[Sample, Reference]:
-    """The images of ``sample`` that ``reference`` knows, with their logits. Raises ValueError if there is none."""
+    """The images of ``sample`` that ``reference`` knows, with their logits, and the labels that ``sample`` gives.
+
+    Raises:
+        ValueError: none is known.
+        CertificateError: labels of ``sample`` are not those of ``reference``.
+    """
     known = {digest.tobytes(): index for index, digest in enumerate(reference.hashes)}
     pairs = [(i, known[d.tobytes()]) for i, d in enumerate(hash_images(sample.inputs)) if d.tobytes() in known]
     if not pairs:
         raise ValueError("none of these images is one that the certificate was measured on")
     ours, theirs = (list(column) for column in zip(*pairs, strict=True))
-    labels = None if reference.labels is None else reference.labels[theirs]
+    known_labels = None if reference.labels is None else reference.labels[theirs]
+    labels = known_labels if sample.labels is None else sample.labels[ours]
+    if labels is not None and known_labels is not None and (labels != known_labels).any():
+        count = int((labels != known_labels).sum())
+        raise CertificateError("other labels", [f"{count} of {len(ours)} labels of the data are not the reference's"])
     images = replace(sample, inputs=tuple(array[ours] for array in sample.inputs), labels=labels)
     return images, replace(reference, logits=reference.logits[theirs], labels=labels, hashes=reference.hashes[theirs])
 

@@ -25,8 +25,7 @@ def quantizer_range(
     if observer == "percentile" and finite.size:
         low, high = (float(each) for each in np.percentile(finite, [100 - _PERCENTILE, _PERCENTILE]))
     if observer == "mse" and finite.size:
-        step = max(1, finite.size // _SAMPLE)
-        some = finite[::step]
+        some = finite if finite.size <= _SAMPLE else np.random.default_rng(0).choice(finite, _SAMPLE)
         errors = [_error(some, *_parameters(low * f, high * f, kind, symmetric), kind) for f in _FRACTIONS]
         best = _FRACTIONS[int(np.argmin(errors))]
         low, high = low * best, high * best

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ovit_engine.export.ampere import READINESS_COLUMNS, SparseLayer, TensorRTChoice, from_facts, readiness_row
 from ovit_engine.export.break_even import SparseTable, spell
-from ovit_engine.export.certificate import Certificate, Latency
+from ovit_engine.export.certificate import Certificate, Latency, LayerFacts
 
 _NO_RECIPE = hashlib.sha256(b"").hexdigest()
 
@@ -27,7 +27,7 @@ def describe(certificate: Certificate) -> RenderableType:
     if certificate.promise.layers:
         parts += [Text(), _layers(certificate)]
     if has_2_4(certificate):
-        parts += [Text(), readiness_table([from_facts(layer) for layer in certificate.pruned])]
+        parts += [Text(), readiness_table(map(from_facts, matrices(certificate)))]
     parts += [Text(f"note: {note}", style="yellow") for note in certificate.notes]
     return Group(*parts)
 
@@ -78,6 +78,11 @@ def _layers(certificate: Certificate) -> Table:
 def has_2_4(certificate: Certificate) -> bool:
     """Whether the recipe promises the pattern of sparse tensor cores anywhere."""
     return any(layer.pattern == "2:4" for layer in certificate.promise.layers)
+
+
+def matrices(certificate: Certificate) -> list[LayerFacts]:
+    """The pruned weights that have an axis of inputs."""
+    return [layer for layer in certificate.pruned if len(layer.shape) > 1]
 
 
 def readiness_table(

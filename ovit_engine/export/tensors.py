@@ -17,13 +17,15 @@ _TOLERANCE = 1e-5
 def keep(array: np.ndarray, name: str) -> np.ndarray:
     """What is kept of a tensor: up to one dimension itself, a weight [a, ...] as its answer [a] to a fixed probe.
 
-    The probe is +1 or -1 for each element of a row, drawn by ``name``: a changed element changes its row's answer.
+    The probe is a number of size 1 to 2 and of either sign for each element of a row, drawn by ``name``: a changed
+    element changes its row's answer, and so do changes that would cancel in a sum.
     """
     if array.ndim < 2:
         return array
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
     rows = array.reshape(len(array), -1)
-    probe = np.random.default_rng(seed).integers(0, 2, rows.shape[1]) * 2.0 - 1.0
+    sizes = np.random.default_rng(seed).uniform(-1, 1, rows.shape[1])
+    probe = sizes + np.copysign(1, sizes)
     answer: np.ndarray = (rows.astype(np.float64) @ probe).astype(np.float32)
     return answer
 

@@ -17,15 +17,19 @@ from ovit_engine.export.certificate import (
     LayerFacts,
     Parity,
     certificate_path,
+    page_path,
     reference_path,
 )
 from ovit_engine.export.errors import CertificateError, VerificationError
+from ovit_engine.export.fingerprint import altered
 from ovit_engine.export.measure import Origin, input_types, measure_file
+from ovit_engine.export.page import to_html
 from ovit_engine.export.parity import Reference, accuracy, compare, find_stored, take_sample, wilson
 from ovit_engine.export.promise import check
 from ovit_engine.export.runtime import INTEGER_KERNELS, open_session, run_outputs
 from ovit_engine.export.stated import contradictions
 from ovit_engine.export.tensors import changed
+from ovit_engine.export.unread import unread
 
 # facts that are the same on every machine
 _EXACT = (
@@ -85,6 +89,9 @@ def verify_file(path: str | Path, *, data: Any = None) -> Certificate:
             )
             note += "what the certificate says of the others needs the data"
             measured = measured.model_copy(update={"notes": (*measured.notes, note)})
+        if stated.kernels != measured.kernels or stated.runtime_ops != measured.runtime_ops:
+            note = f"the certificate states the kernels of {stated.machine.cpu}; those above are of this machine"
+            measured = measured.model_copy(update={"notes": (*measured.notes, note)})
         if stated.latency:
             note = f"latency stays as its maker measured it on {stated.machine.cpu}: ovit bench measures it here"
             measured = measured.model_copy(update={"notes": (*measured.notes, note)})
@@ -92,6 +99,7 @@ def verify_file(path: str | Path, *, data: Any = None) -> Certificate:
         raise VerificationError(f"{path.name} fails", [*tampered, *error.violations]) from error
     whole = measured.model_copy(update={"parity": stated.parity}) if part is not None else measured
     violations = [
+        *_page_violations(path, stated),
         *check(whole, origin.promise),
         *tampered,
         *contradictions(origin.recipe_text, origin.promise, measured.layers),
@@ -141,12 +149,17 @@ def _layer_differences(stated: Sequence[LayerFacts], measured: Sequence[LayerFac
 
 
 def _tampered(model: onnx.ModelProto, reference: Reference) -> list[str]:
-    """Tensors that are not those which PyTorch had when the file was written."""
+    """Tensors that are not those which PyTorch had, parts that do not act, parts that were changed since."""
+    if not reference.tensors:
+        return ["the reference holds none of PyTorch's tensors"]
+    if not reference.prints:
+        return ["the reference holds no fingerprints of the file's parts"]
     try:
-        found = changed(model, reference.tensors)
+        found = [*changed(model, reference.tensors), *unread(model)]
     except CertificateError as error:
         return list(error.violations)
-    return found if reference.tensors else ["the reference holds none of PyTorch's tensors"]
+    named = {line.partition(":")[0] for line in found}
+    return found + [f"{name}: {what}" for name, what in altered(model, reference.prints).items() if name not in named]
 
 
 def _unreadable(what: str, path: Path, stated: Certificate) -> str:
@@ -194,6 +207,13 @@ def _inconsistencies(stated: Certificate, reference: Reference) -> list[str]:
     if stated.integer_kernels != kernels:
         found.append(f"integer_kernels is {stated.integer_kernels}, runtime_ops has {kernels}")
     return found
+
+
+def _page_violations(path: Path, stated: Certificate) -> list[str]:
+    page = page_path(path)
+    if page.is_file() and page.read_text(errors="replace") != to_html(stated):
+        return [f"{page.name} is not the page of its certificate"]
+    return []
 
 
 def _impossible_latencies(stated: Certificate) -> list[str]:

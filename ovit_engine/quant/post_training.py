@@ -30,7 +30,7 @@ def calibrate(model: nn.Module, batches: Iterable[tuple[Any, ...]]) -> tuple[str
         names of layers that no batch came to: they stay float.
 
     Raises:
-        ValueError: no batches.
+        ValueError: no batches, or one with NaN or infinity.
     """
     model.eval()
     set_enabled(model, False)
@@ -42,6 +42,7 @@ def calibrate(model: nn.Module, batches: Iterable[tuple[Any, ...]]) -> tuple[str
     with _watching(activations):
         for batch in batches:
             count += 1
+            _check_finite(batch, count)
             for quantizer in activations:
                 if isinstance(quantizer.observer, Averaged):
                     quantizer.observer = replace(quantizer.observer, momentum=1.0 / count)
@@ -50,6 +51,13 @@ def calibrate(model: nn.Module, batches: Iterable[tuple[Any, ...]]) -> tuple[str
         raise ValueError("no batches to take ranges from")
     set_enabled(model, True)
     return leave_unseen(model)
+
+
+def _check_finite(batch: tuple[Any, ...], number: int) -> None:
+    for part in batch:
+        if isinstance(part, torch.Tensor) and part.is_floating_point() and not torch.isfinite(part).all():
+            bad = [row for row in range(len(part)) if not torch.isfinite(part[row]).all()]
+            raise ValueError(f"calibration batch {number} holds NaN or infinity, first in its item {bad[0]}")
 
 
 def watch_weight(layer: QuantLinear | QuantConv2d) -> None:

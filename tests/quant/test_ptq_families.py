@@ -1,4 +1,4 @@
-"""Post-training quantization and export of the families of the oViT paper, with random weights."""
+"""Post-training quantization, 2:4, export and certificate of the families of the oViT paper, with random weights."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,11 @@ import torch
 from torch import nn
 
 from ovit_engine import Recipe
+from ovit_engine.export.verify import verify_file
 from ovit_engine.integrations.ptq import ptq
+from ovit_engine.masks import Masks
+from ovit_engine.pattern import NM
+from ovit_engine.targets import parameter_slots
 
 # name, arguments, side of the image, groups, share of the weights in int8 at least
 SMALL: dict[str, tuple[str, dict[str, Any], int, str, float]] = {
@@ -45,11 +49,28 @@ def spread_out(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+def two_of_four(model: nn.Module) -> Masks:
+    """Masks on every weight of a layer whose inputs come in fours, set."""
+    masks, pattern = Masks(), NM(2, 4)
+    for slot in parameter_slots(model):
+        weight = slot.tensor
+        if isinstance(slot.module, (nn.Linear, nn.Conv2d)) and weight.ndim > 1 and weight.shape[1] % 4 == 0:
+            masks.set(slot, pattern.mask(weight.detach().abs(), 0.5), "2:4")
+    return masks
+
+
 def quantized(model: nn.Module, side: int, options: str, path: Path) -> Any:
+    """The comparison with float of a 2:4 sparse int8 file, which is verified from its bytes."""
+    masks = two_of_four(model)
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(48, 3, side, side, generator=generator)
     recipe = Recipe.parse(f"modifiers: [{{quantize: {options}}}]")
-    return ptq(model, recipe, [(images[:16],)], path, example_inputs=images[:1], data=[(images[16:], None)])
+    data = [(images[16:], None)]
+    found = ptq(model, recipe, [(images[:16],)], path, example_inputs=images[:1], data=data, masks=masks)
+    certificate = verify_file(path)
+    assert {layer.name for layer in certificate.pruned} == set(masks.names())
+    assert [layer.broken_groups for layer in certificate.pruned] == [0] * len(masks.names())
+    return found
 
 
 @pytest.mark.parametrize("family", SMALL)

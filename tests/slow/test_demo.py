@@ -27,7 +27,7 @@ def demo() -> ModuleType:
 
 
 @pytest.mark.slow
-def test_sparse_int8_stays_within_a_point_and_a_half_of_dense(
+def test_sparse_int8_stays_within_a_point_of_dense(
     demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "demo", demo)  # dataclasses look their module up
@@ -36,7 +36,7 @@ def test_sparse_int8_stays_within_a_point_and_a_half_of_dense(
     int8 = statistics.mean(result.int8.accuracy.file for result in results)
     print(f"dense {dense:.4f}, sparse int8 {int8:.4f}")
     assert dense >= 0.96
-    assert int8 >= dense - 0.015
+    assert int8 >= dense - 0.01
     for seed, result in enumerate(results):
         assert result.int8.runtime_ops["MatMulIntegerToFloat"] == 24
         zeros, accuracy = opened_alone(tmp_path / str(seed) / "model.onnx")
