@@ -1,5 +1,6 @@
 """Training and validation images by name: digits, an image folder, or any timm dataset."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from ovit_engine.integrations.augmentation import (
 )
 from ovit_engine.integrations.digits import SIZE, split_digits
 from ovit_engine.integrations.images import Images, ReaderSource, Source, TorchvisionSource
+
+log = logging.getLogger(__name__)
 
 TRAIN, VALIDATION = ("train", "training"), ("val", "validation", "valid")
 PREFIXES = ("torch", "hfds")
@@ -112,6 +115,14 @@ def model_data_config(model: str, model_args: Mapping[str, Any]) -> dict[str, An
         for key in ("mean", "std"):
             wanted[key] = (sum(defaults[key]) / len(defaults[key]),) * wanted["input_size"][0]
     return dict(resolve_data_config(wanted, pretrained_cfg=cfg))  # type: ignore[no-untyped-call]
+
+
+def tell_classes(images: ImageData, outputs: int | None) -> None:
+    """Warn where a model tells other classes apart than the images have: its accuracy would be none."""
+    if None not in (images.classes, outputs) and images.classes != outputs:
+        log.warning(
+            "%s has %d classes, the model tells %d apart: accuracy says nothing", images.name, images.classes, outputs
+        )
 
 
 def config_of(preprocessing: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,8 +56,11 @@ def set_up(
     device: str = "auto",
     workers: int = 0,
     root: str | Path | None = None,
+    config: dict[str, Any] | None = None,
 ) -> Bench:
     """The model of `recipe.training` with weights from `checkpoint` (or timm's), and the images of `data`.
+
+    `config` says how the weights want their images, where that is known; otherwise the timm model's own is taken.
 
     Raises:
         ValueError: data, weights or a model that do not fit; FileNotFoundError where one is not there.
@@ -65,7 +68,7 @@ def set_up(
     name = model_name(recipe.training)
     if checkpoint is None and not pretrained:
         log.warning("the weights are random, so accuracies say nothing: did you mean --checkpoint or --pretrained?")
-    config = model_data_config(name, recipe.training.model_args)
+    config = config or model_data_config(name, recipe.training.model_args)
     augmentation = recipe.training.augmentation
     images = load_data(data, config=config, augmentation=augmentation, root=root)
     training = with_classes(recipe, images).training

@@ -98,16 +98,22 @@ def read(source: Path) -> onnx.ModelProto:
     if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
         raise ValueError(f"{source.name} is quantized already: give the float file")
     shapes, types = input_types(model)
+    if len(shapes) == 1 and shapes[0] and shapes[0][0]:
+        raise ValueError(
+            f"{source.name} takes batches of {shapes[0][0]} only: export it with a free batch dimension "
+            "(dynamic_shapes)"
+        )
     if len(shapes) != 1 or len(shapes[0]) != 4 or types[0] != np.float32 or not all(shapes[0][1:]):
         inputs = ", ".join(f"{list(shape)} {kind}" for shape, kind in zip(shapes, types, strict=True))
         raise ValueError(f"{source.name} takes {inputs}: one float32 input [batch, C, H, W] of fixed size is needed")
     return model
 
 
-def image_config(source: Path, model: str | None) -> dict[str, Any]:
+def image_config(source: Path, model: str | None, data: str) -> dict[str, Any]:
     """How the file wants its images, for `load_data`.
 
-    Read from a file of ours; otherwise that of timm's `model`, or ImageNet's mean and deviation, with a warning.
+    Read from a file of ours; otherwise that of timm's `model`, or ImageNet's mean and deviation, with a warning where
+    the images of `data` have none of their own.
     """
     proto = read(source)
     (shape,), _ = input_types(proto)
@@ -115,12 +121,24 @@ def image_config(source: Path, model: str | None) -> dict[str, Any]:
     if known.get("ovit.preprocessing", "{}") != "{}":
         return config_of(json.loads(known["ovit.preprocessing"]))
     if model is None:
-        log.warning(
-            "%s does not tell its preprocessing: ImageNet's mean and deviation are taken; did you mean --model NAME?",
-            source.name,
-        )
-        return dict(resolve_data_config({"input_size": tuple(shape[1:])}))  # type: ignore[no-untyped-call]
+        if data != "digits":
+            log.warning(
+                "%s does not tell its preprocessing: ImageNet's mean and deviation are taken; did you mean --model "
+                "NAME?",
+                source.name,
+            )
+        config = dict(resolve_data_config({"input_size": tuple(shape[1:])}))  # type: ignore[no-untyped-call]
+        for key in ("mean", "std"):  # of grey images: the mean colour
+            if len(config[key]) != shape[1]:
+                config[key] = (sum(config[key]) / len(config[key]),) * shape[1]
+        return config
     return {**model_data_config(model, {}), "input_size": tuple(shape[1:])}
+
+
+def classes_of(source: Path) -> int | None:
+    """How many classes the first output tells apart; None where its size is free."""
+    shape = read(source).graph.output[0].type.tensor_type.shape
+    return shape.dim[-1].dim_value or None if shape.dim else None
 
 
 def weighted_nodes(model: onnx.ModelProto) -> list[str]:

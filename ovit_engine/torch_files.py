@@ -32,7 +32,7 @@ def load_file(path: Path, *, lazily: bool = False) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
     except pickle.UnpicklingError as error:  # torch's own words advise to load it unsafely
         raise ValueError(f"{str(path)!r} is damaged, or no checkpoint") from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError) as error:
         reason = first_line(error).partition(" This is an internal miniz error")[0]
         raise ValueError(f"{str(path)!r} is damaged, or no checkpoint: {reason}") from error
 

@@ -24,7 +24,7 @@ def export(
     import torch
     from torch.utils.data import DataLoader
 
-    from ovit_engine.integrations.data import config_of, load_data
+    from ovit_engine.integrations.data import config_of, load_data, tell_classes
     from ovit_engine.integrations.timm import restore
 
     if not output.absolute().parent.is_dir():
@@ -39,6 +39,8 @@ def export(
             f"the run is at epoch {run.epoch} of {epochs}: go on with ovit train --resume {checkpoint}, then export"
         )
     images = load_data(data or run.data, config=config_of(run.preprocessing), root=data_root)
+    with torch.no_grad():
+        tell_classes(images, run.model.eval()(torch.zeros(1, *run.preprocessing["size"])).shape[-1])
     certificate = run.engine.export(
         output,
         torch.zeros(1, *run.preprocessing["size"]),

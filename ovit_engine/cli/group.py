@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 EXPECTED = (ValueError, OSError, MemoryError)  # what we raise on purpose, RecipeError and ExportError among them
+MOST_FINDINGS = 20  # lines about one file
 
 
 class OvitGroup(click.Group):
@@ -59,6 +60,8 @@ def describe(error: Exception) -> str:
         return f"{str(error.filename)!r}: {error.strerror}"
     if isinstance(error, EXPECTED) and text:
         return text
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("ovit_engine"):
+        return f"this command needs {error.name}, which is not installed"
     return f"{type(error).__name__}: {text} (ovit --debug shows the traceback)"
 
 
@@ -70,8 +73,10 @@ def _tell_error(message: str, findings: Sequence[str] = ()) -> None:
         if not first_to_fail():
             return
     click.echo(f"ovit: error: {message}", err=True)
-    for finding in findings:
+    for finding in findings[:MOST_FINDINGS]:
         click.echo(f"  - {' '.join(finding.split())}", err=True)
+    if len(findings) > MOST_FINDINGS:
+        click.echo(f"  ... and {len(findings) - MOST_FINDINGS} more", err=True)
 
 
 def _rank() -> int | None:

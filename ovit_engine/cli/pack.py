@@ -7,7 +7,7 @@ import click
 
 @click.command(short_help="Write FILE smaller by its zeros.")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), help="The packed file; FILE with .packed if left out.")
+@click.option("--output", type=click.Path(path_type=Path), help="The packed file; if left out FILE.packed.")
 def pack(file: Path, output: Path | None) -> None:
     """Write an ONNX file of any origin as a bitmask and the values that are not zero, and print its sizes.
 
@@ -16,8 +16,9 @@ def pack(file: Path, output: Path | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ovit_engine.export.pack import pack_file
+    from ovit_engine.export.pack import SUFFIX, pack_file
 
+    output = output or file.with_name(file.name + SUFFIX)
     sizes = pack_file(file, output)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("form", no_wrap=True)
@@ -34,6 +35,7 @@ def pack(file: Path, output: Path | None) -> None:
         text = ("zstandard is not installed", "") if count is None else (f"{count:,}", f"{count / sizes.raw:.1%}")
         table.add_row(form, *text)
     Console(highlight=False).print(table)
+    click.echo(f"{output} written")
 
 
 @click.command(short_help="Write the ONNX file of a packed FILE.")

@@ -49,9 +49,15 @@ def ptq(
         raise click.UsageError("weights come from --checkpoint or --pretrained, not both")
     if not output.absolute().parent.is_dir():
         raise FileNotFoundError(f"no folder {str(output.parent)!r} to write {output.name!r} to")
+    for path, kind in ((source, "such file:"), (checkpoint, "checkpoint")):
+        if path is not None and not path.exists():
+            raise FileNotFoundError(f"no {kind} {str(path)!r}")
     if source is not None:
         if checkpoint is not None or pretrained or recipe is not None or model_args:
-            raise click.UsageError("MODEL.onnx has its weights: no --checkpoint, --pretrained, --recipe or --model-arg")
+            raise click.UsageError(
+                "MODEL.onnx has its weights, and a recipe names layers of a PyTorch model: no --checkpoint, "
+                "--pretrained, --recipe or --model-arg"
+            )
         found = _from_onnx(source, model, data, data_root, output, workers)
     else:
         read = _recipe(recipe, options.as_mapping(variables))
@@ -85,6 +91,7 @@ def _from_weights(
 
     from ovit_engine.integrations import neural_compressor
     from ovit_engine.integrations import ptq as after
+    from ovit_engine.integrations.data import config_of, tell_classes
     from ovit_engine.integrations.models import with_training
     from ovit_engine.integrations.oneshot_timm import set_up
     from ovit_engine.recipe import Recipe
@@ -97,7 +104,14 @@ def _from_weights(
         model_args = {**read.training.model_args, **model_args}
     read = with_training(read, model=model, model_args=model_args)
     bench = set_up(
-        read, data=data, checkpoint=checkpoint, pretrained=pretrained, device="cpu", workers=workers, root=data_root
+        read,
+        data=data,
+        checkpoint=checkpoint,
+        pretrained=pretrained,
+        device="cpu",
+        workers=workers,
+        root=data_root,
+        config=None if run is None else config_of(run["preprocessing"]),  # as the run's images were
     )
     images = bench.plain()
     batches = after.calibration_batches(images.train, modifier.calibration_images, seed=read.training.seed)
@@ -105,6 +119,7 @@ def _from_weights(
     if modifier.search is not None:
         labelled = neural_compressor.search_batches(images.train, modifier.calibration_images, seed=read.training.seed)
         write = partial(neural_compressor.search_ptq, labelled=labelled)
+    tell_classes(images, bench.model(bench.example_inputs).shape[-1])
     return write(
         bench.model,
         read,
@@ -122,11 +137,12 @@ def _from_onnx(
 ) -> "Compared":
     from torch.utils.data import DataLoader
 
-    from ovit_engine.integrations.data import load_data
+    from ovit_engine.integrations.data import load_data, tell_classes
     from ovit_engine.integrations.ptq import calibration_batches
-    from ovit_engine.integrations.ptq_onnx import IMAGES, image_config, ptq_onnx
+    from ovit_engine.integrations.ptq_onnx import IMAGES, classes_of, image_config, ptq_onnx
 
-    images = load_data(data, config=image_config(source, model), root=data_root)
+    images = load_data(data, config=image_config(source, model, data), root=data_root)
+    tell_classes(images, classes_of(source))
     return ptq_onnx(
         source,
         output,

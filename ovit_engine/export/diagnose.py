@@ -17,7 +17,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from ovit_engine.export.diagnosis import Diagnosis, LayerCost, Mend, PartCost, Score
-from ovit_engine.export.float_reference import match_weights, pruned_by
+from ovit_engine.export.float_reference import match_weights, others, pruned_by
 from ovit_engine.export.measure import input_types
 from ovit_engine.export.parity import Sample, take_sample
 from ovit_engine.export.promise import MIN_AGREEMENT
@@ -34,6 +34,8 @@ _VALUES = 2**16
 _SHARE = 0.05
 # the error that the file may have left with the weights of its reference, of which biases may have been corrected
 _LEFT = 0.01
+# share of weights that may differ from the reference by more than rounding
+_UNLIKE = 0.02
 
 
 def diagnose(path: str | Path, data: Any, *, reference: str | Path | None = None) -> Diagnosis:
@@ -116,6 +118,10 @@ class _Bench:
         weights = match_weights(self.layers, find_layers(reference))
         if isinstance(weights, str):
             return [f"weights can't be compared: {weights}"]
+        pairs = [(layer.weight, weights[layer.output]) for layer in self.layers if layer.weight is not None]
+        unlike = sum(int(others(*pair).sum()) for pair in pairs) / max(1, sum(other.size for _, other in pairs))
+        if unlike > _UNLIKE:
+            return [f"weights can't be compared: {unlike:.0%} of them are others (trained, smoothed or folded since?)"]
         swapped = self._variant(self._all(), {**self.weights, **weights})
         if swapped.noise > _LEFT:
             return [
@@ -271,7 +277,7 @@ def _bisect(outputs: Sequence[str], noise_of: Callable[[Sequence[str]], float], 
 def _mends(bench: _Bench, suspects: Sequence[str], whole: Score) -> list[Mend]:
     """What brings agreement back: the fewest suspects left float, the costliest first; other ranges of their inputs.
 
-    Without suspects the ranges of all layers are tried.
+    The best comes first. Without suspects the ranges of all layers are tried.
     """
     changed = bench.changed()
     outputs = [layer.output for layer in changed]
@@ -286,7 +292,7 @@ def _mends(bench: _Bench, suspects: Sequence[str], whole: Score) -> list[Mend]:
         score = bench.reranged(chosen, observer)
         if score.agreement > whole.agreement:
             found.append(Mend(layers=_recipe_names(changed, chosen), observer=observer, score=score))
-    return found
+    return sorted(found, key=lambda mend: -mend.score.agreement)
 
 
 def _fewest(total: int, spare: Callable[[int], Score]) -> tuple[int, Score]:

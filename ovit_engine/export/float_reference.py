@@ -37,6 +37,16 @@ def match_weights(layers: Sequence[Layer], reference: Sequence[Layer]) -> dict[s
     return found
 
 
+def others(weight: Weight, reference: np.ndarray) -> np.ndarray:
+    """bool: elements that are neither the reference's value, rounded or cut off at the last level, nor pruned."""
+    distance = np.abs(weight.values - reference)
+    if weight.scale is None:
+        return (weight.values != 0) & (distance > 1e-6 * np.abs(reference).max())
+    levels = np.abs(weight.values / weight.scale)
+    is_other: np.ndarray = (weight.values != 0) & (distance > 0.51 * weight.scale) & (levels < levels.max() - 0.5)
+    return is_other
+
+
 def pruned_by(weight: Weight, reference: np.ndarray) -> np.ndarray:
     """bool: zeros of the file that rounding does not explain: the reference's value is more than half a level."""
     least = 0.0 if weight.scale is None else 0.5 * weight.scale * (1 + 1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -105,7 +106,12 @@ def measure_layers(model: onnx.ModelProto, promise: Promise, names: dict[str, st
             weight = _read(initializers, _Source(stored, None, False), "other", False)
         if weight is not None:
             facts[layer.name] = _facts(layer.name, weight, read_pattern(layer.pattern))
-    return tuple(facts[name] for name in sorted(facts))
+    return tuple(facts[name] for name in sorted(facts, key=_in_numbers))
+
+
+def _in_numbers(name: str) -> list[tuple[int, str]]:
+    """A key that puts block 10 after block 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def hardware_rows(values: np.ndarray) -> np.ndarray:

@@ -158,7 +158,7 @@ def _initializers(content: bytes) -> Iterable[tuple[str, bytes, np.ndarray]]:
         model = onnx.load_model_from_string(content)
     except DecodeError:
         raise ValueError("no ONNX file") from None
-    if not model.graph.output:  # no bytes at all are an empty message
+    if not content:  # to protobuf an empty message
         raise ValueError("no ONNX file")
     for tensor in model.graph.initializer:
         raw = tensor.raw_data

@@ -136,9 +136,9 @@ def layer_rows(certificate: Certificate) -> list[tuple[str, ...]]:
 
 def sizes_text(certificate: Certificate) -> str:
     """Raw and compressed sizes beside the bound."""
-    parts = [size_text(certificate.bytes), f"{size_text(certificate.gzip_bytes)} by gzip"]
+    parts = [size_text(certificate.bytes), f"{size_text(certificate.gzip_bytes)} by gzip -6"]
     if certificate.zstd_bytes is not None:
-        parts.append(f"{size_text(certificate.zstd_bytes)} by zstd")
+        parts.append(f"{size_text(certificate.zstd_bytes)} by zstd -12")
     stored, bound = size_text(certificate.weight_bytes), size_text(certificate.weight_entropy_bytes)
     return f"{', '.join(parts)}; weights {stored}, at their entropy {bound}"
 

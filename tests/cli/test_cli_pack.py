@@ -26,6 +26,7 @@ def test_there_and_back(ovit: Ovit) -> None:
     rows = {line[:33].strip(): line[33:].split() for line in result.stdout.splitlines()}
     assert rows["ONNX file"] == [f"{len(content):,}", "100.0%"]
     assert int(rows["packed (deflated)"][0].replace(",", "")) == Path("m.onnx.packed").stat().st_size
+    assert result.stdout.endswith("m.onnx.packed written\n")
     Path("m.onnx").unlink()
     assert ovit("unpack", "m.onnx.packed").stdout == f"m.onnx: {len(content):,} bytes, as they were packed\n"
     assert Path("m.onnx").read_bytes() == content
@@ -40,3 +41,17 @@ def test_what_is_no_packed_file(ovit: Ovit) -> None:
     ovit("pack", "m.onnx", "--output", "m.bin")
     assert "does not end in .packed: name the ONNX file with --output" in ovit("unpack", "m.bin").stderr
     assert "no such file: none.onnx" in ovit("pack", "none.onnx").stderr
+
+
+def test_the_file_to_pack_is_never_overwritten(ovit: Ovit) -> None:
+    content = write("m.onnx")
+    result = ovit("pack", "m.onnx", "--output", "./m.onnx")
+    assert "'m.onnx' is the file to pack: name another output" in result.stderr
+    assert Path("m.onnx").read_bytes() == content
+
+
+def test_what_is_no_onnx_file(ovit: Ovit) -> None:
+    Path("empty").write_bytes(b"")
+    Path("text").write_text("nonsense")
+    for name in ("empty", "text"):
+        assert f"'{name}': no ONNX file" in ovit("pack", name).stderr

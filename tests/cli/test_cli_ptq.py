@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import helper, numpy_helper
+from PIL import Image
 
 from ovit_engine.export.verify import verify_file
 from ovit_engine.integrations.digits import split_digits
@@ -156,7 +157,7 @@ def float_file(run: Path) -> Path:
 def test_a_file_of_another_tool(ovit: Ovit, float_file: Path) -> None:
     done = ovit("ptq", float_file, "--data", "digits", "--output", "int8.onnx")
     assert done.exit_code == 0, done.output
-    assert "float.onnx does not tell its preprocessing" in done.output
+    assert "does not tell its preprocessing" not in done.output  # the digits tell theirs
     assert agreement(done.output) >= 98
     certificate = verify_file("int8.onnx")
     words = " ".join(str(certificate).split())
@@ -173,8 +174,29 @@ def test_a_file_of_another_tool(ovit: Ovit, float_file: Path) -> None:
         tensor for tensor in graph.initializer if len(tensor.dims) > 1 and tensor.data_type == onnx.TensorProto.INT8
     ]
     assert len(weights) == 8
+    before = float_file.read_bytes()
+    done = ovit("ptq", float_file, "--data", "digits", "--output", float_file)
+    assert "float.onnx is the float file itself: name another output" in done.output
+    assert float_file.read_bytes() == before
     done = ovit("ptq", "int8.onnx", "--data", "digits", "--output", "again.onnx")
     assert "int8.onnx is quantized already: give the float file" in done.output
+
+
+def test_images_of_another_folder_are_prepared_as_the_runs_were(ovit: Ovit, run: Path) -> None:
+    """Also where they are of other classes, which is told."""
+    pixels = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for name in ("a", "b", "c"):
+            folder = Path("images", part, name)
+            folder.mkdir(parents=True)
+            for index in range(12):
+                Image.fromarray(pixels.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{index}.png")
+    done = ovit("ptq", "--data", "images", "--checkpoint", run, "--output", "int8.onnx")
+    assert "images has 3 classes, the model tells 10 apart: accuracy says nothing" in done.output
+    told = json.loads(Path("int8.certificate.json").read_text())["preprocessing"]
+    trained = restore(run).preprocessing
+    for key in ("size", "mean", "std", "crop", "interpolation"):
+        assert told[key] == trained[key], key
 
 
 def test_a_file_that_loses_too_much_is_not_written(
@@ -201,6 +223,7 @@ def test_a_file_that_loses_too_much_is_not_written(
             [],
             "vector.onnx takes [0, 4] float32: one float32 input [batch, C, H, W] of fixed size is needed",
         ),
+        ("fixed.onnx", [], "fixed.onnx takes batches of 1 only: export it with a free batch dimension"),
         ("one.onnx", [], "one.onnx has no MatMul, Gemm or Conv with a weight to quantize, but the last"),
     ],
 )
@@ -209,6 +232,7 @@ def test_files_that_cannot_be_quantized(ovit: Ovit, name: str, arguments: list[s
     for file, node, shape in (
         ("vector.onnx", helper.make_node("Relu", ["x"], ["y"]), ["b", 4]),
         ("one.onnx", helper.make_node("Conv", ["x", "w"], ["y"]), ["b", 1, 8, 8]),
+        ("fixed.onnx", helper.make_node("Conv", ["x", "w"], ["y"]), [1, 1, 8, 8]),
     ):
         values = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, s) for n, s in (("x", shape), ("y", None))]
         graph = helper.make_graph([node], "g", values[:1], values[1:], [weight] if "w" in node.input else [])

@@ -225,6 +225,8 @@ def test_ranges_that_are_too_wide_are_mended_by_another_observer(broken: Path, t
     found = diagnose(tmp_path / "bad.onnx", data())
     assert found.whole.agreement < 0.9
     assert shares(found)["c"] > 0.9
+    agreements = [mend.score.agreement for mend in found.mends]
+    assert agreements == sorted(agreements, reverse=True)
     observers = {mend.observer: mend for mend in found.mends}
     assert observers["mse"].score.agreement >= 0.98
     assert observers["mse"].layers == ("c",)
@@ -237,6 +239,16 @@ def test_a_reference_of_other_weights_is_not_compared_weight_by_weight(broken: P
     found = diagnose(broken / "good.onnx", data(), reference=other)
     assert [part.name for part in found.parts] == ["activations"]
     assert any("weights can't be compared" in note for note in found.notes)
+
+
+def test_a_reference_of_before_more_training_is_not_compared_weight_by_weight(broken: Path, tmp_path: Path) -> None:
+    """Biases alone would tell: the logits of both may be near each other all the same."""
+    weight = stored(broken / "dense.onnx")["a.weight"]
+    noise = np.random.default_rng(0).normal(size=weight.shape).astype(np.float32) * np.abs(weight).max() / 50
+    other = edited(broken / "dense.onnx", tmp_path / "other.onnx", a__weight=weight + noise)
+    found = diagnose(broken / "good.onnx", data(), reference=other)
+    assert [part.name for part in found.parts] == ["activations"]
+    assert any("of them are others (trained, smoothed or folded since?)" in note for note in found.notes)
 
 
 def levels_and_scales(model: onnx.ModelProto, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -109,3 +109,33 @@ def test_patterns_as_recipes_spell_them():
     for wrong in ("2x4", {"tile": [1, 4]}, {"block": [4]}):
         with pytest.raises(ValueError, match="unknown pattern"):
             PromisedLayer(name="w", pattern=wrong)
+
+
+def test_a_weight_that_is_read_both_ways_is_judged_by_the_worse():
+    nodes = [to("a", "MatMul", "x", "w"), to("b", "MatMul", "w", "x")]
+    for order in (nodes, nodes[::-1]):
+        weight = read_weights(graph([*order, to("y", "Add", "a", "b")], w=ROWS))["w"]
+        assert broken_groups(weight.is_zero, GroupRule(2, 4)) == 2
+
+
+def test_a_stack_of_weights_is_read_along_its_inputs():
+    stack = np.stack([ROWS.T, ROWS.T])
+    (facts,) = measure_layers(graph([node("MatMul", "x", "w")], w=stack), Promise(), {})
+    assert (facts.shape, facts.broken_2_4) == ((8, 4), 0)
+    (turned,) = measure_layers(graph([node("MatMul", "x", "w")], w=np.stack([ROWS, ROWS])), Promise(), {})
+    assert turned.broken_2_4 == 4
+
+
+def test_weights_stand_in_the_order_of_their_blocks():
+    nodes = [to(f"v{index}", "MatMul", "x", f"blocks.{index}.w") for index in (10, 9, 2)]
+    arrays = {f"blocks.{index}.w": ROWS for index in (10, 9, 2)}
+    names = [facts.name for facts in measure_layers(graph(nodes, **arrays), Promise(), {})]
+    assert names == ["blocks.2.w", "blocks.9.w", "blocks.10.w"]
+
+
+def test_a_pruned_vector_has_no_axis_of_inputs():
+    promise = Promise(layers=(PromisedLayer(name="gain", zeros=2),))
+    gain = np.array([0, 0, 1, 2], np.float32)
+    model = graph([to("t", "Mul", "x", "gain"), node("MatMul", "t", "w")], gain=gain, w=ROWS)
+    facts = {layer.name: layer for layer in measure_layers(model, promise, {})}["gain"]
+    assert (facts.shape, facts.zeros, facts.broken_2_4) == ((4,), 2, None)

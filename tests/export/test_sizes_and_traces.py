@@ -8,11 +8,15 @@ from collections import Counter
 import numpy as np
 import onnx
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import numpy_helper
+from torch import nn
 
+from ovit_engine.export import Promise
+from ovit_engine.export.exporter import export_model
 from ovit_engine.export.parity import wilson
 from ovit_engine.export.sizes import entropy_bits, gzip_size, position_bits, zstd_size
 from ovit_engine.export.tensors import changed, keep, keep_all
@@ -141,3 +145,20 @@ def test_missing_reshaped_scaled_and_nan_tensors_are_named():
         "gone: PyTorch's model has it, the file has no tensor of this name",
         "z: of shape (2,), which is not that of PyTorch's tensor",
     ]
+
+
+def test_a_second_output_is_told_not_to_be_compared(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.layer(x), x.sum(1)
+
+    torch.manual_seed(0)
+    certificate = export_model(
+        Two(), tmp_path / "m.onnx", torch.randn(2, 4), promise=Promise(), data=[torch.randn(64, 4)]
+    )
+    name = next(iter(certificate.outputs))
+    assert f"parity compares {name!r}, the first of 2 outputs" in certificate.notes

@@ -242,10 +242,14 @@ def test_the_command_with_what_was_measured_on_a_gpu(tmp_path):
 def test_what_goes_wrong_is_one_line(tmp_path, vit):
     (tmp_path / "bad.onnx").write_bytes(b"nonsense")
     (tmp_path / "trt.log").write_text("nothing")
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    alone = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", values[:1], values[1:])
+    onnx.save(helper.make_model(alone), tmp_path / "none.of.it.onnx")
     for arguments, words in (
         ([tmp_path / "none.onnx"], "no such file"),
         ([tmp_path / "bad.onnx"], "is no ONNX file"),
         ([vit.path, "--trt-log", tmp_path / "trt.log"], "trt.log': no line of it begins with (Sparsity)"),
+        ([tmp_path / "none.of.it.onnx"], "has no MatMul, Gemm or Conv that reads a weight"),
         ([vit.path, "--measured", tmp_path / "trt.log"], "trt.log"),
         (["r.yaml", "--trt-log", tmp_path / "trt.log"], "goes with the ONNX file"),
     ):

@@ -11,6 +11,7 @@ from onnx import numpy_helper
 
 from ovit_engine.export import VerificationError
 from ovit_engine.export import parity as parity_module
+from ovit_engine.export.certificate import certificate_path, page_path
 from ovit_engine.export.exporter import export_model
 from ovit_engine.export.verify import verify_file
 from ovit_engine.quant import bake
@@ -187,3 +188,30 @@ def test_images_too_large_to_store_whole(vit, digits, tmp_path, monkeypatch):
     rewrite(path, "blocks.0.mlp.fc2.weight_scale", lambda scale: scale * 4)
     with pytest.raises(VerificationError, match="parity"):
         verify_file(path)
+
+
+def test_the_labels_of_the_data_count_and_not_those_of_the_reference(vit_copy, digits):
+    images, labels = (part[1000:1300] for part in digits)
+    assert verify_file(vit_copy.path, data=[(images, labels)]).accuracy == vit_copy.certificate.accuracy
+    wrong = labels.clone()
+    wrong[:7] = (wrong[:7] + 1) % 10
+    with pytest.raises(VerificationError, match="7 of 300 labels of the data are not the reference's"):
+        verify_file(vit_copy.path, data=[(images, wrong)])
+
+
+def test_an_edited_page_fails(vit_copy):
+    page = vit_copy.path.with_name("model.certificate.html")
+    page.write_text(page.read_text().replace("50.00%", "99.99%"))
+    assert "model.certificate.html is not the page of its certificate" in violations(vit_copy.path)
+    page.unlink()
+    assert verify_file(vit_copy.path).sparsity == 0.5
+
+
+def test_kernels_of_another_machine_are_told_to_be_its_own(vit_copy):
+    stated = vit_copy.certificate
+    other = stated.model_copy(
+        update={"machine": stated.machine.model_copy(update={"cpu": "Abacus"}), "kernels": {}, "runtime_ops": {}}
+    ).model_copy(update={"integer_kernels": 0})
+    certificate_path(vit_copy.path).write_text(other.to_json())
+    page_path(vit_copy.path).unlink()
+    assert "the certificate states the kernels of Abacus" in verify_file(vit_copy.path).notes[-1]

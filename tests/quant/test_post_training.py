@@ -265,3 +265,12 @@ def test_a_convolution_hands_its_shift_to_the_norm_behind_it(norm: bool) -> None
     baked = bake(copy.deepcopy(model))
     assert baked[0].weight_zero_point.shape == baked[0].weight_scale.shape  # as DequantizeLinear wants, folded or not
     torch.testing.assert_close(baked(x), model(x), rtol=0, atol=0.02 * float(model(x).detach().abs().max()))
+
+
+def test_an_image_with_nan_is_named_and_not_left_out() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    prepare_quantization(model, ["0"])
+    batches = [(torch.randn(3, 4),), (torch.randn(3, 4),)]
+    batches[1][0][2, 1] = float("nan")
+    with pytest.raises(ValueError, match="calibration batch 2 holds NaN or infinity, first in its item 2"):
+        calibrate(model, batches)
