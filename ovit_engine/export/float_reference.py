@@ -40,10 +40,11 @@ def match_weights(layers: Sequence[Layer], reference: Sequence[Layer]) -> dict[s
 def others(weight: Weight, reference: np.ndarray) -> np.ndarray:
     """bool: elements that are neither the reference's value, rounded or cut off at the last level, nor pruned."""
     distance = np.abs(weight.values - reference)
-    if weight.scale is None:
-        return (weight.values != 0) & (distance > 1e-6 * np.abs(reference).max())
-    levels = np.abs(weight.values / weight.scale)
-    is_other: np.ndarray = (weight.values != 0) & (distance > 0.51 * weight.scale) & (levels < levels.max() - 0.5)
+    least, is_inside = 1e-6 * np.abs(reference).max(), np.True_
+    if weight.scale is not None:
+        levels = np.abs(weight.values / weight.scale)
+        least, is_inside = 0.51 * weight.scale, levels < levels.max() - 0.5
+    is_other: np.ndarray = (weight.values != 0) & (distance > least) & is_inside
     return is_other
 
 
