@@ -94,6 +94,11 @@ def last_whole(folder: Path) -> Path | None:
     return None
 
 
+def folder_of(path: Path) -> Path:
+    """The folder of a run, of which `path` is a checkpoint or that folder itself."""
+    return path if path.is_dir() else path.parent
+
+
 def set_aside(file: Path) -> None:
     """Rename a checkpoint if it is damaged, so that the next one saved does not keep it as the previous one."""
     try:

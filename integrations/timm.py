@@ -8,13 +8,14 @@ from typing import Any
 from torch import nn
 
 from ovit_engine.engine import Engine
-from ovit_engine.integrations.checkpoint import LAST, PREVIOUS, deployed_weights, load_checkpoint
+from ovit_engine.integrations.checkpoint import LAST, PREVIOUS, deployed_weights, folder_of, load_checkpoint
 from ovit_engine.integrations.evaluation import evaluate as evaluate
 from ovit_engine.integrations.models import make_model as make_model
 from ovit_engine.integrations.models import model_name as model_name
 from ovit_engine.integrations.models import with_training as with_training
 from ovit_engine.integrations.processes import choose_device, joined
 from ovit_engine.integrations.sweep import clear_broken_start
+from ovit_engine.integrations.teachers import Teachers
 from ovit_engine.integrations.trainer import SAVE_EVERY, Trainer
 from ovit_engine.integrations.trainer import FinishedRunError as FinishedRunError
 from ovit_engine.integrations.trainer import Trained as Trained
@@ -92,7 +93,7 @@ def _set_up(
 ) -> None:
     """Make the model, and load what it starts from."""
     if resume is not None:
-        trainer.prepare(pretrained=False, checkpoint=None)
+        trainer.prepare(pretrained=False, checkpoint=None, resumed=Path(resume))
         trainer.resume(Path(resume))
     else:
         if any((trainer.output / name).exists() for name in (LAST, PREVIOUS)):
@@ -139,7 +140,11 @@ def restore(path: str | Path) -> Restored:
     recipe = Recipe.parse(state["recipe"], file=f"recipe in {path}")
     model = make_model(recipe.training)
     engine = Engine(
-        model, recipe, steps_per_epoch=state["engine"]["steps_per_epoch"], epochs=recipe.training.epochs
+        model,
+        recipe,
+        steps_per_epoch=state["engine"]["steps_per_epoch"],
+        epochs=recipe.training.epochs,
+        teacher=None if state["engine"].get("finished") else Teachers(recipe).saved(folder_of(Path(path))),
     ).prepare()
     model.load_state_dict(deployed_weights(state))
     engine.load_state_dict(state["engine"])

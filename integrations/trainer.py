@@ -25,6 +25,7 @@ from ovit_engine.integrations.batches import SeededItems, TrainingBatches, part_
 from ovit_engine.integrations.checkpoint import (
     LAST,
     clear_leftovers,
+    folder_of,
     load_checkpoint,
     load_weights,
     save_checkpoint,
@@ -37,6 +38,7 @@ from ovit_engine.integrations.processes import ALONE, Processes
 from ovit_engine.integrations.schedulers import make_scheduler
 from ovit_engine.integrations.steps import Steps
 from ovit_engine.integrations.sweep import METRIC, complete
+from ovit_engine.integrations.teachers import Teachers
 from ovit_engine.integrations.training_log import EpochMetrics, Progress, write_metrics
 from ovit_engine.random_states import mixed, seed_everything
 from ovit_engine.recipe import Recipe
@@ -134,13 +136,20 @@ class Trainer:
         self.val_share: DataLoader[Any] = DataLoader(Subset(self.data.val, share), batch_size=part, **options)
         self.calibration_loader: DataLoader[Any] = DataLoader(self.data.calibration, **options)
 
-    def prepare(self, *, pretrained: bool, checkpoint: Path | None) -> None:
+    def prepare(self, *, pretrained: bool, checkpoint: Path | None, resumed: Path | None = None) -> None:
         self.model = make_model(self.training, pretrained=pretrained)
         if checkpoint is not None:
             load_weights(self.model, checkpoint)
         self.model.to(self.device)
+        self.teachers = Teachers(self.recipe)
+        teacher = self.teachers.make() if resumed is None else self.teachers.saved(folder_of(resumed))
         self.engine = Engine(
-            self.model, self.recipe, steps_per_epoch=self.steps, epochs=self.training.epochs, output=self.output
+            self.model,
+            self.recipe,
+            steps_per_epoch=self.steps,
+            epochs=self.training.epochs,
+            output=self.output,
+            teacher=teacher,
         ).prepare()
         if self.engine.sweep is not None:
             if self.engine.sweep.plan.metric != METRIC:
@@ -200,6 +209,8 @@ class Trainer:
     def fit(self, progress: Progress) -> Trained:
         if self.processes.leads:
             self.output.mkdir(parents=True, exist_ok=True)
+            if self.engine.run.teacher is not None:
+                self.teachers.save(self.engine.run.teacher.module, self.output)
         epochs = self.training.epochs
         with self.engine as engine:
             if progress.work is not None:

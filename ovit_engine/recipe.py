@@ -32,6 +32,25 @@ Augmentation = Literal[
 ]
 
 
+class TeacherModel(BaseModel):
+    """Whom `distill` and its like learn from."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field("same", description="timm model name, or same: that of the training")
+    model_args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of timm.create_model")
+    checkpoint: str | None = Field(
+        None,
+        description="its weights; if left out timm's own (downloads them), for same those that training starts from",
+    )
+
+    @model_validator(mode="after")
+    def _another(self) -> "TeacherModel":
+        if self.model == "same" and self.model_args:
+            raise ValueError("model_args go with a model: 'same' takes those of the training")
+        return self
+
+
 class Training(BaseModel):
     """How the bundled trainer (`ovit train`) trains; a user's own loop never reads it."""
 
@@ -62,6 +81,9 @@ class Training(BaseModel):
     clip_grad: PositiveFloat | None = Field(None, description="largest gradient norm")
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of an averaged copy of the weights, which is then validated and exported"
+    )
+    teacher: TeacherModel | None = Field(
+        None, description="of modifiers that learn from one (distill); the model as training starts if left out"
     )
     seed: int = Field(0, ge=0, description="of weights, order and augmentation")
 
