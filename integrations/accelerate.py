@@ -18,7 +18,13 @@ from ovit_engine.targets import Slot
 
 
 def accelerate_engine(
-    accelerator: Accelerator, model: nn.Module, recipe: Recipe | str | Path, loader: Any, *, epochs: int
+    accelerator: Accelerator,
+    model: nn.Module,
+    recipe: Recipe | str | Path,
+    loader: Any,
+    *,
+    epochs: int,
+    teacher: nn.Module | None = None,
 ) -> Engine:
     """A prepared engine. Call it before the optimizer is made and `accelerator.prepare(model, ...)`.
 
@@ -27,6 +33,7 @@ def accelerate_engine(
 
     Args:
         loader: the training loader, prepared already: its length is that of one process's share.
+        teacher: as that of an Engine; not prepared.
 
     Raises:
         TypeError: a loader that is not prepared.
@@ -39,7 +46,7 @@ def accelerate_engine(
         total = steps * epochs
     else:
         steps, total = max(1, round(micro_batches / group)), micro_batches * epochs // group
-    engine = Engine(model, recipe, steps_per_epoch=steps, total_steps=total).prepare()
+    engine = Engine(model, recipe, steps_per_epoch=steps, total_steps=total, teacher=teacher).prepare()
     accelerator.register_for_checkpointing(engine)
     return engine
 

@@ -8,8 +8,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ovit_engine.calibration import Calibration
+from ovit_engine.engine import Engine
 from ovit_engine.integrations.plain_forward import plain_forward
 from ovit_engine.targets import Slot
+
+IGNORED = -100  # a label that counts for nothing
 
 Collate = Callable[[list[Any]], Mapping[str, Any]]
 
@@ -41,6 +44,24 @@ def deployed(model: nn.Module, inputs: Sequence[str]) -> nn.Module:
 
     model.__class__ = type(kind.__name__, (kind,), {"forward": forward})
     return model
+
+
+class AddToOwnLoss:
+    """A forward hook on the model that adds a recipe's loss terms to the loss in its output.
+
+    A loss that is a share of a larger batch's, as Hugging Face's Trainer asks for by `num_items_in_batch`, gets that
+    share of the terms.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        loss, whole = getattr(output, "loss", None), kwargs.get("num_items_in_batch")
+        if isinstance(loss, Tensor):
+            share = 1.0 if whole is None else int((kwargs["labels"] != IGNORED).sum()) / float(whole)
+            output.loss = self._engine.loss(loss / share) * share
+        return output
 
 
 class _Pairs:

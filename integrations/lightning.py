@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 
 from ovit_engine.calibration import Calibration
 from ovit_engine.engine import Engine
@@ -28,6 +29,9 @@ class RecipeCallback(Callback):
             it on the Trainer's own training data, whose batches must then be (inputs, targets).
         network: name of the attribute that holds the network, where it is not the LightningModule itself. Targets are
             then named from there on, and it is what is exported.
+        criterion: name of the attribute that holds the loss module, which gets the extra loss terms of a recipe
+            (`distill`). Without one write `loss = callback.engine.loss(loss)` in `training_step`.
+        teacher: what `distill` learns from; a copy of the network as training starts if left out.
     """
 
     def __init__(
@@ -36,8 +40,11 @@ class RecipeCallback(Callback):
         *,
         calibration: Calibration | LossFunction | None = None,
         network: str = "",
+        criterion: str | None = None,
+        teacher: nn.Module | None = None,
     ) -> None:
         self.recipe, self.calibration, self.network = recipe, calibration, network
+        self.criterion, self.teacher = criterion, teacher
         self._engine: Engine | None = None
         self._fitting = False
 
@@ -56,7 +63,8 @@ class RecipeCallback(Callback):
             raise RuntimeError("this RecipeCallback was in a fit before: make a new one for each")
         steps_per_epoch, total_steps = _length(trainer)
         network = pl_module.get_submodule(self.network)
-        self._engine = Engine(network, self.recipe, steps_per_epoch=steps_per_epoch, total_steps=total_steps).prepare()
+        length = {"steps_per_epoch": steps_per_epoch, "total_steps": total_steps}
+        self._engine = Engine(network, self.recipe, **length, teacher=self.teacher).prepare()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         calibration = self.calibration
@@ -65,7 +73,8 @@ class RecipeCallback(Callback):
             calibration = Calibration(loader, calibration)
         for logger in trainer.loggers:
             self.engine.log_to(logger.log_metrics, every=max(1, trainer.log_every_n_steps))  # type: ignore[attr-defined]
-        self.engine.attach(*trainer.optimizers, calibration=calibration)
+        criterion = None if self.criterion is None else pl_module.get_submodule(self.criterion)
+        self.engine.attach(*trainer.optimizers, calibration=calibration, criterion=criterion)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._fitting and self.engine.is_attached:  # not yet where Lightning checks its sanity

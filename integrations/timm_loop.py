@@ -16,7 +16,13 @@ from ovit_engine.recipe import Recipe
 
 
 def timm_engine(
-    model: nn.Module, recipe: Recipe | str | Path, loader: Any, *, epochs: int, grad_accum_steps: int = 1
+    model: nn.Module,
+    recipe: Recipe | str | Path,
+    loader: Any,
+    *,
+    epochs: int,
+    grad_accum_steps: int = 1,
+    teacher: nn.Module | None = None,
 ) -> Engine:
     """A prepared engine. Call it before the optimizer, the EMA copy, DDP and torch.compile are made.
 
@@ -24,8 +30,11 @@ def timm_engine(
         loader: of training, as `timm.data.create_loader` makes it.
         epochs: all that are trained: with a schedule of timm's, what `create_scheduler_v2` returns beside it.
         grad_accum_steps: as in train.py; an epoch's last step may have fewer micro-batches.
+        teacher: as that of an Engine. Where a recipe has extra loss terms (`distill`) give `train_loss_fn` to
+            `engine.attach(criterion=...)`.
     """
-    return Engine(model, recipe, steps_per_epoch=math.ceil(len(loader) / grad_accum_steps), epochs=epochs).prepare()
+    steps = math.ceil(len(loader) / grad_accum_steps)
+    return Engine(model, recipe, steps_per_epoch=steps, epochs=epochs, teacher=teacher).prepare()
 
 
 def timm_calibration(loader: Any, loss_fn: LossFunction = cross_entropy, *, seed: int = 0) -> Calibration:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from ovit_engine.calibration import Calibration
 from ovit_engine.engine import Engine
 from ovit_engine.export import Certificate
-from ovit_engine.integrations.keyword_batches import KeywordCalibration, deployed
+from ovit_engine.integrations.keyword_batches import AddToOwnLoss, KeywordCalibration, deployed
 from ovit_engine.integrations.transformers_trainer import (
     OptimizersRates,
     check_arguments,
@@ -36,19 +37,26 @@ class RecipeTrainerCallback(TrainerCallback, ExportableState):
     Args:
         calibration: the source of gradients for second-order pruners; without it the model's own loss on the training
             data.
+        teacher: what `distill` learns from; a copy of the model as it is now if left out.
 
     Raises:
         ValueError: training arguments that a recipe can't be followed with.
     """
 
     def __init__(
-        self, trainer: Trainer, recipe: Recipe | str | Path, *, calibration: Calibration | None = None
+        self,
+        trainer: Trainer,
+        recipe: Recipe | str | Path,
+        *,
+        calibration: Calibration | None = None,
+        teacher: nn.Module | None = None,
     ) -> None:
         check_arguments(trainer)
         self._trainer, self._calibration = trainer, calibration
         steps_per_epoch, total_steps = training_length(trainer.args, trainer.get_train_dataloader())
         model: Any = trainer.model
-        self.engine = Engine(model, recipe, steps_per_epoch=steps_per_epoch, total_steps=total_steps).prepare()
+        length = {"steps_per_epoch": steps_per_epoch, "total_steps": total_steps}
+        self.engine = Engine(model, recipe, **length, teacher=teacher).prepare()
         keep_names(model)
         claims = [claim.what for modifier in self.engine.modifiers for claim in modifier.claims(self.engine.run)]
         if trainer.lr_scheduler is None and "the learning rate" in claims:
@@ -66,6 +74,8 @@ class RecipeTrainerCallback(TrainerCallback, ExportableState):
         calibration = self._calibration or KeywordCalibration(loader.dataset, loader.collate_fn)
         optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
         self.engine.attach(optimizer, calibration=calibration)
+        # after the hooks of prepare, which read the output
+        self._terms = self.engine.model.register_forward_hook(AddToOwnLoss(self.engine), with_kwargs=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._told:
@@ -84,6 +94,7 @@ class RecipeTrainerCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._terms.remove()
         self.engine.detach()
 
     def _resume(self, state: TrainerState) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from ovit_engine import Calibration, Engine
+from ovit_engine import Calibration, Engine, Recipe
 from ovit_engine.integrations.lightning import RecipeCallback
 from tests.integrations import small
 
@@ -179,3 +179,28 @@ def test_a_callback_is_for_one_fit(tmp_path: Path) -> None:
 def test_training_without_an_end_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="give it max_steps"):
         trainer(tmp_path, callback(), max_epochs=-1, max_steps=-1).fit(Classifier(), datamodule=Digits())
+
+
+class WithCriterion(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.criterion = torch.nn.CrossEntropyLoss()
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        loss: Tensor = self.criterion(self(batch[0]), batch[1])
+        self.losses.append(float((loss - cross_entropy(self.net.eval()(batch[0]), batch[1])).detach()))
+        self.net.train()
+        return loss
+
+
+def test_a_criterion_of_the_module_gets_the_terms(tmp_path: Path) -> None:
+    model, teacher = WithCriterion(), small.vit(seed=1)
+    recipe = RecipeCallback(
+        Recipe.parse("modifiers: [{distill: {hard: true}}]"), network="net", criterion="criterion", teacher=teacher
+    )
+    trainer(tmp_path, recipe, max_epochs=1).fit(model, datamodule=Digits())
+    assert min(model.losses) > 0.1
+    forgotten = RecipeCallback(Recipe.parse("modifiers: [{distill: {}}]"), network="net")
+    with pytest.raises(RuntimeError, match=r"the loss had no term of distill: write loss = engine.loss\(loss\)"):
+        trainer(tmp_path, forgotten, max_epochs=1).fit(Classifier(), datamodule=Digits())

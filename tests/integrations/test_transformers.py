@@ -221,3 +221,34 @@ def test_a_checkpoint_that_knows_no_recipe_is_refused(tmp_path: Path) -> None:
 def test_arguments_that_do_not_go_with_a_recipe(tmp_path: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         RecipeTrainerCallback(trainer(tmp_path, vit, **options), recipe())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_distillation_comes_into_the_models_own_loss(tmp_path: Path, accumulate: int) -> None:
+    """One step of the Trainer is that of the loss written out here, however many parts its batch has."""
+    torch.manual_seed(7)
+    teacher = vit()
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    options = {"gradient_accumulation_steps": accumulate, "max_steps": 1, "eval_strategy": "no", "max_grad_norm": 0.0}
+    made = trainer(tmp_path, vit, optim="sgd", learning_rate=0.1, **options)
+    made.get_train_dataloader = lambda: _first(accumulate)  # type: ignore[method-assign,assignment,return-value]
+    RecipeTrainerCallback(made, Recipe.parse("modifiers: [{distill: {logits: 2.0}}]"), teacher=teacher)
+    made.train()
+    assert not made.model._forward_hooks  # type: ignore[union-attr]
+    model = vit().train()
+    images, classes = small.IMAGES[: 32 * accumulate], small.CLASSES[: 32 * accumulate]
+    logits = model(pixel_values=images).logits
+    with torch.no_grad():
+        wanted = teacher(pixel_values=images).logits
+    p, q = logits.log_softmax(1), wanted.log_softmax(1)
+    term = 2.0 * (q.exp() * (q - p)).sum(1).mean()
+    assert float(term.detach()) > 0.01
+    (torch.nn.functional.cross_entropy(logits, classes) + term).backward()
+    for (name, ours), theirs in zip(made.model.named_parameters(), model.parameters(), strict=True):  # type: ignore[union-attr]
+        assert torch.allclose(ours, theirs - 0.1 * theirs.grad, atol=1e-6), name
+
+
+def _first(parts: int) -> torch.utils.data.DataLoader[Any]:
+    return torch.utils.data.DataLoader(Digits(0, 32 * parts), batch_size=32)  # type: ignore[arg-type]
