@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
+import timm
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -208,3 +209,33 @@ def digits_accuracy(kind: str, images: Tensor, labels: Tensor) -> float:
     assert engine.run.masks.sparsity() > 0.59
     with torch.no_grad():
         return float((loop.eval()(images[1200:]).argmax(1) == labels[1200:]).float().mean())
+
+
+def taught(kind: str, *, differs: bool = False) -> dict[str, Any]:
+    """Weights of a small ViT that learned from a teacher's logits and tokens, each rank on its part of the batch."""
+    rank, ranks = (0, 1) if kind == "alone" else (dist.get_rank(), dist.get_world_size())
+    teacher, model = small_vit(seed=1 + differs * rank), small_vit(seed=0)
+    engine = Engine(model, recipe("distill: {logits: 1, tokens: 1}"), steps_per_epoch=3, epochs=1, teacher=teacher)
+    engine.prepare()
+    loop: Any = model
+    if kind == "fsdp2":
+        mesh = dist.init_device_mesh("cpu", (ranks,))
+        for layer in (*model.blocks, model):
+            fully_shard(layer, mesh=mesh)
+    elif kind == "ddp":
+        loop = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with engine.attach(optimizer):
+        for step in range(3):
+            images = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(step))
+            images, classes = images[rank::ranks], (torch.arange(8) % 4)[rank::ranks]
+            optimizer.zero_grad()
+            engine.loss(nn.functional.cross_entropy(loop(images), classes)).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    return whole_state_dict(model)
+
+
+def small_vit(seed: int) -> Any:
+    torch.manual_seed(seed)
+    sizes = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 8, "depth": 2, "num_heads": 2}
+    return timm.create_model("vit_tiny_patch16_224", num_classes=4, **sizes)

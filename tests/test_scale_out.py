@@ -26,6 +26,7 @@ from tests.scale_out import (
     resumed,
     spread,
     start,
+    taught,
     train,
 )
 from tests.test_distributed_pruning import assert_same, failure
@@ -86,6 +87,7 @@ def failures(rank: int) -> dict[str, str]:
             model, find_slots(model, ["0.weight"]), count=1, images_per_gradient=1, chunk=1
         ),
         "split": lambda: whole_model(split).__enter__(),
+        "teacher": lambda: taught("ddp", differs=True),
     }
     return {name: failure(work) for name, work in kinds.items()}
 
@@ -126,6 +128,7 @@ def work(rank: int, folder: str) -> None:
     start(rank, RANKS, f"{folder}/store", "cpu")
     found: dict[str, Any] = {"failures": failures(rank)}  # first: what follows shows that all is well after them
     found["trained"] = {f"{kind}: {name}": train(kind, name) for kind, name in CASES}
+    found["taught"] = {kind: taught(kind) for kind in SPREAD}
     found["unbroken"] = resumed(None)
     found["resumed"] = {cut: resumed(cut) for cut in (2, 5)}
     images, labels = torch.load(f"{folder}/digits.pt")
@@ -182,6 +185,13 @@ def test_two_ranks_train_as_one_process_does(
     assert_close(last, alike, 1e-2 if name in ("int8", "stacked") else 1e-5)
 
 
+@pytest.mark.parametrize("kind", SPREAD)
+def test_each_rank_asks_the_teacher_about_its_own_images(kind: str, found: list[dict[str, Any]]) -> None:
+    first, second = (each["taught"][kind] for each in found)
+    assert_same(first, second)
+    assert_close(first, taught("alone"), 1e-6)
+
+
 def test_ranges_are_those_of_the_whole_batch(found: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     for kind in ("ddp", "ddp, own buffers", "fsdp2"):
         tensors, one = found[0]["trained"][f"{kind}: int8"]["last"], alone["int8"]["last"]
@@ -231,6 +241,7 @@ def test_ranges_are_those_of_the_whole_batch(found: list[dict[str, Any]], alone:
             ["ValueError: the optimizer holds no parameter of this model: it was made before fully_shard"] * 2,
         ),
         ("gradients", ["ValueError: '0.weight' is sharded: take gradients in `with whole_model(model):`"] * 2),
+        ("teacher", ["RuntimeError: the teacher at attach is not the same in all processes: rank 1 differs"] * 2),
         ("split", ["TypeError: 'weight' is sharded over DeviceMesh"] * 2),
     ],
 )
