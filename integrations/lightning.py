@@ -63,7 +63,7 @@ class RecipeCallback(Callback):
             raise RuntimeError("this RecipeCallback was in a fit before: make a new one for each")
         steps_per_epoch, total_steps = _length(trainer)
         network = pl_module.get_submodule(self.network)
-        length = {"steps_per_epoch": steps_per_epoch, "total_steps": total_steps}
+        length: Any = {"steps_per_epoch": steps_per_epoch, "total_steps": total_steps}
         self._engine = Engine(network, self.recipe, **length, teacher=self.teacher).prepare()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

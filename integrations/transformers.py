@@ -55,7 +55,7 @@ class RecipeTrainerCallback(TrainerCallback, ExportableState):
         self._trainer, self._calibration = trainer, calibration
         steps_per_epoch, total_steps = training_length(trainer.args, trainer.get_train_dataloader())
         model: Any = trainer.model
-        length = {"steps_per_epoch": steps_per_epoch, "total_steps": total_steps}
+        length: Any = {"steps_per_epoch": steps_per_epoch, "total_steps": total_steps}
         self.engine = Engine(model, recipe, **length, teacher=teacher).prepare()
         keep_names(model)
         claims = [claim.what for modifier in self.engine.modifiers for claim in modifier.claims(self.engine.run)]
