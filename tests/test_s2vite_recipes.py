@@ -27,7 +27,11 @@ def test_the_released_settings(name: str) -> None:
     training = recipe.training
     assert recipe.name == name
     assert training.model == f"{name.removeprefix('s2vite_')}_patch16_224"
-    assert (training.epochs, training.batch_size, training.lr) == (600, batch_size, pytest.approx(5e-4 * batch_size / 512))
+    assert (training.epochs, training.batch_size, training.lr) == (
+        600,
+        batch_size,
+        pytest.approx(5e-4 * batch_size / 512),
+    )
     assert (training.optimizer, training.weight_decay, training.ema) == ("adamw", 0.05, 0.99996)
     assert (modifier.head_sparsity, modifier.unit_sparsity, modifier.min_swap) == (heads, units, 1)
     assert (modifier.drop, modifier.drop_end, modifier.gradients) == (0.5, 0.005, 1)
