@@ -16,6 +16,7 @@ from ovit_engine.modifiers import (
     quantize,
     s2vite,
     structured_prune,
+    svite,
     svite_tokens,
 )
 
@@ -35,5 +36,6 @@ __all__ = [
     "quantize",
     "s2vite",
     "structured_prune",
+    "svite",
     "svite_tokens",
 ]

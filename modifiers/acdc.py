@@ -5,16 +5,14 @@ from typing import Literal
 
 import torch
 from pydantic import Field, PrivateAttr, model_validator
-from torch import Tensor
-from torch.optim import Optimizer
 
 from ovit_engine.modifier import Claim, Run, Time
 from ovit_engine.modifiers._amount import Sparsity
 from ovit_engine.modifiers._base import MaskingModifier
+from ovit_engine.modifiers._optimizer_state import forget
 from ovit_engine.registry import register
 from ovit_engine.schedule import Clock
 from ovit_engine.second_order import prune_tensors
-from ovit_engine.targets import Slot
 
 Phase = Literal["sparse", "dense"]
 
@@ -109,15 +107,3 @@ class Acdc(MaskingModifier):
             forget(run.optimizers, slot, ~mask)
             run.masks.set(slot, torch.ones_like(mask))
         run.log(f"{self.name}/sparsity", 0.0)
-
-
-@torch.no_grad()
-def forget(optimizers: Iterable[Optimizer], slot: Slot, revived: Tensor) -> None:
-    """Zero what optimizers remember of single weights: momentum, exp_avg, exp_avg_sq, max_exp_avg_sq and the like."""
-    parameter = slot.tensor
-    where = slot.scatter(revived)
-    # ZeroRedundancyOptimizer keeps what it remembers in an optimizer inside
-    for optimizer in (inner for each in optimizers for inner in (each, getattr(each, "optim", None)) if inner):
-        for memory in optimizer.state.get(parameter, {}).values():
-            if isinstance(memory, Tensor) and memory.shape == parameter.shape:
-                memory.masked_fill_(where.to(memory.device), 0)

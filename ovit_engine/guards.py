@@ -186,7 +186,13 @@ def check_claims(claims: list[tuple[Modifier, Claim]]) -> None:
         for first, earlier in claims[:index]:
             overlap = earlier.what == later.what and earlier.start <= later.end and later.start <= earlier.end
             if first is not second and overlap:
+                where = first._origins.get("", "same recipe")
+                if reason := later.reason or earlier.reason:
+                    raise second.error(
+                        f"{later.what} from step {later.start} to {later.end} does not go with {first.name} ({where}) "
+                        f"from {earlier.start} to {earlier.end}: {reason}"
+                    )
                 raise second.error(
-                    f"writes {later.what} from step {later.start} to {later.end}, where {first.name} "
-                    f"({first._origins.get('', 'same recipe')}) writes it from {earlier.start} to {earlier.end}"
+                    f"writes {later.what} from step {later.start} to {later.end}, where {first.name} ({where}) writes "
+                    f"it from {earlier.start} to {earlier.end}"
                 )

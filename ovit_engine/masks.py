@@ -112,7 +112,7 @@ class Masks:
 
     def state_dict(self) -> dict[str, Any]:
         """Masks as packed bits: one uint8 tensor, the shape and the pattern for each weight."""
-        return {name: {**_pack(mask), "pattern": self._patterns[name]} for name, mask in self._whole.items()}
+        return {name: {**pack(mask), "pattern": self._patterns[name]} for name, mask in self._whole.items()}
 
     def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
         """Set the masks of `state` on the weights of `model`, all of them or, where one does not fit, none.
@@ -125,10 +125,12 @@ class Masks:
         if missing:
             raise ValueError(f"the checkpoint masks {missing[0]!r}, which {type(model).__name__} does not have")
         for name, packed in state.items():
-            _check_packed(name, packed, slots[name].tensor.shape)
+            if not isinstance(packed, Mapping) or "pattern" not in packed:
+                raise ValueError(f"the checkpoint's mask of {name!r} is damaged: it has no shape, bits and pattern")
+            check_packed(name, packed, slots[name].tensor.shape)
         self._slots, self._pruned, self._bits, self._whole, self._patterns = {}, {}, {}, {}, {}
         for name, packed in state.items():  # not projected: weights that are none of a pruned model are told later
-            self._put(slots[name], _unpack(packed).to(slots[name].tensor.device), packed["pattern"])
+            self._put(slots[name], unpack(packed).to(slots[name].tensor.device), packed["pattern"])
 
     def check_weights(self) -> None:
         """Raise RuntimeError where a pruned weight is not zero: the model's state was not loaded with the masks."""
@@ -149,14 +151,16 @@ def _kept_bits(pruned: Tensor, weight: Tensor) -> Tensor | None:
     return (~pruned).to(kind).neg_()
 
 
-def _pack(mask: Tensor) -> dict[str, Any]:
+def pack(mask: Tensor) -> dict[str, Any]:
+    """A boolean tensor as its shape and one uint8 tensor of bits."""
     bits = np.packbits(mask.cpu().numpy().reshape(-1))
     return {"shape": list(mask.shape), "bits": torch.from_numpy(bits)}
 
 
-def _check_packed(name: str, packed: Any, shape: torch.Size) -> None:
-    if not isinstance(packed, Mapping) or not {"shape", "bits", "pattern"} <= set(packed):
-        raise ValueError(f"the checkpoint's mask of {name!r} is damaged: it has no shape, bits and pattern")
+def check_packed(name: str, packed: Any, shape: torch.Size) -> None:
+    """Raise ValueError where `packed` is not what `pack` makes of a mask of this shape."""
+    if not isinstance(packed, Mapping) or not {"shape", "bits"} <= set(packed):
+        raise ValueError(f"the checkpoint's mask of {name!r} is damaged: it has no shape and bits")
     if list(packed["shape"]) != list(shape):
         raise ValueError(f"the checkpoint's mask of {name!r} is {list(packed['shape'])}, the weight {list(shape)}")
     bits, size = packed["bits"], -(-shape.numel() // 8)
@@ -165,7 +169,8 @@ def _check_packed(name: str, packed: Any, shape: torch.Size) -> None:
         raise ValueError(f"the checkpoint's mask of {name!r} is damaged: its bits must be {size} bytes, not {found}")
 
 
-def _unpack(packed: Mapping[str, Any]) -> Tensor:
+def unpack(packed: Mapping[str, Any]) -> Tensor:
+    """The boolean tensor that `pack` was given, on the CPU."""
     shape = torch.Size(packed["shape"])
     bits = np.unpackbits(packed["bits"].cpu().numpy(), count=shape.numel())
     return torch.from_numpy(bits.astype(bool)).reshape(shape)

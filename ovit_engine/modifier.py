@@ -100,6 +100,7 @@ class Claim:
     what: str
     start: int
     end: int
+    reason: str = ""  # why nobody else may, for a claim on something that the claimer only needs left alone
 
 
 @dataclass(frozen=True)

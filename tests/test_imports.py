@@ -25,7 +25,7 @@ LAYERS = [
         "distillation",
     ],
     ["second_order", "presets", "plots", "samples", "torch_files"],
-    ["targets", "processes", "gate_choice"],
+    ["targets", "processes", "gate_choice", "topology"],
     ["masks", "gradient_pass", "gates", "tokens"],
     ["calibration", "flops", "loggers", "gate_scores", "teacher"],
     ["gate_ranking"],

@@ -114,7 +114,8 @@ def match_rows(engine: "Engine") -> Iterable[tuple[str, str, str, str]]:
     sizes |= {name.removesuffix(".weight"): size for name, size in sizes.items() if name.endswith(".weight")}
     for modifier in engine.modifiers:
         claimed = [claim.what.rpartition(" ")[2] for claim in modifier.claims(engine.run)]
-        claimed = [name for name in dict.fromkeys(claimed) if name in sizes]
+        # a layer and its weight are the same numbers
+        claimed = [name for name in dict.fromkeys(claimed) if name in sizes and f"{name}.weight" not in claimed]
         targets = getattr(modifier, "targets", None) or []
         if any(is_preset(target) for target in targets):
             chosen = match_targets(engine.model, targets)

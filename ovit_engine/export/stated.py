@@ -34,7 +34,7 @@ class _Step:
 
     @property
     def prunes(self) -> bool:
-        return self.name.endswith("_prune") or self.name in ("acdc", "constant_mask")
+        return self.name.endswith("_prune") or self.name in ("acdc", "constant_mask", "svite")
 
     @property
     def targets(self) -> list[str]:
