@@ -30,6 +30,7 @@ RECIPES = {
     "movement": [f"movement_prune: {{{TARGETS}, start: 3st, end: 5st, every: 2st, sparsity: {{from: 0.2, to: 0.5}}}}"],
     "acdc": [f"acdc: {{every: 2st, start: 1st, last_sparse: 2st, sparsity: 0.5, {TARGETS}}}"],
     "gates": ["s2vite: {head_sparsity: 0.5, unit_sparsity: 0.4, every: 2st, gradients: 2}"],
+    "svite": [f"svite: {{every: 2st, sparsity: 0.5, gradients: 2, {TARGETS}}}"],
     "rate": ["cyclic_lr: {max: 0.1, min: 0.01, period: 3st}"],
     "held": ["constant_mask: {targets: [2.weight]}"],
     "int8": ["quantize: {start: 1st, freeze_observers: 6st}"],
@@ -39,14 +40,15 @@ RECIPES = {
         "quantize: {start_observers: 3st, start: 4st, freeze_observers: 6st}",
     ],
 }
-AT_ATTACH = ["magnitude", "ovit", "in parts", "2:4", "stacked"]  # they prune from equal weights
+AT_ATTACH = ["magnitude", "ovit", "in parts", "2:4", "stacked", "svite"]  # they prune from equal weights
 # (kind, recipe)
 CASES = [(kind, name) for kind in ("ddp", "fsdp2") for name in RECIPES] + [
     *(("ddp, own buffers", name) for name in ("int8", "stacked")),
     ("ddp, compiled", "gates"),
     ("fsdp2, fp16", "gates"),
+    ("fsdp2, fp16", "svite"),
     *((kind, "stacked") for kind in ("ddp, compiled", "fsdp2, compiled", "ddp, fp16", "fsdp2, fp16", "ddp, no_sync")),
-    *(("zero", name) for name in ("stacked", "acdc", "of training")),
+    *(("zero", name) for name in ("stacked", "acdc", "of training", "svite")),
 ]
 
 

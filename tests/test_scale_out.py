@@ -70,6 +70,12 @@ def failures(rank: int) -> dict[str, str]:
     mesh = dist.init_device_mesh("cpu", (RANKS,))
     split.weight = nn.Parameter(distribute_tensor(split.weight.detach(), mesh, [Shard(0)]))
     uneven = engine_of(mlp(), STEPS + rank)
+    seeds = Engine(
+        mlp(),
+        recipe(f"svite: {{every: 2st, sparsity: 0.5, seed: {rank}, targets: [0.weight]}}"),
+        steps_per_epoch=STEPS,
+        epochs=1,
+    )
     flat = {views: mlp() for views in (True, False)}
     unaware = {views: engine_of(flat[views]) for views in flat}
     wrapped = [FullyShardedDataParallel(flat[v], use_orig_params=v, device_id=torch.device("cpu")) for v in flat]
@@ -82,6 +88,7 @@ def failures(rank: int) -> dict[str, str]:
         "range": lambda: train("ddp", "int8", before=on_rank_1(rank, 5, lambda e: e.model[2].weight.mul_(2))),
         "error": lambda: train("ddp", "magnitude", before=on_rank_1(rank, 2, lambda e: setattr(e.run, "log", None))),
         "clock": lambda: uneven.attach(torch.optim.SGD(uneven.model.parameters(), 0.1)),
+        "seed": lambda: seeds.attach(torch.optim.SGD(seeds.model.parameters(), 0.1)),
         "optimizer": lambda: sharded.attach(optimizer),
         "gradients": lambda: calibration.gradients(
             model, find_slots(model, ["0.weight"]), count=1, images_per_gradient=1, chunk=1
@@ -236,6 +243,7 @@ def test_ranges_are_those_of_the_whole_batch(found: list[dict[str, Any]], alone:
             ]
             * 2,
         ),
+        ("seed", ["RuntimeError: the recipe at attach is not the same in all processes: rank 1 differs from"] * 2),
         (
             "optimizer",
             ["ValueError: the optimizer holds no parameter of this model: it was made before fully_shard"] * 2,
