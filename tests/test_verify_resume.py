@@ -25,6 +25,7 @@ LR = "cyclic_lr: {max: 4.0e-3, min: 1.0e-3, period: 6st}"
 RECIPES = {
     "ovit, cyclic LR, int8": [OVIT, LR, "quantize: {start_observers: 13st, start: 15st, freeze_observers: 20st}"],
     "movement": [f"movement_prune: {{start: 4st, end: 20st, every: 4st, sparsity: {{from: 0.2, to: 0.6}}, {TARGETS}}}"],
+    "svite": [f"svite: {{every: 4st, sparsity: 0.6, gradients: 3, {TARGETS}}}"],
     "ac/dc": [f"acdc: {{start: 0st, every: 4st, sparsity: 0.5, {TARGETS}}}", LR],
     "sweep": [OVIT.replace("damp", "sweep: [0.3, 0.45, 0.6], damp"), "quantize: {start: 16st}"],
 }
