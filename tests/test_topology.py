@@ -131,6 +131,12 @@ def test_an_infinite_gain_comes_first_and_never_twice() -> None:
     ]
 
 
+def test_an_infinite_weight_is_there_all_the_same() -> None:
+    weight, mask = torch.tensor([[0.0, torch.inf, 1.0, 0.0]]), torch.tensor([[False, True, True, False]])
+    gain = torch.tensor([[1.0, 0.0, 0.0, 1.0]])
+    assert moved(weight, mask, gain, fraction=1.0).tolist() == [[True, False, False, True]]
+
+
 @pytest.mark.parametrize(("what", "index"), [("weight", 0), ("gradient", 1)])
 def test_nan_is_an_error(what: str, index: int) -> None:
     tensors = [torch.ones(2, 2), torch.ones(2, 2)]
