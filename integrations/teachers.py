@@ -68,5 +68,9 @@ class Teachers:
         if named is None or named.model == "same":
             return training
         shared = {key: training.model_args[key] for key in ("num_classes", "in_chans") if key in training.model_args}
-        changes: dict[str, Any] = {"model": named.model, "model_args": {**shared, **named.model_args}, "augmentation": "none"}
+        changes: dict[str, Any] = {
+            "model": named.model,
+            "model_args": {**shared, **named.model_args},
+            "augmentation": "none",
+        }
         return training.model_copy(update=changes)

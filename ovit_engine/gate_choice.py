@@ -17,7 +17,7 @@ from ovit_engine.second_order.allocate import take_lowest
 def kept_count(count: int, sparsity: float) -> int:
     """How many of `count` are kept: rounded down, as S2ViTE's code does, and at least 1.
 
-    By the decimals as they are written: a share of 0.8 off five leaves one, which floats get wrong.
+    By the decimals as they are written: 0.8 off ten leaves two, which floats get wrong.
     """
     return max(1, math.floor(count * (1 - Fraction(repr(sparsity)))))
 

@@ -25,7 +25,7 @@ def columns(layer: list[tuple[bool, float, float]]) -> tuple[Tensor, Tensor, Ten
     ("count", "sparsity", "kept"),
     [  # H10 of the spec; the widths of DeiT; shares that floats get wrong
         *[(3, 0.3, 2), (6, 0.3, 4), (12, 0.3, 8), (768, 0.3, 537), (1536, 0.4, 921), (3072, 0.4, 1843)],
-        *[(5, 0.8, 1), (10, 0.9, 1), (10, 0.3, 7), (4, 0.99, 1), (5, 0.5, 2)],
+        *[(5, 0.8, 1), (10, 0.8, 2), (100, 0.9, 10), (10, 0.9, 1), (10, 0.3, 7), (4, 0.99, 1), (5, 0.5, 2)],
     ],
 )
 def test_kept_counts_as_released(count: int, sparsity: float, kept: int) -> None:
