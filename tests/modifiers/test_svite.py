@@ -74,6 +74,7 @@ def test_masks_change_at_updates_alone(grow: str) -> None:
                 changed.append(step)
             before = now
     assert changed == [5, 10, 15]
+    assert not engine.state_dict()["modifiers"][0]["gains"]  # none are taken after the last update
 
 
 def test_the_timeline_tells_start_first_and_last_update() -> None:
