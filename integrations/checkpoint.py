@@ -8,13 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file as load_safetensors
 from torch import Tensor, nn
 
 from ovit_engine.files import remove_leftovers
+from ovit_engine.gates import GATE, GateSite, install
 from ovit_engine.integrations.training_log import METRICS
+from ovit_engine.manifest import Manifest
 from ovit_engine.quant import dense_state_dict
+from ovit_engine.shrink import known_sites, manifest_of, rebuild, shrink
 from ovit_engine.torch_files import first_line, load_file, save_file
 
 log = logging.getLogger(__name__)
@@ -119,7 +123,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """Start from the weights in a file: a checkpoint of ours, a state dict of timm's or torch's, or safetensors.
 
     Of a run with an averaged copy that copy is taken. Nothing but weights is: masks, quantizers and the optimizer of
-    another run are left behind.
+    another run are left behind. A model that had lost heads or units makes `model` as small, in place: by the manifest
+    beside the weights, or by the gates among them.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -129,6 +134,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"no checkpoint {str(file)!r}")
     found = _read(file)
+    manifest = saved_manifest(found) if isinstance(found, dict) else Manifest()
     if isinstance(found, dict) and set(found) >= KEYS:
         found = deployed_weights(found)
     for key in ("state_dict", "model"):
@@ -136,7 +142,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
             found = found[key]
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(f"{str(file)!r} holds no weights by name")
-    weights, own = dense_state_dict(found), model.state_dict()
+    if manifest:
+        rebuild(model, manifest)
+    weights = dense_state_dict(found)
+    gated = [site for site in _sites(model, weights) if f"{site.name}.{GATE}" in weights]
+    install(gated)
+    own = model.state_dict()
     wrong = [f"{name} is missing" for name in own if name not in weights]
     wrong += [f"{name} is unknown" for name in weights if name not in own]
     wrong += [
@@ -148,6 +159,32 @@ def load_weights(model: nn.Module, path: Path) -> None:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"{str(file)!r} does not fit the model: {'; '.join(wrong[:3])}{more}")
     model.load_state_dict(weights)
+    if gated:
+        shrink(model)
+
+
+def saved_manifest(state: Mapping[str, Any]) -> Manifest:
+    """Which heads and units the model of a checkpoint has left; empty where it has all.
+
+    Raises:
+        ValueError: it is no manifest.
+    """
+    try:
+        return Manifest.model_validate(state.get("manifest") or {})
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"]))
+        raise ValueError(f"the checkpoint holds no manifest of heads and units: {where}: {fault['msg']}") from None
+
+
+def with_manifest(model: nn.Module) -> dict[str, Any]:
+    """What a checkpoint says besides of a model that has lost heads or units."""
+    manifest = manifest_of(model)
+    return {"manifest": manifest.model_dump(mode="json")} if manifest else {}
+
+
+def _sites(model: nn.Module, weights: Mapping[str, Tensor]) -> list[GateSite]:
+    return known_sites(model) if any(name.endswith(f".{GATE}") for name in weights) else []
 
 
 def deployed_weights(state: Mapping[str, Any]) -> Mapping[str, Any]:

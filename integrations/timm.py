@@ -8,7 +8,14 @@ from typing import Any
 from torch import nn
 
 from ovit_engine.engine import Engine
-from ovit_engine.integrations.checkpoint import LAST, PREVIOUS, deployed_weights, folder_of, load_checkpoint
+from ovit_engine.integrations.checkpoint import (
+    LAST,
+    PREVIOUS,
+    deployed_weights,
+    folder_of,
+    load_checkpoint,
+    saved_manifest,
+)
 from ovit_engine.integrations.evaluation import evaluate as evaluate
 from ovit_engine.integrations.models import make_model as make_model
 from ovit_engine.integrations.models import model_name as model_name
@@ -24,6 +31,7 @@ from ovit_engine.integrations.training_log import EpochMetrics as EpochMetrics
 from ovit_engine.integrations.training_log import Progress as Progress
 from ovit_engine.recipe import Recipe
 from ovit_engine.schedule import Clock
+from ovit_engine.shrink import rebuild
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +146,7 @@ def restore(path: str | Path) -> Restored:
     """
     state = load_checkpoint(Path(path))
     recipe = Recipe.parse(state["recipe"], file=f"recipe in {path}")
-    model = make_model(recipe.training)
+    model = rebuild(make_model(recipe.training), saved_manifest(state))
     engine = Engine(
         model,
         recipe,

@@ -29,7 +29,9 @@ from ovit_engine.integrations.checkpoint import (
     load_checkpoint,
     load_weights,
     save_checkpoint,
+    saved_manifest,
     set_aside,
+    with_manifest,
 )
 from ovit_engine.integrations.data import ImageData, load_data, model_data_config
 from ovit_engine.integrations.evaluation import evaluate
@@ -42,6 +44,7 @@ from ovit_engine.integrations.teachers import Teachers
 from ovit_engine.integrations.training_log import EpochMetrics, Progress, write_metrics
 from ovit_engine.random_states import mixed, seed_everything
 from ovit_engine.recipe import Recipe
+from ovit_engine.shrink import rebuild
 from ovit_engine.state import whole_state_dict
 from ovit_engine.targets import is_scorer
 from ovit_engine.tokens import param_groups
@@ -138,6 +141,8 @@ class Trainer:
 
     def prepare(self, *, pretrained: bool, checkpoint: Path | None, resumed: Path | None = None) -> None:
         self.model = make_model(self.training, pretrained=pretrained)
+        if resumed is not None:
+            rebuild(self.model, saved_manifest(load_checkpoint(resumed)))
         if checkpoint is not None:
             load_weights(self.model, checkpoint)
         self.model.to(self.device)
@@ -326,6 +331,7 @@ class Trainer:
             "data": self.data.name,
             "preprocessing": self.data.preprocessing,
             "metrics": [asdict(metrics) for metrics in self.metrics],
+            **with_manifest(self.model),
         }
 
     def _about_point(self) -> dict[str, Any]:

@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 from ovit_engine.export import Certificate, Promise, PromisedLayer
 from ovit_engine.export.exporter import export_model
+from ovit_engine.gates import installed
 from ovit_engine.masks import Masks
 from ovit_engine.modifier import Modifier
 from ovit_engine.quant import QuantConv2d, QuantLinear
 from ovit_engine.recipe import Recipe
 from ovit_engine.sharding import sharded_modules
+from ovit_engine.shrink import harvest, manifest_of, shrink
+from ovit_engine.shrink_proof import hold_ranges
 from ovit_engine.targets import clean_name, unwrapped
 from ovit_engine.teacher import forget_teacher
 
@@ -82,16 +85,21 @@ def write(
 
     Raises:
         ExportError: the file is not what `masks` and the quantized layers promise.
+        RuntimeError: heads or units can't be removed without changing what the model computes.
     """
+    modifiers = tuple(modifiers)
     forget_teacher(reference.eval())
     baked = copy.deepcopy(reference)
+    promise = smaller(baked, masks, dead=any(modifier.removes_dead for modifier in modifiers))
+    manifest = manifest_of(baked)
     for modifier in modifiers:
         modifier.bake(baked)
     return export_model(
         baked,
         path,
         example_inputs,
-        promise=promise_of(reference, masks),
+        promise=promise,
+        manifest=manifest,
         recipe_text=recipe.dump(),
         recipe_name=recipe.name,
         preprocessing=dict(preprocessing or {}),
@@ -101,8 +109,25 @@ def write(
     )
 
 
-def promise_of(model: nn.Module, masks: Masks) -> Promise:
-    """What a file of `model` must hold: the zeros and patterns of `masks`, int8 in each layer quantized by now."""
+def smaller(model: nn.Module, masks: Masks, *, dead: bool) -> Promise:
+    """Remove from a copy of the model what gates switch off and, if asked, what is `dead`; what is promised of it."""
+    if not dead and not installed(model):
+        return promise_of(model, masks)
+    own = Masks()  # of the copy: those of training stay as they are
+    own.load_state_dict(masks.state_dict(), model)
+    hold_ranges(model)  # the range of a weight belongs to the whole weight, as the trained model rounds it
+    if installed(model):
+        shrink(model, masks=own)
+    if dead:
+        harvest(model, masks=own)
+    return promise_of(model, own, before=masks)
+
+
+def promise_of(model: nn.Module, masks: Masks, *, before: Masks | None = None) -> Promise:
+    """What a file of `model` must hold: the zeros and patterns of `masks`, int8 in each layer quantized by now.
+
+    `before` are the masks of the model before heads and units were removed.
+    """
     quantized = {
         clean_name(f"{name}.weight")
         for name, module in model.named_modules()
@@ -110,12 +135,13 @@ def promise_of(model: nn.Module, masks: Masks) -> Promise:
     }
     layers = []
     for name in dict.fromkeys([*masks.names(), *sorted(quantized)]):
-        mask = masks.get(name)
+        mask, whole = masks.get(name), None if before is None else before.get(name)
         layers.append(
             PromisedLayer(
                 name=name,
                 zeros=0 if mask is None else int((~mask).sum()),
                 pattern="unstructured" if mask is None else masks.pattern(name),
+                removed=0 if mask is None or whole is None else whole.numel() - mask.numel(),
                 quantized=name in quantized,
             )
         )

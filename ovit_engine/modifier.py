@@ -132,6 +132,7 @@ class Modifier(BaseModel):
 
     name: ClassVar[str]
     surgery: ClassVar[bool] = False  # whether `prepare` replaces modules
+    removes_dead: ClassVar[bool] = False  # whether export removes heads and units that pruning left without effect
     _origins: dict[str, Origin] = PrivateAttr(default_factory=dict)  # of each option, "" = the modifier itself
 
     def __eq__(self, other: object) -> bool:

@@ -5,7 +5,9 @@ from pathlib import Path
 from torch import nn
 
 from ovit_engine.engine import Engine
+from ovit_engine.manifest import Manifest
 from ovit_engine.recipe import Recipe
+from ovit_engine.shrink import rebuild
 from ovit_engine.torch_files import load_file
 
 
@@ -26,6 +28,8 @@ def load_point(model: nn.Module, path: str | Path) -> Engine:
     if not isinstance(content, dict) or not {"model", "engine", "point"} <= set(content):
         raise ValueError(f"{str(path)!r} is no point of a sweep")
     state = content["engine"]
+    if content.get("manifest"):
+        rebuild(model, Manifest.model_validate(content["manifest"]))
     recipe = Recipe.parse(state["recipe"], file=f"recipe in {path}")
     steps = state["steps_per_epoch"]
     engine = Engine(model, recipe, steps_per_epoch=steps, epochs=state["total_steps"] // steps).prepare()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import BaseModel, ConfigDict
 
 from ovit_engine.export.promise import Promise
+from ovit_engine.manifest import Manifest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -126,6 +127,8 @@ class Certificate(_Facts):
     recipe_name: str
     recipe_sha256: str
     promise: Promise
+    # which heads and units of the model as it was made are left
+    manifest: Manifest = Manifest()
     preprocessing: dict[str, Any]
     # what parity and accuracy compare the file with
     reference: str = "PyTorch"
@@ -168,6 +171,19 @@ class Certificate(_Facts):
         """Share of zeros over the weights of which the recipe promises some; 0 if of none."""
         total = sum(layer.numel for layer in self.pruned)
         return sum(layer.zeros for layer in self.pruned) / total if total else 0.0
+
+    @property
+    def removed(self) -> int:
+        """Weights that left the promised layers with whole heads and units."""
+        return sum(layer.removed for layer in self.promise.layers)
+
+    @property
+    def sparsity_with_removed(self) -> float:
+        """`sparsity` with what left those weights counted as zeros: what a recipe's sparsity is held against."""
+        names = {layer.name for layer in self.promise.layers if layer.zeros or layer.removed}
+        left = [layer for layer in self.layers if layer.name in names]
+        total = self.removed + sum(layer.numel for layer in left)
+        return (self.removed + sum(layer.zeros for layer in left)) / total if total else 0.0
 
     @property
     def quantized(self) -> tuple[LayerFacts, ...]:

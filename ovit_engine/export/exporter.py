@@ -29,8 +29,10 @@ from ovit_engine.export.runtime import open_session, run_outputs
 from ovit_engine.export.stated import contradictions
 from ovit_engine.export.tensors import keep_all
 from ovit_engine.export.writer import MIN_OPSET, as_inputs, build_onnx, check_float32, serialize, set_metadata
+from ovit_engine.manifest import Manifest
 
 _BATCH = 64
+_WHOLE = Manifest()
 log = logging.getLogger(__name__)
 
 
@@ -40,6 +42,7 @@ def export_model(
     example_inputs: Tensor | Sequence[Tensor],
     *,
     promise: Promise,
+    manifest: Manifest = _WHOLE,
     recipe_text: str = "",
     recipe_name: str = "",
     preprocessing: Mapping[str, Any] | None = None,
@@ -56,6 +59,7 @@ def export_model(
             beside it.
         example_inputs: one batch (of any size) as the model takes it.
         promise: what the file must be.
+        manifest: which heads and units of the model as it was made are left; into the metadata.
         recipe_text: goes into the file's metadata, with its hash and ``recipe_name``.
         preprocessing: size, mean, std, crop, interpolation; JSON values, into the metadata.
         data: loader, dataset or batches of ``(inputs, targets)``; the first 1024 images are compared, 256 are wanted,
@@ -76,6 +80,7 @@ def export_model(
         recipe_name=recipe_name,
         recipe_text=recipe_text,
         promise=promise,
+        manifest=manifest,
         preprocessing=json.loads(json.dumps(dict(preprocessing or {}))),
         shared_weights={layer.name: shared[layer.name] for layer in promise.layers if layer.name in shared},
     )
@@ -110,7 +115,11 @@ def publish(proto: onnx.ModelProto, path: Path, origin: Origin, sample: Sample, 
             certificate = _measure(files[-1], origin, sample, reference, hashlib.sha256(kept).hexdigest())
         except CertificateError as error:
             raise ExportError(error.summary, error.violations) from error
-        violations = [*check(certificate, promise), *contradictions(origin.recipe_text, promise, certificate.layers)]
+        violations = [
+            *check(certificate, promise),
+            *contradictions(origin.recipe_text, promise, certificate.layers),
+            *origin.manifest.contradictions({layer.name: layer.shape for layer in certificate.layers}),
+        ]
         if violations:
             raise ExportError(f"{path.name} breaks its promise", violations)
         write_bytes(files[1], certificate.to_json().encode())

@@ -21,6 +21,7 @@ from ovit_engine.export.parity import WANTED_IMAGES
 from ovit_engine.export.promise import Promise
 from ovit_engine.export.runtime import INTEGER_KERNELS, count_ops, integer_kernels, runtime_graph
 from ovit_engine.export.sizes import gzip_size, weight_bytes, zstd_size
+from ovit_engine.manifest import Manifest
 
 _FORMAT = "1"
 
@@ -32,6 +33,8 @@ class Origin:
     recipe_name: str
     recipe_text: str
     promise: Promise
+    # which heads and units of the model as it was made are left
+    manifest: Manifest = field(default_factory=Manifest)
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     # what the file is compared with: PyTorch's model, or the float ONNX file that it was made of
     reference: str = "PyTorch"
@@ -53,6 +56,7 @@ class Origin:
             "ovit.recipe": self.recipe_text,
             "ovit.recipe_sha256": self.recipe_sha256,
             "ovit.promise": self.promise.model_dump_json(),
+            "ovit.manifest": self.manifest.model_dump_json(),
             "ovit.preprocessing": json.dumps(dict(self.preprocessing)),
             "ovit.reference": self.reference,
             "ovit.shared_weights": json.dumps(dict(self.shared_weights)),
@@ -62,9 +66,15 @@ class Origin:
 
     def contradictions(self, layers: tuple[LayerFacts, ...]) -> list[str]:
         """Where the metadata deny what was measured."""
-        if self.sparsity == self._sparsity_of(layers):
-            return []
-        return ["the sparsity in the file's metadata is not that of its weights"]
+        shapes = {layer.name: layer.shape for layer in layers}
+        found = self.manifest.contradictions(shapes)
+        if self.sparsity != self._sparsity_of(layers):
+            found.append("the sparsity in the file's metadata is not that of its weights")
+        for layer in self.promise.layers:
+            removed = self.manifest.removed_from(layer.name, shapes[layer.name]) if layer.name in shapes else 0
+            if layer.removed > removed:
+                found.append(f"{layer.name}: {layer.removed} weights are said to be removed, by the manifest {removed}")
+        return found
 
     def _sparsity_of(self, layers: tuple[LayerFacts, ...]) -> str:
         promised = {layer.name for layer in self.promise.layers}
@@ -81,6 +91,7 @@ class Origin:
                 recipe_name=found["ovit.recipe_name"],
                 recipe_text=found["ovit.recipe"],
                 promise=Promise.model_validate_json(found["ovit.promise"]),
+                manifest=Manifest.model_validate_json(found.get("ovit.manifest", "{}")),
                 preprocessing=json.loads(found["ovit.preprocessing"]),
                 reference=found.get("ovit.reference", "PyTorch"),
                 sparsity=found["ovit.sparsity"],
@@ -126,6 +137,7 @@ def measure_file(
         recipe_name=origin.recipe_name,
         recipe_sha256=origin.recipe_sha256,
         promise=origin.promise,
+        manifest=origin.manifest,
         preprocessing=dict(origin.preprocessing),
         reference=origin.reference,
         layers=layers,

@@ -30,6 +30,7 @@ class PromisedLayer(BaseModel):
     pattern: str | dict[str, list[int]] = Field(
         default="unstructured", description='as recipes spell it: "unstructured", "2:4", {"block": [1, 4]}'
     )
+    removed: int = Field(default=0, ge=0, description="so many weights left with whole heads and units")
     quantized: bool = Field(default=False, description="the weight is stored as 8-bit integers")
 
     @field_validator("pattern")

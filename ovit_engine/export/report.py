@@ -34,6 +34,9 @@ def describe(certificate: Certificate) -> RenderableType:
 
 def fact_rows(certificate: Certificate) -> list[tuple[str, str]]:
     """What holds for the file as a whole: name and value."""
+    left = ""
+    if certificate.removed:
+        left = f"; {certificate.sparsity_with_removed:.2%} counting what was removed from them"
     rows = [
         ("file", f"{certificate.file}  sha256 {certificate.sha256[:16]}  opset {certificate.opset}"),
         ("recipe", recipe_text(certificate)),
@@ -42,12 +45,14 @@ def fact_rows(certificate: Certificate) -> list[tuple[str, str]]:
         (
             "sparsity",
             f"{certificate.sparsity:.2%} of {sum(layer.numel for layer in certificate.pruned):,} pruned weights, "
-            f"{certificate.total_sparsity:.2%} of all {sum(layer.numel for layer in certificate.layers):,}",
+            f"{certificate.total_sparsity:.2%} of all {sum(layer.numel for layer in certificate.layers):,}{left}",
         ),
         ("int8", f"{certificate.int8_share:.1%} of all weights, {len(certificate.quantized)} layers"),
         ("kernels", f"{certificate.integer_kernels} integer kernels in ONNX Runtime: {_kernels(certificate)}"),
         ("parity", parity_text(certificate)),
     ]
+    if certificate.manifest:
+        rows.insert(4, ("left of", str(certificate.manifest)))
     if certificate.accuracy is not None:
         hits = certificate.accuracy
         rows.append(

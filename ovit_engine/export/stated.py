@@ -19,6 +19,8 @@ from ovit_engine.export.promise import Promise, PromisedLayer, read_pattern
 _PRESET = "preset:"
 _REGEX = "re:"
 _NEITHER = ("cyclic_lr",)
+# they remove heads and units, or let what is dead be removed
+_REMOVERS = ("structured_prune", "s2vite", "gohsp", "shrink")
 # constants of the graph that are no parameter of the model
 _UNNAMED = re.compile(r"val_\d+")
 # rounding: each layer prunes a whole number of weights, N:M whole groups
@@ -34,7 +36,8 @@ class _Step:
 
     @property
     def prunes(self) -> bool:
-        return self.name.endswith("_prune") or self.name in ("acdc", "constant_mask", "svite")
+        pruner = self.name.endswith("_prune") or self.name in ("acdc", "constant_mask", "svite")
+        return pruner and self.name not in _REMOVERS
 
     @property
     def targets(self) -> list[str]:
@@ -75,7 +78,7 @@ def contradictions(recipe_text: str, promise: Promise, layers: Sequence[LayerFac
         steps = _read(recipe_text)
     except (yaml.YAMLError, TypeError, ValueError, AttributeError) as error:
         return [f"the recipe in the metadata is no recipe: {' '.join(str(error).split())}"]
-    known = {"quantize", *_NEITHER}
+    known = {"quantize", *_NEITHER, *_REMOVERS}
     has_unknown = any(not step.prunes and step.name not in known for step in steps)
     pruners = [step for step in steps if step.prunes]
     quantizers = [step for step in steps if step.name == "quantize"]
@@ -83,6 +86,9 @@ def contradictions(recipe_text: str, promise: Promise, layers: Sequence[LayerFac
     found: list[str] = []
     if not has_unknown:
         found += _unasked(pruners, quantizers, promised, layers)
+        if not any(step.name in _REMOVERS for step in steps):
+            gone = [layer for layer in promise.layers if layer.removed]
+            found += [f"{layer.name}: {layer.removed} weights removed, the recipe removes none" for layer in gone]
     found += _patterns(pruners, promised.values())
     # a sweep keeps models of before the end: nothing else of the recipe need have begun by then
     sweeping = [step for step in pruners if step.options.get("sweep")]
@@ -127,7 +133,7 @@ def _missing(
             yield f"{facts.name}: the recipe prunes it, the file promises nothing"
         if any(step.takes(facts.name) for step in quantizers) and (layer is None or not layer.quantized):
             yield f"{facts.name}: the recipe quantizes it, the file does not promise int8"
-    if any(map(_final, pruners)) and not any(layer.zeros for layer in promised.values()):
+    if any(map(_final, pruners)) and not any(layer.zeros or layer.removed for layer in promised.values()):
         yield "the recipe prunes, the file promises zeros nowhere"
     if quantizers and not any(layer.quantized for layer in promised.values()):
         yield "the recipe quantizes, the file promises int8 nowhere"
@@ -144,15 +150,20 @@ def _tied(
 
 
 def _amount(step: _Step, promised: Mapping[str, PromisedLayer], layers: Iterable[LayerFacts]) -> Iterable[str]:
-    """Sparsity over all that a modifier may have pruned, against what it states; a file can have more."""
+    """Sparsity over all that a modifier may have pruned, against what it states; a file can have more.
+
+    Weights that left with whole heads and units count as zeros: the recipe speaks of the model that was trained.
+    """
     asked = _final(step)
-    zeros = {name for name, layer in promised.items() if layer.zeros}
+    zeros = {name for name, layer in promised.items() if layer.zeros or layer.removed}
+    removed = {name: layer.removed for name, layer in promised.items()}
     taken = [facts for facts in layers if facts.name in promised]
     taken = [facts for facts in taken if step.takes(facts.name) or (facts.name in zeros and step.may_take(facts.name))]
-    total = sum(facts.numel for facts in taken)
+    gone = sum(removed[facts.name] for facts in taken)
+    total = gone + sum(facts.numel for facts in taken)
     if asked is None or not total:
         return
-    share = sum(facts.zeros for facts in taken) / total
+    share = (gone + sum(facts.zeros for facts in taken)) / total
     if share < asked - _SLACK:
         worst = min(taken, key=lambda facts: facts.sparsity)
         yield (

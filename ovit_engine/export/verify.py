@@ -41,6 +41,7 @@ _EXACT = (
     "recipe_name",
     "recipe_sha256",
     "promise",
+    "manifest",
     "preprocessing",
     "reference",
     "weight_bytes",

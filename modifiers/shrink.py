@@ -1,0 +1,29 @@
+"""Heads and hidden units that weight pruning left without effect are removed from the exported file."""
+
+from collections.abc import Iterable
+
+from ovit_engine.modifier import Modifier, Run
+from ovit_engine.registry import register
+from ovit_engine.schedule import Clock
+from ovit_engine.shrink import known_sites
+
+
+@register("shrink")
+class Shrink(Modifier):
+    """Export removes the attention heads and MLP units that weight pruning left without effect.
+
+    At 90 % sparsity whole rows and columns are zero: such a unit only costs time. Constants that it added move into a
+    bias, the copy that is exported computes the same in float64, and the certificate says what was removed. Training
+    sees nothing of it. Heads and units behind gates (structured pruners) are removed without this line.
+    """
+
+    removes_dead = True
+
+    def prepare(self, run: Run) -> None:
+        try:
+            known_sites(run.model)
+        except ValueError as error:
+            raise self.error(str(error)) from None
+
+    def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
+        yield clock.total_steps, "export", "heads and units without effect are removed"

@@ -1,0 +1,78 @@
+"""What is left of a model from which heads and units were removed: enough to rebuild it. Needs no PyTorch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Part(BaseModel):
+    """One attention or MLP module that lost heads or hidden units."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(description="name of the module, e.g. blocks.0.attn")
+    kind: Literal["heads", "units"] = Field(description="what was removed")
+    of: int = Field(ge=1, description="how many there were in the model as it was made")
+    width: int = Field(ge=1, description="features each has: head_dim, or 1 for a unit")
+    kept: tuple[int, ...] = Field(min_length=1, description="those that are left, by their number in that model")
+
+    @model_validator(mode="after")
+    def _in_range(self) -> Part:
+        if list(self.kept) != sorted(set(self.kept)) or self.kept[0] < 0 or self.kept[-1] >= self.of:
+            raise ValueError(f"{self.name}: kept {self.kind} must rise within 0-{self.of - 1}")
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.name}: {len(self.kept)} of {self.of} {self.kind}"
+
+    def axes(self) -> dict[str, tuple[int, int, int]]:
+        """(axis, size now, size in the model as it was made) of each weight [out, in] that is smaller for it."""
+        now, before = len(self.kept) * self.width, self.of * self.width
+        writer, reader, times = ("qkv", "proj", 3) if self.kind == "heads" else ("fc1", "fc2", 1)
+        prefix = f"{self.name}." if self.name else ""
+        return {
+            f"{prefix}{writer}.weight": (0, times * now, times * before),
+            f"{prefix}{reader}.weight": (1, now, before),
+        }
+
+
+class Manifest(BaseModel):
+    """The parts of a model that are smaller than in the model as it was made, in the model's order."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    parts: tuple[Part, ...] = ()
+
+    def __bool__(self) -> bool:
+        """Whether anything was removed."""
+        return bool(self.parts)
+
+    def __str__(self) -> str:
+        """How many heads and units are left, e.g. "12 of 24 heads, 614 of 1536 units" of the modules that lost any."""
+        counts = []
+        for kind in ("heads", "units"):
+            parts = [part for part in self.parts if part.kind == kind]
+            if parts:
+                counts.append(f"{sum(len(part.kept) for part in parts)} of {sum(part.of for part in parts)} {kind}")
+        return ", ".join(counts) or "nothing removed"
+
+    def contradictions(self, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+        """Where weights of these shapes [out, in] are not those of such a model, a line each."""
+        found = []
+        for part in self.parts:
+            for name, (axis, size, _) in part.axes().items():
+                shape = shapes.get(name)
+                if shape is not None and shape[axis] != size:
+                    found.append(f"{name} is {list(shape)}, the manifest keeps {len(part.kept)} {part.kind}")
+        return found
+
+    def removed_from(self, name: str, shape: tuple[int, ...]) -> int:
+        """How many weights a matrix of this name and present shape [out, in] has lost."""
+        lost = 0
+        for part in self.parts:
+            if name in (axes := part.axes()):
+                axis, size, before = axes[name]
+                lost += (before - size) * shape[1 - axis]
+        return lost
