@@ -103,4 +103,7 @@ class DynamicViT(TokenPruning):
 
     def step_end(self, run: Run) -> None:
         self._rates.restore()
+        if run.step % run.steps_per_epoch == 0:
+            for number, kept in enumerate(self.selector.kept_shares()):
+                run.log(f"{self.name}/kept_{number + 1}", kept)
         super().step_end(run)

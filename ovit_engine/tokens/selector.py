@@ -96,6 +96,10 @@ class SelectorHooks(TokenHooks):
         self._untaken = False
         return [self._decisions[number] for number in range(len(self.stages))]
 
+    def kept_shares(self) -> list[float]:
+        """Mean share of all patches that each stage kept in the last forward pass in training; none after a step."""
+        return [float(decided.detach().mean()) for decided in self._decisions.values()]
+
     def gather(self, number: int, block: nn.Module, x: Tensor) -> Tensor:
         """Stage `number` in inference: the best tokens of x [images, prefix + tokens, width], and the prefix."""
         before = self.stages[number - 1].keep if number else self.layout.patches

@@ -383,6 +383,17 @@ def test_the_loss_alone_reaches_every_predictor() -> None:
         assert float(parameter.grad.abs().max()) > 1e-7, name
 
 
+def test_what_training_keeps_is_in_the_history() -> None:
+    """Far from what inference keeps, it tells of predictors that have saturated."""
+    model, engine, hooks = prepared()
+    hooks.sampler = Best()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    engine.attach(optimizer)
+    train(engine, optimizer, 4)
+    names = [f"dynamic_vit/kept_{stage}" for stage in (1, 2, 3)]
+    assert engine.run.history == [(4, name, count / 16) for name, count in zip(names, (11, 7, 5), strict=True)]
+
+
 def test_an_image_that_loses_all_its_tokens_is_no_disaster() -> None:
     class DropsAllOfOne(Sampler):
         choices = 2

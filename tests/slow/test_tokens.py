@@ -13,11 +13,8 @@ from ovit_engine.flops import count_flops
 from ovit_engine.tokens import param_groups
 from tests.slow.digits import BATCH, NOISE, accuracy, images, trained_vit
 
-EPOCHS, RATE = 20, 2e-3
-LINES = {
-    "dynamic_vit": "dynamic_vit: {keep: 0.7, backbone_lr_scale: 0.2, freeze: 2ep}",
-    "svite_tokens": "svite_tokens: {keep: 0.7}",
-}
+# a predictor saturates at twice this rate: it keeps every token in training, and learns no more
+EPOCHS, RATE = 40, 1e-3
 
 
 def reduced(dense: nn.Module, line: str, seed: int) -> nn.Module:
@@ -44,16 +41,14 @@ def reduced(dense: nn.Module, line: str, seed: int) -> nn.Module:
 @pytest.mark.slow
 def test_seven_tenths_of_the_tokens_are_enough() -> None:
     example = images()[1][:1]
-    found: dict[str, list[float]] = {name: [] for name in ("dense", *LINES)}
+    dense, fewer = [], []
     for seed in (0, 1, 2):
-        dense = trained_vit(seed)
-        found["dense"].append(accuracy(dense))
-        for name, line in LINES.items():
-            model = reduced(dense, line, seed)
-            found[name].append(accuracy(model))
-            saved = 1 - count_flops(model, example).dense / count_flops(dense, example).dense
-            print(f"seed {seed}: {name} {found[name][-1]:.4f}, dense {found['dense'][-1]:.4f}, MACs saved {saved:.1%}")
-            assert saved > 0.2
-    mean = {name: statistics.mean(values) for name, values in found.items()}
-    print(mean)
-    assert mean["dynamic_vit"] >= mean["dense"] - 0.01
+        model = trained_vit(seed)
+        dense.append(accuracy(model))
+        pruned = reduced(model, "dynamic_vit: {keep: 0.7}", seed)
+        fewer.append(accuracy(pruned))
+        saved = 1 - count_flops(pruned, example).dense / count_flops(model, example).dense
+        print(f"seed {seed}: {fewer[-1]:.4f}, dense {dense[-1]:.4f}, operations saved {saved:.1%}")
+        assert saved > 0.3
+    print(f"mean {statistics.mean(fewer):.4f}, dense {statistics.mean(dense):.4f}")
+    assert statistics.mean(fewer) >= statistics.mean(dense) - 0.01
