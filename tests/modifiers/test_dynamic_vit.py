@@ -142,6 +142,14 @@ def test_masking_and_gathering_agree(kind: str) -> None:
     assert not torch.allclose(gathered, logits(vit(seed=1, **KINDS[kind])), atol=1e-2)  # dropping does something
 
 
+def test_masking_and_gathering_agree_in_blocks_between_stages() -> None:
+    model, _, hooks = prepared("dynamic_vit: {keep: 0.5, blocks: [0, 2]}", depth=5)
+    hooks.sampler = Best()
+    with torch.no_grad():
+        masked = model.train()(IMAGES)
+    assert torch.allclose(masked, logits(model), atol=1e-5)
+
+
 def test_gradients_of_masking_and_gathering_agree() -> None:
     """So calibration, which runs in eval mode, sees the gradients of deterministic masking without noise."""
     model, _, hooks = prepared()
