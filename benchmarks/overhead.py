@@ -7,8 +7,8 @@ Each round runs a few steps of every variant in random order, right after one an
 loop. "plain again" is a second plain loop: its spread is what the machine's noise alone does. Where a step is long,
 that noise is more than the engine: "hooks" is the CPU time between two clocks of our own before and after the engine's
 hooks on the optimizer (events, learning rate, projection of masks), as a share of the plain step. Goal: under 2 %.
-Training with fake-quantized layers costs what the layers cost, and with a teacher what its forward pass costs: they have
-lines of their own and no goal. A goal that is missed is printed, not raised.
+Training with fake-quantized layers costs what the layers cost, and with a teacher what its forward pass costs: they
+have lines of their own and no goal. A goal that is missed is printed, not raised.
 """
 
 import argparse

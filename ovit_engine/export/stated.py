@@ -18,7 +18,7 @@ from ovit_engine.export.promise import Promise, PromisedLayer, read_pattern
 
 _PRESET = "preset:"
 _REGEX = "re:"
-_NEITHER = ("cyclic_lr",)
+_NEITHER = ("cyclic_lr", "distill", "dynamic_vit", "svite_tokens", "evit", "tome")
 # they remove heads and units, or let what is dead be removed
 _REMOVERS = ("structured_prune", "s2vite", "gohsp", "shrink")
 # constants of the graph that are no parameter of the model

@@ -11,8 +11,9 @@ from onnx import numpy_helper
 
 from ovit_engine.cli import main
 from ovit_engine.export import VerificationError
-from ovit_engine.export.certificate import Certificate, LayerFacts, certificate_path, reference_path
+from ovit_engine.export.certificate import Certificate, LayerFacts, certificate_path, page_path, reference_path
 from ovit_engine.export.measure import Origin, measure_file
+from ovit_engine.export.page import to_html
 from ovit_engine.export.parity import Reference, accuracy, compare
 from ovit_engine.export.promise import Promise, PromisedLayer
 from ovit_engine.export.runtime import open_session, run_outputs
@@ -67,6 +68,7 @@ def forge(path, *, edit=lambda model: None, recipe=None, promise=None):
     content = path.read_bytes()
     certificate = certificate.model_copy(update={"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)})
     certificate_path(path).write_text(certificate.to_json())
+    page_path(path).write_text(to_html(certificate))
 
 
 def findings(path):
