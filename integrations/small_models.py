@@ -1,6 +1,7 @@
 """A small random model of the kind that a recipe is for, with random images: enough to see what a recipe does."""
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -10,40 +11,64 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.utils.data import TensorDataset
 
-from ovit_engine.integrations.models import make_model, model_name
-from ovit_engine.recipe import Training
+from ovit_engine.engine import Engine
+from ovit_engine.integrations.models import make_model, with_training
+from ovit_engine.recipe import Recipe, Training
 from ovit_engine.verify_resume import Setup
 
 LARGE = 1_000_000  # parameters from which a model is made smaller
 CLASSES = 10
-# by what a model's constructor takes: width goes, depth and names stay; the first whose keys it has all
+# by what a model's constructor takes: width goes, names stay; the first whose keys it has all
 _NARROW: tuple[dict[str, Any], ...] = (
-    {"embed_dim": 16, "num_heads": (1, 2, 4, 8), "depths": None, "window_size": 2, "img_size": 64},  # Swin
-    {"embed_dim": 32, "num_heads": 2, "img_size": 32},  # ViT, DeiT, BEiT, XCiT
-    {"embed_dims": (16, 16, 32, 64)},  # EfficientFormer, whose attention wants its own image size
-    {"dims": (16, 32, 48, 64)},  # ConvNeXt
-    {"channels": (16, 16, 32, 32), "stem_width": 8},  # ResNet
+    {"embed_dim": 16, "num_heads": (1, 2, 4, 8), "depths": (2, 2, 2, 2), "window_size": 2, "img_size": 64},  # Swin
+    {"embed_dim": 32, "num_heads": 2, "depth": 2, "img_size": 32},  # ViT, DeiT, BEiT, XCiT
+    {"embed_dims": (16, 16, 32, 64), "depths": (2, 2, 2, 2)},  # EfficientFormer, whose attention has its image size
+    {"dims": (16, 32, 48, 64), "depths": (2, 2, 2, 2)},  # ConvNeXt
+    {"channels": (16, 16, 32, 32), "layers": (2, 2, 2, 2), "stem_width": 8},  # ResNet
 )
+_DEPTHS = {"depth", "depths", "layers"}
+_STAND_INS = {"EfficientNet": "test_efficientnet"}  # timm's own small ones, where no argument sets the width
 
 
-def shrink(training: Training) -> dict[str, Any]:
-    """`model_args` for the timm model of `training` made narrow, with few classes, for images of about 32 pixels.
+def shrink(recipe: Recipe, steps_per_epoch: int) -> Recipe:
+    """`recipe` on a small model of the kind that it names: narrow, two blocks deep or two a stage, of few classes.
 
-    A model that is small already keeps its own; one of which we know no width keeps that. Raises ValueError as
-    `make_model`.
+    A model that is small already stays as it is; one of which we know no width keeps that. Where a target of the recipe
+    names a block further back, so that it would match nothing, all blocks stay. Raises ValueError as `make_model`.
     """
-    model_name(training)
-    with torch.device("meta"):
-        model = make_model(training)
+    training = recipe.training
+    model = _empty(training)
     if sum(parameter.numel() for parameter in model.parameters()) < LARGE:
-        return dict(training.model_args)
+        return recipe
     accepted = inspect.signature(type(model).__init__).parameters
-    narrow = next((each for each in _NARROW if each.keys() <= accepted.keys()), {})
-    return {
-        **training.model_args,
-        **{key: value for key, value in narrow.items() if value is not None},
-        "num_classes": CLASSES,
-    }
+    small = next((each for each in _NARROW if each.keys() <= accepted.keys()), {})
+    narrow = {key: value for key, value in small.items() if key not in _DEPTHS}
+    stand_in = _STAND_INS.get(type(model).__name__)
+    choices = [(training.model, small), (training.model, narrow)]
+    if stand_in is not None:
+        choices = [(stand_in, {}), *choices]
+    recipes = [
+        with_training(recipe, model=name, model_args={**training.model_args, **args, "num_classes": CLASSES})
+        for name, args in choices
+    ]
+    return next((each for each in recipes if _fits(each, steps_per_epoch)), recipes[-1])
+
+
+def _fits(recipe: Recipe, steps_per_epoch: int) -> bool:
+    """Whether the recipe can be followed on its model."""
+    training = recipe.training
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of this model, which is not the user's
+        try:
+            Engine(_empty(training), recipe, steps_per_epoch=steps_per_epoch, epochs=training.epochs).prepare()
+        except ValueError:
+            return False
+    return True
+
+
+def _empty(training: Training) -> nn.Module:
+    with torch.device("meta"):
+        return make_model(training)
 
 
 def small_setup(training: Training, images: int) -> Setup:

@@ -99,7 +99,7 @@ def test_a_modifier_that_does_not_save_its_state_is_found(tmp_path: Path) -> Non
     assert (done.returncode, done.stderr) == (1, ""), done
     lines = done.stdout.splitlines()
     assert lines[0] == "recipe on vit_tiny_patch16_224: 12 steps, a checkpoint every 1"
-    assert lines[1].split() == ["killed", "resumed", "from", "step"]
+    assert lines[1].split() == ["killed", "resumed", "at"]
     assert "NOT the same after 2 kills: of 12 checkpoints the first that differs is" in lines
     assert any(line.startswith(("  engine.masks.blocks.0.", "  model.")) for line in lines)
 

@@ -31,7 +31,7 @@ SHOWN = 5  # differences
 @click.option(
     "--steps", type=click.IntRange(min=8), default=60, show_default=True, help="Length of training, at least."
 )
-@click.option("--model", help="timm model, taken as it is; if left out the recipe's own, made narrow, or a small ViT.")
+@click.option("--model", help="timm model, taken as it is; if left out the recipe's own, made small, or a small ViT.")
 @options.model_args
 @options.epochs
 @options.variables
@@ -61,10 +61,11 @@ def verify_resume(
     read = with_training(Recipe.load(recipe, **options.as_mapping(variables)), epochs=epochs)
     if model is None and read.training.model is None:
         read = with_training(read, model=MODEL)
-    is_own = model in (None, read.training.model)  # the recipe's arguments go with the recipe's model
-    args = shrink(read.training) if model is None else read.training.model_args if is_own else {}
-    small = quick(with_training(read, model=model, model_args={**args, **options.as_mapping(model_args)}))
+    small, is_own = quick(read), model in (None, read.training.model)
     per_epoch = steps_per_epoch(small, steps)
+    small = shrink(small, per_epoch) if model is None else with_training(small, model=model)
+    args = small.training.model_args if is_own else {}  # the recipe's arguments go with the recipe's model
+    small = with_training(small, model_args={**args, **options.as_mapping(model_args)})
     job = Job(
         build=partial(small_setup, small.training, BATCH * per_epoch),
         recipe=small.dump(),
@@ -122,7 +123,7 @@ def _print(verdict: "Verdict") -> None:
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("killed", no_wrap=True)
-    table.add_column("resumed from step", justify="right", no_wrap=True)
+    table.add_column("resumed at", justify="right", no_wrap=True)
     for restart in verdict.restarts:
         table.add_row(restart.killed, str(restart.resumed))
     console = Console(highlight=False, soft_wrap=True)

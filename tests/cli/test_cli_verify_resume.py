@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from ovit_engine import Recipe
 from ovit_engine.cli.verify_resume import quick, steps_per_epoch
+from ovit_engine.integrations.models import make_model
 from ovit_engine.integrations.small_models import shrink, small_setup
 from ovit_engine.integrations.timm import with_training
-from ovit_engine.recipe import Training
 from ovit_engine.targets import find_slots
 from tests.cli.conftest import RECIPE, Ovit
 
@@ -18,7 +19,7 @@ def test_it_trains_kills_and_tells(ovit: Ovit) -> None:
     assert (done.exit_code, done.stderr) == (0, "")
     first, head, *kills, last = done.stdout.splitlines()
     assert first == "tiny on vit_tiny_patch16_224: 8 steps, a checkpoint every 1"
-    assert head.split() == ["killed", "resumed", "from", "step"]
+    assert head.split() == ["killed", "resumed", "at"]
     assert len(kills) == 2
     assert last == "bit-identical: 2 kills, all 8 checkpoints equal the unbroken run's"
 
@@ -41,25 +42,46 @@ def test_errors_are_one_line(ovit: Ovit, arguments: list[str], words: str) -> No
 
 
 @pytest.mark.parametrize(
-    "model",
-    ["deit_base_patch16_224", "xcit_small_12_p16_224", "swin_tiny_patch4_window7_224", "convnext_tiny", "resnet50d"],
+    ("model", "family", "last", "deep"),
+    [
+        ("deit_base_patch16_224", "vit", "blocks.1.attn.qkv.weight", "blocks.11.attn.qkv.weight"),
+        ("xcit_small_12_p16_224", "xcit", "blocks.1.mlp.fc1.weight", "blocks.11.mlp.fc1.weight"),
+        ("swin_tiny_patch4_window7_224", "swin", "layers.2.blocks.1.mlp.fc1.weight", "layers.2.blocks.5.mlp.fc1.weight"),
+        ("convnext_tiny", "convnext", "stages.2.blocks.1.mlp.fc1.weight", "stages.2.blocks.8.mlp.fc1.weight"),
+        ("resnet50d", "resnet", "layer3.1.conv1.weight", "layer3.5.conv1.weight"),
+        (
+            "efficientformer_l1",
+            "efficientformer",
+            "stages.3.blocks.2.token_mixer.qkv.weight",
+            "stages.3.blocks.4.token_mixer.qkv.weight",
+        ),
+        ("efficientnetv2_rw_t", "efficientnetv2", "blocks.4.0.conv_pw.weight", "blocks.3.4.conv_pw.weight"),
+    ],
 )
-def test_models_are_made_narrow(model: str) -> None:
-    training = Training(model=model)
-    narrow = training.model_copy(update={"model_args": shrink(training)})
-    setup = small_setup(narrow, 4)
+def test_models_are_made_small(model: str, family: str, last: str, deep: str) -> None:
+    """Narrow and a few blocks deep, but with every part of the preset; where a target is deeper, not that."""
+    training = small_recipe(model, f"preset:{family}").training
+    setup = small_setup(training, 4)
     assert sum(parameter.numel() for parameter in setup.model.parameters()) < 1e6
     inputs, targets = zip(*(setup.dataset[index] for index in range(2)), strict=True)
-    assert inputs[0].shape[1] <= 64
+    assert inputs[0].shape[1] <= (224 if family == "efficientformer" else 64)  # whose attention has its own size
     assert setup.model.num_classes == 10
     assert all(0 <= int(target) < 10 for target in targets)
-    preset = {"deit": "vit", "xcit": "xcit", "swin": "swin", "convnext": "convnext", "resnet50d": "resnet"}
-    assert find_slots(setup.model, [f"preset:{preset[model.partition('_')[0]]}"])
+    names = [slot.name for slot in find_slots(setup.model, [f"preset:{family}"])]
+    assert last in names
+    assert deep not in names
+    with torch.device("meta"):
+        assert find_slots(make_model(small_recipe(model, deep).training), [deep])
+
+
+def small_recipe(model: str, target: str) -> Recipe:
+    text = f"training: {{model: {model}}}\nmodifiers: [{{magnitude_prune: {{sparsity: 0.5, targets: ['{target}']}}}}]"
+    return shrink(Recipe.parse(text), 6)
 
 
 def test_a_small_model_stays_as_it_is() -> None:
-    training = Recipe.parse(RECIPE).training
-    assert shrink(training) == training.model_args
+    recipe = Recipe.parse(RECIPE)
+    assert shrink(recipe, 6) is recipe
 
 
 def test_a_recipe_is_made_quick() -> None:
