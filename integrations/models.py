@@ -28,6 +28,7 @@ def with_training(recipe: Recipe, **options: Any) -> Recipe:
         where = ".".join(["training", *map(str, first["loc"])])
         value = "" if first["type"] == "value_error" else f", not {first['input']!r}"
         raise ValueError(f"{where}: {first['msg'].removeprefix('Value error, ')}{value}") from None
+    training._origins = recipe.training._origins
     return replace(recipe, training=training)
 
 

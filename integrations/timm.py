@@ -93,7 +93,10 @@ def train(
             processes=processes,
         )
         _set_up(trainer, recipe, checkpoint, pretrained, resume)
-        return trainer.fit(progress if processes.leads else SILENT)
+        told = progress if processes.leads else SILENT
+        if resume is not None:
+            told.resume(Path(resume))
+        return trainer.fit(told)
 
 
 def _set_up(

@@ -31,6 +31,7 @@ class Progress:
     step: Callable[[], None]
     end: Callable[[EpochMetrics], None]
     work: Callable[[str, int, int], None] | None = None  # (what, done, total) inside a step; None: the run's own log
+    resume: Callable[[Path], None] = lambda checkpoint: None  # the checkpoint fits: training goes on from it
 
 
 SILENT = Progress(begin=lambda epoch, epochs, steps: None, step=lambda: None, end=lambda metrics: None)

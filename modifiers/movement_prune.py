@@ -55,7 +55,13 @@ class MovementPrune(PruningModifier):
         return pruned.masks, pruned.weights
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "scores": {name: score.clone() for name, score in self._scores.items()}}
+        scores = {
+            slot.name: self._scores[slot.name].clone()
+            if slot.name in self._scores
+            else torch.zeros(slot.tensor.shape, dtype=torch.float32)  # before the first step
+            for slot in self._slots
+        }
+        return {**super().state_dict(), "scores": scores}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
@@ -63,4 +69,7 @@ class MovementPrune(PruningModifier):
         for name, score in state["scores"].items():
             if name not in slots or score.shape != slots[name].shape:
                 raise ValueError(f"the checkpoint's scores of {name!r} {list(score.shape)} fit no target here")
+        lost = [name for name in slots if name not in state["scores"]]
+        if lost:
+            raise ValueError(f"{self.name}: half a state: the checkpoint has no scores of {lost[0]!r}")
         self._scores = {name: score.to(slots[name].device, copy=True) for name, score in state["scores"].items()}

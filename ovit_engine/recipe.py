@@ -15,6 +15,7 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
+    PrivateAttr,
     ValidationError,
     field_validator,
     model_validator,
@@ -87,6 +88,19 @@ class Training(BaseModel):
     )
     seed: int = Field(0, ge=0, description="of weights, order and augmentation")
 
+    _origins: dict[str, Origin] = PrivateAttr(default_factory=dict)  # as of a modifier
+
+    def __eq__(self, other: object) -> bool:
+        """Equal options; where they stood in a file does not count."""
+        return type(self) is type(other) and self.model_dump() == other.model_dump()
+
+    def error(self, message: str, option: str = "") -> RecipeError:
+        """A RecipeError that says where `option` of the section stands; "scheduler_args.min_lr" is one of a mapping."""
+        outer = option.partition(".")[0]
+        origin = self._origins.get(option) or self._origins.get(outer) or self._origins.get("")
+        where = f"{origin}: " if origin else ""
+        return RecipeError(f"{where}training{'.' + option if option else ''}: {message}")
+
     @field_validator("augmentation", mode="before")
     @classmethod
     def _known_augmentation(cls, value: Any) -> Any:
@@ -156,7 +170,10 @@ class Recipe:
         if not isinstance(root.value, dict):
             raise RecipeError(f"{root.origin}: a recipe is a mapping with {', '.join(KEYS)}, not {_kind(root.value)}")
         _known(root, KEYS, "recipe")
-        training = _validated(Training, root.get("training"), "training")
+        section = root.get("training")
+        training = _validated(Training, section, "training")
+        if section is not None and training is not None:
+            training._origins = {"": section.origin, **_option_origins(section)}
         entries = root.get("modifiers")
         if entries is None:
             raise RecipeError(f"{root.origin}: the recipe has no 'modifiers' (write 'modifiers: []' for none)")
@@ -236,7 +253,16 @@ def _build(entry: Located) -> Modifier:
 
 
 def _option_origins(options: Located) -> dict[str, Origin]:
-    return {key: value.origin for key, value in options.value.items()} if isinstance(options.value, dict) else {}
+    """Where the value of each option stands, and each key of one that is a mapping."""
+    if not isinstance(options.value, dict):
+        return {}
+    inner = {
+        f"{key}.{name}": value.key_origin(name)
+        for key, value in options.value.items()
+        if isinstance(value.value, dict)
+        for name in value.value
+    }
+    return {**{key: value.origin for key, value in options.value.items()}, **inner}
 
 
 def _validated(kind: type[T], node: Located | None, what: str) -> T | None:

@@ -74,7 +74,8 @@ from ovit_engine.modifiers.movement_prune import MovementPrune
 @register("forgetful")
 class Forgetful(MovementPrune):
     def state_dict(self):
-        return {"done": self._done, "scores": {}}
+        state = super().state_dict()
+        return {**state, "scores": {name: score * 0 for name, score in state["scores"].items()}}
 '''
 FORGETFUL = f"""
 training: {{model: vit_tiny_patch16_224, epochs: 3,

@@ -27,10 +27,20 @@ def report(folder: Path, onnx: tuple[Path, ...], benches: tuple[Path, ...], outp
     from ovit_engine.files import atomic_write
     from ovit_engine.report import gather, render
 
-    found = gather(folder, onnx=onnx, benches=benches)
+    found = gather(folder, checkpoint=_last_whole(folder), onnx=onnx, benches=benches)
     for problem in found.problems:
         click.echo(f"ovit: warning: {problem}", err=True)
     text = render(found)
     path = output or folder / "report.html"
     atomic_write(path, lambda stream: stream.write(text.encode()))
     click.echo(f"wrote {path}")
+
+
+def _last_whole(folder: Path) -> Path | None:
+    """The checkpoint that `ovit train --resume auto` would go on from, if there is one."""
+    from ovit_engine.integrations.checkpoint import last_whole
+
+    try:
+        return last_whole(folder)
+    except ValueError:  # none is whole, or none is of ovit train: what there is will be told
+        return None

@@ -25,6 +25,7 @@ def show(recipe: str, epochs: int | None, steps_per_epoch: int | None, variables
     from rich.console import Console
     from rich.table import Table
 
+    from ovit_engine.cli.validate import check_schedule
     from ovit_engine.recipe import Recipe
     from ovit_engine.schedule import Clock
 
@@ -32,6 +33,7 @@ def show(recipe: str, epochs: int | None, steps_per_epoch: int | None, variables
     length = epochs or read.training.epochs
     steps = steps_per_epoch or STEPS_PER_EPOCH
     clock = Clock(steps, steps * length)
+    check_schedule(read, clock)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for column in ("epoch", "step"):
         table.add_column(column, justify="right", no_wrap=True)

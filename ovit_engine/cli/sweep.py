@@ -1,5 +1,6 @@
 """ovit sweep: what a run with a sweep left at each sparsity, and going on from there."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,8 +128,9 @@ def _continue(
     from ovit_engine.cli.train import Bars
     from ovit_engine.files import atomic_write
     from ovit_engine.integrations.checkpoint import LAST, load_checkpoint
+    from ovit_engine.integrations.processes import launched
     from ovit_engine.integrations.sweep import TAIL_EPOCHS, find_point, tail_recipe
-    from ovit_engine.integrations.timm import train
+    from ovit_engine.integrations.timm import SILENT, train
     from ovit_engine.recipe import Recipe
     from ovit_engine.sweep_folder import FOLDER, point_name
 
@@ -145,10 +147,11 @@ def _continue(
             )
     else:
         recipe = tail_recipe(start, epochs or TAIL_EPOCHS)
-    if resume is None:
+    leads = launched().leads  # of torchrun's processes one writes and speaks
+    if resume is None and leads:
         output.mkdir(exist_ok=True)
         atomic_write(output / "recipe.yaml", lambda stream: stream.write(recipe.dump().encode()))
-    with Bars() as bars:
+    with Bars() if leads else nullcontext() as bars:
         trained = train(
             recipe,
             data=data or load_checkpoint(start)["data"],
@@ -158,9 +161,10 @@ def _continue(
             device=device,
             workers=workers,
             root=root,
-            progress=bars.progress(),
+            progress=SILENT if bars is None else bars.progress(),
         )
-    click.echo(f"saved {trained.checkpoint}; next: ovit export {output} --output model.onnx")
+    if leads:
+        click.echo(f"saved {trained.checkpoint}; next: ovit export {output} --output model.onnx")
 
 
 def _metric(index: "Index", value: float | None) -> str:

@@ -95,8 +95,6 @@ def train(
     if output is None:
         output = Path("runs") / read.name if start is None else (start if start.is_dir() else start.parent)
     leads = launched().leads
-    if start is not None and leads:
-        click.echo(f"going on from {start}")
     try:
         with Bars() if leads else nullcontext() as bars:
             trained = run(
@@ -193,7 +191,10 @@ class Bars:
         from ovit_engine.progress import ProgressLog
 
         work = self._show_work if self._console.is_terminal else ProgressLog(self._console.print)
-        return Progress(begin=self._begin, step=self._step, end=self._end, work=work)
+        return Progress(begin=self._begin, step=self._step, end=self._end, work=work, resume=self._resume)
+
+    def _resume(self, checkpoint: Path) -> None:
+        self._console.print(f"going on from {checkpoint}")
 
     def _begin(self, epoch: int, epochs: int, steps: int) -> None:
         self._epochs = epochs

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from ovit_engine.engine import Engine
     from ovit_engine.recipe import Recipe, Training
+    from ovit_engine.schedule import Clock
 
 STEPS_PER_EPOCH = 100
 
@@ -44,16 +45,29 @@ def validate(
         from ovit_engine.schedule import Clock
 
         clock = Clock(steps_per_epoch, steps_per_epoch * (epochs or read.training.epochs))
-        for modifier in read.modifiers:
-            list(modifier.timeline(clock))  # times past the end
+        check_schedule(read, clock)
         console.print(f"{read.name}: ok; --model NAME checks its targets")
         return
-    from ovit_engine.integrations.schedulers import check_scheduler
+    from ovit_engine.integrations.schedulers import check_scheduler, rate_writers
 
     engine = prepared(read, model, model_args, epochs=epochs, steps_per_epoch=steps_per_epoch)
-    check_scheduler(engine, engine.recipe.training)
+    check_scheduler(engine.recipe.training, rate_writers(engine))
     _print_matches(console, engine)
     console.print(f"{read.name}: ok on {engine.recipe.training.model}")
+
+
+def check_schedule(recipe: "Recipe", clock: "Clock") -> None:
+    """Raise RecipeError where the recipe's times or the schedule of its training section don't fit, without a model."""
+    writers = []
+    for modifier in recipe.modifiers:
+        rows = list(modifier.timeline(clock))  # raises for times past the end
+        if any(what == "learning rate" for _, what, _ in rows):
+            writers.append(modifier)
+    if recipe.training.scheduler is not None:
+        from ovit_engine.integrations.schedulers import check_scheduler
+
+        epochs = clock.total_steps // clock.steps_per_epoch
+        check_scheduler(recipe.training.model_copy(update={"epochs": epochs}), writers)
 
 
 def prepared(

@@ -155,11 +155,14 @@ class _Problems:
             return None
 
 
-def gather(folder: Path, *, onnx: Iterable[Path] = (), benches: Iterable[Path] = ()) -> RunFolder:
+def gather(
+    folder: Path, *, checkpoint: Path | None = None, onnx: Iterable[Path] = (), benches: Iterable[Path] = ()
+) -> RunFolder:
     """Read the folder of a run, and files that lie elsewhere.
 
     Args:
         folder: of `ovit train`, or any other with checkpoints, a sweep, certificates or benches.
+        checkpoint: the state of the run that is read; the last one in the folder if left out.
         onnx: exported files elsewhere, their certificates beside them.
         benches: JSON files of `ovit bench` elsewhere.
 
@@ -170,7 +173,8 @@ def gather(folder: Path, *, onnx: Iterable[Path] = (), benches: Iterable[Path] =
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {str(folder)!r}")
     problems = _Problems()
-    training = problems.tried(lambda: _read_training(folder)) if _checkpoint(folder) else None
+    state = checkpoint or _checkpoint(folder)
+    training = None if state is None else problems.tried(lambda: _read_training(state))
     text = None if training is None else training.recipe_text
     recipe = None if text is None else problems.tried(lambda: Recipe.parse(text, file=f"recipe in {folder}"))
     epochs = problems.tried(lambda: _read_metrics(folder / METRICS)) if (folder / METRICS).is_file() else None
@@ -208,9 +212,7 @@ def _checkpoint(folder: Path) -> Path | None:
     return points[-1] if points else None
 
 
-def _read_training(folder: Path) -> Training:
-    path = _checkpoint(folder)
-    assert path is not None
+def _read_training(path: Path) -> Training:
     content = load_file(path, lazily=True)
     try:
         engine = content["engine"]

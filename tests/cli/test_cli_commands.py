@@ -189,10 +189,19 @@ def test_a_file_that_was_changed_does_not_verify(ovit: Ovit, finished_run: Path)
 
 
 def test_validate_finds_what_train_would_refuse(ovit: Ovit) -> None:
-    training = "training: {model: vit_tiny_patch16_224, scheduler: cosine, scheduler_args: {warmup: 1}}"
-    Path("both.yaml").write_text(f"{training}\nmodifiers:\n  - cyclic_lr: {{max: 0.1, min: 0.01}}\n")
-    done = ovit("validate", "both.yaml")
-    assert done.exit_code == 1
-    assert "both.yaml:3:5: cyclic_lr: writes the learning rate, as scheduler 'cosine' of training does" in done.stderr
-    Path("none.yaml").write_text(f"{training}\nmodifiers: []\n")
-    assert "training.scheduler_args has no 'warmup'" in ovit("validate", "none.yaml").stderr
+    model = "model: vit_tiny_patch16_224, "
+    for command, named in (("validate", model), ("validate", ""), ("show", "")):
+        training = f"training: {{{named}scheduler: cosine, scheduler_args: {{min_lr: 0,\n  warmup: 1}}}}"
+        Path("both.yaml").write_text(f"{training}\nmodifiers:\n  - cyclic_lr: {{max: 0.1, min: 0.01}}\n")
+        done = ovit(command, "both.yaml")
+        assert done.exit_code == 1
+        expected = "both.yaml:4:5: cyclic_lr: writes the learning rate, as scheduler 'cosine' of training does: keep one"
+        assert done.stderr == f"ovit: error: {expected}\n"
+        Path("none.yaml").write_text(f"{training}\nmodifiers: []\n")
+        expected = "none.yaml:2:3: training.scheduler_args.warmup: timm's schedules have no 'warmup'; did you mean "
+        assert ovit(command, "none.yaml").stderr.startswith(f"ovit: error: {expected}")
+        Path("long.yaml").write_text(f"{training.replace('warmup:', 'cooldown_epochs:')}\nmodifiers: []\n")
+        expected = "training.scheduler_args: the schedule takes 8 epochs, training 7"
+        done = ovit(command, "long.yaml", "--epochs", 7)
+        assert done.stderr.startswith("ovit: error: long.yaml:1:")
+        assert done.stderr.endswith(f": {expected}\n")

@@ -117,3 +117,27 @@ def test_a_frozen_weight_is_an_error() -> None:
     model[0].weight.requires_grad_(False)
     with pytest.raises(RecipeError, match=r"movement_prune.targets: '0\.weight' gets no gradient"):
         plain(model, optimizer)
+
+
+def test_half_a_state_is_refused() -> None:
+    model, optimizer, engine = started(mlp(), "sparsity: 0.5, start: 3st", targets="re:.*weight")
+    plain(model, optimizer)
+    for lost in (["0.weight"], ["0.weight", "2.weight"]):
+        state = engine.state_dict()
+        for name in lost:
+            del state["modifiers"][0]["scores"][name]
+        fresh = Engine(mlp(), engine.recipe, steps_per_epoch=6, epochs=1)
+        with pytest.raises(ValueError, match=r"movement_prune: half a state: the checkpoint has no scores of '0\.weight'"):
+            fresh.load_state_dict(state)
+
+
+def test_a_state_from_before_the_first_step_is_whole() -> None:
+    _, _, engine = started(mlp(), "sparsity: 0.5, start: 2st", targets="0.weight")
+    model = mlp()
+    fresh = Engine(model, engine.recipe, steps_per_epoch=6, epochs=1)
+    fresh.load_state_dict(engine.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    fresh.attach(optimizer)
+    for _ in range(2):
+        plain(model, optimizer)
+    assert zeros(model[0]) == 64

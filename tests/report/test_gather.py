@@ -202,3 +202,20 @@ def test_masks_of_blocks_and_groups_are_named(tmp_path):
     torch.save({"engine": {**engine, "history": [], "masks": masks}}, tmp_path / "last.pt")
     layers = gather(Path(tmp_path)).layers
     assert [(layer.pattern, layer.sparsity) for layer in layers] == [("2:4", 0.5), ("block 1x2", 0.5)]
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_read(whole_run, tmp_path):
+    shutil.copy(whole_run / "last.pt", tmp_path / "previous.pt")
+    (tmp_path / "last.pt").write_bytes((whole_run / "last.pt").read_bytes()[:-3000])
+    done = CliRunner().invoke(main, ["report", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert done.stderr.startswith(f"ovit: warning: '{tmp_path}/last.pt' is damaged")
+    assert done.stderr.endswith(f"{tmp_path}/previous.pt\n")
+    assert done.stderr.count("\n") == 1
+    found = gather(tmp_path, checkpoint=tmp_path / "previous.pt")
+    assert found.training == gather(whole_run).training
+    assert "magnitude_prune" in (tmp_path / "report.html").read_text()
+    (tmp_path / "previous.pt").unlink()
+    alone = CliRunner().invoke(main, ["report", str(tmp_path)])
+    assert alone.exit_code == 1
+    assert f"'{tmp_path}/last.pt' is damaged" in alone.stderr
