@@ -22,12 +22,13 @@ CLASSES = 10
 _NARROW: tuple[dict[str, Any], ...] = (
     {"embed_dim": 16, "num_heads": (1, 2, 4, 8), "depths": (2, 2, 2, 2), "window_size": 2, "img_size": 64},  # Swin
     {"embed_dim": 32, "num_heads": 2, "depth": 2, "img_size": 32},  # ViT, DeiT, BEiT, XCiT
-    {"embed_dims": (16, 16, 32, 64), "depths": (2, 2, 2, 2)},  # EfficientFormer, whose attention has its image size
-    {"dims": (16, 32, 48, 64), "depths": (2, 2, 2, 2)},  # ConvNeXt
-    {"channels": (16, 16, 32, 32), "layers": (2, 2, 2, 2), "stem_width": 8},  # ResNet
+    {"embed_dims": (16, 16, 32, 32), "depths": (2, 2, 2, 2)},  # EfficientFormer, whose attention has its image size
+    {"dims": (16, 16, 32, 32), "depths": (2, 2, 2, 2)},  # ConvNeXt
+    {"channels": (8, 8, 16, 16), "layers": (2, 2, 2, 2), "stem_width": 8},  # ResNet
 )
 _DEPTHS = {"depth", "depths", "layers"}
-_STAND_INS = {"EfficientNet": "test_efficientnet"}  # timm's own small ones, where no argument sets the width
+# timm's own small ones and their arguments, by the class of models whose width no argument sets
+_STAND_INS: dict[str, tuple[str, dict[str, Any]]] = {"EfficientNet": ("test_efficientnet", {"channel_multiplier": 0.5})}
 
 
 def shrink(recipe: Recipe, steps_per_epoch: int) -> Recipe:
@@ -44,9 +45,7 @@ def shrink(recipe: Recipe, steps_per_epoch: int) -> Recipe:
     small = next((each for each in _NARROW if each.keys() <= accepted.keys()), {})
     narrow = {key: value for key, value in small.items() if key not in _DEPTHS}
     stand_in = _STAND_INS.get(type(model).__name__)
-    choices = [(training.model, small), (training.model, narrow)]
-    if stand_in is not None:
-        choices = [(stand_in, {}), *choices]
+    choices = [*([] if stand_in is None else [stand_in]), (training.model, small), (training.model, narrow)]
     recipes = [
         with_training(recipe, model=name, model_args={**training.model_args, **args, "num_classes": CLASSES})
         for name, args in choices
