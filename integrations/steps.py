@@ -17,6 +17,11 @@ from ovit_engine.engine import Engine
 from ovit_engine.recipe import Training
 
 
+def mixed_precision(device: torch.device) -> tuple[torch.dtype, bool]:
+    """The type in which a device computes under `amp`, and whether gradients must be scaled to fit into it."""
+    return (torch.float16, True) if device.type == "cuda" else (torch.bfloat16, False)
+
+
 class Steps:
     """Makes the steps of a training.
 
@@ -40,9 +45,8 @@ class Steps:
     ) -> None:
         self._training, self._engine, self._network, self._optimizer = training, engine, network, optimizer
         self._device, self._mixup, self._scheduler, self._ema, self._amp = device, mixup, scheduler, ema, amp
-        on_gpu = device.type == "cuda"
-        self._dtype = torch.float16 if on_gpu else torch.bfloat16
-        self.scaler = torch.amp.GradScaler(device.type, enabled=amp and on_gpu)
+        self._dtype, scales = mixed_precision(device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp and scales)
 
     def __call__(self, parts: Iterable[Any], number: int) -> Tensor:
         """Make step `number` of the training, which counts from 0; its mean loss."""

@@ -33,7 +33,7 @@ IMAGES = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = (IMAGES.flatten(1) @ torch.randn(64, 4, generator=torch.Generator().manual_seed(1))).argmax(1)
 CALIBRATION = Calibration(torch.utils.data.TensorDataset(IMAGES, LABELS), nn.functional.cross_entropy)
 
-# on a CPU inductor would compile C++ for a minute
+# on a CPU inductor compiles C++ for a minute: in a slow test only
 BACKENDS = {"cpu": "aot_eager", "cuda": "inductor"}
 
 Loop = Callable[[Any, Engine], Iterator[bool]]

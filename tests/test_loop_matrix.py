@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ovit_engine import Engine
 from ovit_engine.quant import quantizers
-from tests.loop_matrix import FREEZE, IMAGES, LABELS, LOOPS, QUANTIZE, RECIPE, STEPS, WATCH, formula, sparsity_at
+from tests.loop_matrix import BACKENDS, FREEZE, IMAGES, LABELS, LOOPS, QUANTIZE, RECIPE, STEPS, WATCH, formula, sparsity_at
 
 AVERAGED = ["ema of timm", "ema of torch", "swa of torch"]
 EXPORTED = [
@@ -83,6 +83,13 @@ def test_every_loop(name: str, device: str, tmp_path: Path) -> None:
     assert rounded_calls(model) == 4 * len(getattr(model, "blocks", [0]))
     if name in EXPORTED:
         export(engine, model, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_model_compiled_by_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, here in C++."""
+    monkeypatch.setitem(BACKENDS, "cpu", "inductor")
+    test_every_loop("compiled model", "cpu", tmp_path)
 
 
 def check_copy(model: nn.Module, copied: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """Runs of the bundled trainer that are killed at any step, and go on as if nothing had been."""
 
+import math
 import os
 import random
 import signal
@@ -18,6 +19,7 @@ from click.testing import CliRunner
 
 from ovit_engine import Recipe
 from ovit_engine.cli import main
+from ovit_engine.integrations import steps, trainer
 from ovit_engine.integrations.checkpoint import LAST, PREVIOUS, last_whole, load_checkpoint
 from ovit_engine.integrations.timm import SILENT, Trained, train, with_training
 from tests.integrations.conftest import tiny_recipe
@@ -134,6 +136,34 @@ def test_scaled_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale
         check_same(unbroken, plain)
     else:
         assert 0 < applied < 15  # the first steps overflow, and are none
+
+
+def test_half_precision_as_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float16 with a scaler, in parts, clipped, averaged: here on the CPU. The first step overflows and is skipped."""
+    seen: list[torch.dtype] = []
+    scalers: list[Any] = []
+
+    class HalfSteps(steps.Steps):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            assert self.scaler.is_enabled()
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**11)
+            scalers.append(self.scaler)
+            self._network.register_forward_hook(lambda network, inputs, output: seen.append(output.dtype))
+            parameter = self._engine.model.get_parameter("head.bias")
+            parameter.register_hook(lambda grad: grad * (math.inf if self.scaler.get_scale() == 2.0**11 else 1.0))
+
+    monkeypatch.setattr(steps, "mixed_precision", lambda device: (torch.float16, True))
+    monkeypatch.setattr(trainer, "Steps", HalfSteps)
+    extra = "batch_size: 256, accumulate: 2, clip_grad: 0.5, ema: 0.5, augmentation: noise"
+    recipe = tiny_recipe(ALL, epochs=3, extra=extra)
+    unbroken = run(recipe, tmp_path / "unbroken", amp=True)
+    assert unbroken.engine.run.step == 14
+    assert set(seen[: 2 * 5]) == {torch.float16}
+    resumed = broken(recipe, tmp_path / "broken", [1, 8], amp=True)
+    check_same(resumed, unbroken)
+    assert [scaler.get_scale() for scaler in scalers] == [2.0**10] * 4  # a new one would skip again
+    assert unbroken.engine.run.masks.sparsity() == pytest.approx(0.6, abs=1e-3)
 
 
 def test_what_is_lost_is_what_was_not_saved(tmp_path: Path) -> None:
