@@ -1,6 +1,6 @@
 """Models that take a batch as keyword arguments and give an object with `loss` and `logits`, as Hugging Face's do."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from ovit_engine.integrations.plain_forward import plain_forward
 from ovit_engine.targets import Slot
 
 IGNORED = -100  # a label that counts for nothing
-
+LABELS = ("labels", "label")
 Collate = Callable[[list[Any]], Mapping[str, Any]]
 
 
@@ -62,6 +62,13 @@ class AddToOwnLoss:
             share = 1.0 if whole is None else int((kwargs["labels"] != IGNORED).sum()) / float(whole)
             output.loss = self._engine.loss(loss / share) * share
         return output
+
+
+def positional(loader: Iterable[Any]) -> tuple[list[str], list[tuple[tuple[Tensor, ...], Any]]]:
+    """The names of a batch's inputs, labels left out, and all batches as (inputs in that order, labels)."""
+    batches = [dict(batch) for batch in loader]
+    names = [name for name in batches[0] if name not in LABELS]
+    return names, [(tuple(batch[name] for name in names), batch.get("labels")) for batch in batches]
 
 
 class _Pairs:

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ovit_engine.processes import ApartError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
@@ -96,7 +98,7 @@ def joined(device: torch.device) -> Iterator[Processes]:
     try:
         yield processes
     except RuntimeError as error:
-        if isinstance(error, dist.DistBackendError) or "gloo" in str(error).lower():
+        if isinstance(error, (ApartError, dist.DistBackendError)) or "gloo" in str(error).lower():
             raise ConnectionError("another process of this training ended, or can't be reached") from error
         raise
     dist.destroy_process_group()

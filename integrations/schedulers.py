@@ -82,7 +82,7 @@ def _check_arguments(training: Training) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
-            raise training.error(f"timm's schedules have no {name!r}; {hint}", option)
+            raise training.error(f"no such option; {hint}", option)
         values = value if isinstance(value, list) else [value]
         if not all(isinstance(each, (int, float)) for each in values):
             raise training.error(f"must be a number, not {value!r}", option)

@@ -1,12 +1,9 @@
 """Hugging Face Transformers: `RecipeTrainerCallback(trainer, recipe)`, then `trainer.train()` as before."""
 
-import base64
 import copy
-import io
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -14,17 +11,16 @@ from transformers.trainer_callback import ExportableState
 from ovit_engine.calibration import Calibration
 from ovit_engine.engine import Engine
 from ovit_engine.export import Certificate
-from ovit_engine.integrations.keyword_batches import AddToOwnLoss, KeywordCalibration, deployed
+from ovit_engine.integrations.keyword_batches import AddToOwnLoss, KeywordCalibration, deployed, positional
 from ovit_engine.integrations.transformers_trainer import (
     OptimizersRates,
     check_arguments,
     keep_names,
-    sampled,
+    packed,
     training_length,
+    unpack,
 )
 from ovit_engine.recipe import Recipe
-
-LABELS = ("labels", "label")
 
 
 class RecipeTrainerCallback(TrainerCallback, ExportableState):
@@ -69,7 +65,7 @@ class RecipeTrainerCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step:
-            self._resume(state)
+            unpack(self.engine, (state.stateful_callbacks or {}).get(type(self).__name__), state.global_step)
         loader = kwargs["train_dataloader"]
         calibration = self._calibration or KeywordCalibration(loader.dataset, loader.collate_fn)
         optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
@@ -97,25 +93,8 @@ class RecipeTrainerCallback(TrainerCallback, ExportableState):
         self._terms.remove()
         self.engine.detach()
 
-    def _resume(self, state: TrainerState) -> None:
-        states: Any = state.stateful_callbacks or {}
-        saved = states.get(type(self).__name__)
-        where = f"the checkpoint of step {state.global_step}"
-        if saved is None:
-            raise ValueError(f"{where} was not trained under a recipe: it holds no engine's state")
-        parts = (saved[-1] if isinstance(saved, list) else saved)["attributes"]
-        loaded = sampled(self.engine.model)
-        lost = [name for name, value in parts["weights"].items() if loaded.get(name) != value]
-        if lost:
-            raise ValueError(f"the Trainer did not load {len(lost)} weights of {where}, such as {lost[0]!r}")
-        file = io.BytesIO(base64.b64decode(parts["engine"]))
-        self.engine.load_state_dict(torch.load(file, weights_only=True))
-
     def state(self) -> dict[str, Any]:
-        file = io.BytesIO()
-        torch.save(self.engine.state_dict(), file)
-        saved = base64.b64encode(file.getvalue()).decode()
-        return {"args": {}, "attributes": {"engine": saved, "weights": sampled(self.engine.model)}}
+        return {"args": {}, "attributes": packed(self.engine)}
 
     def export(self, path: str | Path) -> Certificate:
         """Write the deployable ONNX file and its certificate, verified on the Trainer's evaluation data.
@@ -125,8 +104,6 @@ class RecipeTrainerCallback(TrainerCallback, ExportableState):
         Raises:
             ExportError: what the file fails of its promise.
         """
-        batches = [dict(batch) for batch in self._trainer.get_eval_dataloader()]
-        names = [name for name in batches[0] if name not in LABELS]
-        data = [(tuple(batch[name] for name in names), batch.get("labels")) for batch in batches]
+        names, data = positional(self._trainer.get_eval_dataloader())
         model = deployed(copy.deepcopy(self.engine.model), names)
         return self.engine.export(path, data[0][0], model=model, data=data)

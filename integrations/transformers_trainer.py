@@ -1,10 +1,13 @@
 """What a recipe needs of Hugging Face's Trainer: its length, true rates, checkpoints that are found again."""
 
+import base64
 import functools
 import inspect
+import io
 import math
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -66,6 +69,26 @@ def keep_names(model: Any) -> None:
         model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
 
 
-def sampled(model: nn.Module) -> dict[str, float]:
-    """The first number of each parameter: enough to see whether a checkpoint was loaded."""
+def packed(engine: Engine) -> dict[str, Any]:
+    """The engine's state as JSON takes it, and enough of the weights to see whether they are loaded with it."""
+    file = io.BytesIO()
+    torch.save(engine.state_dict(), file)
+    return {"engine": base64.b64encode(file.getvalue()).decode(), "weights": _sampled(engine.model)}
+
+
+def unpack(engine: Engine, saved: Any, step: int) -> None:
+    """Load what `packed` gave, as the Trainer keeps it. Raises ValueError where it, or the weights, are missing."""
+    where = f"the checkpoint of step {step}"
+    if saved is None:
+        raise ValueError(f"{where} was not trained under a recipe: it holds no engine's state")
+    parts = (saved[-1] if isinstance(saved, list) else saved)["attributes"]
+    loaded = _sampled(engine.model)
+    lost = [name for name, value in parts["weights"].items() if loaded.get(name) != value]
+    if lost:
+        raise ValueError(f"the Trainer did not load {len(lost)} weights of {where}, such as {lost[0]!r}")
+    engine.load_state_dict(torch.load(io.BytesIO(base64.b64decode(parts["engine"])), weights_only=True))
+
+
+def _sampled(model: nn.Module) -> dict[str, float]:
+    """The first number of each parameter."""
     return {name: float(parameter.detach().flatten()[0]) for name, parameter in model.named_parameters()}

@@ -39,10 +39,13 @@ class Agreement:
         everyone, run = ranks(), self._run
         now = event is Event.ATTACH or (event is Event.STEP_END and run.step in self._changes)
         due = now and bool(self._modifiers)
+        when = "at attach" if event is Event.ATTACH else f"after step {run.step}"
+        if due and everyone.count > 1:  # before the work, in which ranks of unequal clocks would wait for one another
+            agree(everyone, {"the number of applied steps": run.step}, when)
         with everyone.together() if due else nullcontext():
             yield
         shared, run.shared = run.shared, {}
         if everyone.count > 1 and (due or run.masks.changed or shared):
             masks = {f"the mask of {name!r}": run.masks.get(name) for name in run.masks.names()}
             facts = {name: digest(tensor) for name, tensor in {**masks, **shared}.items() if tensor is not None}
-            agree(everyone, facts, "at attach" if event is Event.ATTACH else f"after step {run.step}")
+            agree(everyone, facts, when)

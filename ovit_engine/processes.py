@@ -14,6 +14,10 @@ from ovit_engine.sharding import gathered
 Fact = str | int | bytes  # bytes are digests, which say nothing to a reader
 
 
+class ApartError(RuntimeError):
+    """The processes of a run waited for each other in vain."""
+
+
 def process_group() -> dist.ProcessGroup | None:
     """The processes that train together, None for a single one."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
@@ -37,9 +41,15 @@ def digest(tensor: Tensor) -> bytes:
 def agree(everyone: Alone, facts: Mapping[str, Fact], when: str) -> None:
     """Raise RuntimeError on every rank, naming the first of the `facts` that is not the same on all and the ranks.
 
-    All ranks must call it. `when` tells a reader the moment, as "after step 3".
+    All ranks must call it. `when` tells a reader the moment, as "after step 3". ApartError: not all came.
     """
-    found = everyone.gather(dict(facts))
+    try:
+        found = everyone.gather(dict(facts))
+    except RuntimeError as error:  # of torch.distributed: its timeout is over, or a connection broke
+        raise ApartError(
+            f"the processes did not meet {when}: one of them ended, or is at another step and waits elsewhere (one had "
+            "fewer batches, or its gradient scaler alone skipped a step)"
+        ) from error
     for name in dict.fromkeys(name for each in found for name in each):
         values = [each.get(name) for each in found]
         if other := [rank for rank, value in enumerate(values) if value != values[0]]:

@@ -14,7 +14,19 @@ from torch.overrides import TorchFunctionMode
 
 from ovit_engine import Engine
 from ovit_engine.quant import quantizers
-from tests.loop_matrix import BACKENDS, FREEZE, IMAGES, LABELS, LOOPS, QUANTIZE, RECIPE, STEPS, WATCH, formula, sparsity_at
+from tests.loop_matrix import (
+    BACKENDS,
+    FREEZE,
+    IMAGES,
+    LABELS,
+    LOOPS,
+    QUANTIZE,
+    RECIPE,
+    STEPS,
+    WATCH,
+    formula,
+    sparsity_at,
+)
 
 AVERAGED = ["ema of timm", "ema of torch", "swa of torch"]
 EXPORTED = [

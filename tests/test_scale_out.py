@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from ovit_engine import Calibration, Engine, whole_model
+from ovit_engine.processes import agree
+from ovit_engine.second_order.ranks import Ranks
 from ovit_engine.targets import find_slots
 from tests.loops import X, Y, mlp, recipe
 from tests.scale_out import (
@@ -55,6 +58,10 @@ def lose_a_row(engine: Any) -> None:
     engine.run.masks.get("0.weight")[3] = False
 
 
+def hurry(engine: Any) -> None:
+    engine.run.step += 2
+
+
 def engine_of(model: nn.Module, steps: int = STEPS) -> Engine:
     return Engine(model, recipe(*RECIPES["magnitude"]), steps_per_epoch=steps, epochs=1)
 
@@ -79,6 +86,7 @@ def failures(rank: int) -> dict[str, str]:
     flat = {views: mlp() for views in (True, False)}
     unaware = {views: engine_of(flat[views]) for views in flat}
     wrapped = [FullyShardedDataParallel(flat[v], use_orig_params=v, device_id=torch.device("cpu")) for v in flat]
+    impatient = dist.new_group(timeout=timedelta(seconds=1))
     kinds: dict[str, Callable[[], object]] = {
         "fsdp1": lambda: engine_of(wrapped[0]),
         "fsdp1, made later": lambda: unaware[True].attach(torch.optim.SGD(wrapped[0].parameters(), 0.1)),
@@ -87,6 +95,8 @@ def failures(rank: int) -> dict[str, str]:
         "mask of a shard": lambda: train("fsdp2", "magnitude", before=on_rank_1(rank, 2, lose_a_row)),
         "range": lambda: train("ddp", "int8", before=on_rank_1(rank, 5, lambda e: e.model[2].weight.mul_(2))),
         "error": lambda: train("ddp", "magnitude", before=on_rank_1(rank, 2, lambda e: setattr(e.run, "log", None))),
+        "clock of a step": lambda: train("ddp", "acdc", before=on_rank_1(rank, 2, hurry)),
+        "late": lambda: agree(Ranks(impatient), {"a fact": 1}, "after step 3") if rank == 0 else None,
         "clock": lambda: uneven.attach(torch.optim.SGD(uneven.model.parameters(), 0.1)),
         "seed": lambda: seeds.attach(torch.optim.SGD(seeds.model.parameters(), 0.1)),
         "optimizer": lambda: sharded.attach(optimizer),
@@ -244,6 +254,22 @@ def test_ranges_are_those_of_the_whole_batch(found: list[dict[str, Any]], alone:
             * 2,
         ),
         ("seed", ["RuntimeError: the recipe at attach is not the same in all processes: rank 1 differs from"] * 2),
+        (
+            "clock of a step",
+            [
+                "RuntimeError: the number of applied steps after step 3 is not the same in all processes: rank 1 "
+                "differs from rank 0 (5, not 3)",
+                "RuntimeError: the number of applied steps after step 5 is not the same in all processes: rank 1 "
+                "differs from rank 0 (5, not 3)",
+            ],
+        ),
+        (
+            "late",
+            [
+                "ApartError: the processes did not meet after step 3: one of them ended, or is at another step",
+                "nothing was raised",
+            ],
+        ),
         (
             "optimizer",
             ["ValueError: the optimizer holds no parameter of this model: it was made before fully_shard"] * 2,

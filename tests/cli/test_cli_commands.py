@@ -141,6 +141,9 @@ def test_a_run_that_was_broken_off_needs_only_resume(ovit: Ovit, monkeypatch: py
     assert not Path("m.onnx").exists()
     longer = ovit("train", "--resume", "run", "--epochs", "4", "--device", "cpu")
     assert "a resumed run keeps its 2 epochs: to train its model further, begin a new run with" in longer.stderr
+    refused = ovit("train", "--resume", "run", "--device", "cpu", "--amp")
+    assert refused.stdout == ""  # not "going on"
+    assert refused.stderr == "ovit: error: the run in 'run' began with no mixed precision\n"
     lines = ok(ovit("train", "--resume", "run", "--device", "cpu"))
     assert lines[0] == "going on from run"
     assert lines[1].startswith("epoch 2/2")
@@ -195,10 +198,12 @@ def test_validate_finds_what_train_would_refuse(ovit: Ovit) -> None:
         Path("both.yaml").write_text(f"{training}\nmodifiers:\n  - cyclic_lr: {{max: 0.1, min: 0.01}}\n")
         done = ovit(command, "both.yaml")
         assert done.exit_code == 1
-        expected = "both.yaml:4:5: cyclic_lr: writes the learning rate, as scheduler 'cosine' of training does: keep one"
+        expected = (
+            "both.yaml:4:5: cyclic_lr: writes the learning rate, as scheduler 'cosine' of training does: keep one"
+        )
         assert done.stderr == f"ovit: error: {expected}\n"
         Path("none.yaml").write_text(f"{training}\nmodifiers: []\n")
-        expected = "none.yaml:2:3: training.scheduler_args.warmup: timm's schedules have no 'warmup'; did you mean "
+        expected = "none.yaml:2:3: training.scheduler_args.warmup: no such option; did you mean "
         assert ovit(command, "none.yaml").stderr.startswith(f"ovit: error: {expected}")
         Path("long.yaml").write_text(f"{training.replace('warmup:', 'cooldown_epochs:')}\nmodifiers: []\n")
         expected = "training.scheduler_args: the schedule takes 8 epochs, training 7"

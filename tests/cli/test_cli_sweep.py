@@ -1,6 +1,8 @@
 """ovit sweep, and what ovit train says after one."""
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +11,8 @@ from click.testing import CliRunner
 
 from ovit_engine.cli import main
 from ovit_engine.integrations import trainer
+from ovit_engine.integrations.processes import Processes
+from ovit_engine.integrations.timm import SILENT
 from ovit_engine.sweep_folder import FOLDER, Index, Point, read_index, write_index
 from tests.cli.conftest import RECIPE, Ovit
 
@@ -157,3 +161,27 @@ def test_a_sweep_under_way(ovit: Ovit) -> None:
         "no loss was reported for some: the last model before the next change",
     ]
     assert "the run is not finished: go on with ovit train --resume run" in ovit("sweep", "run", "--onnx").stderr
+
+
+def test_of_several_processes_one_begins_a_tail(
+    ovit: Ovit, swept: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+
+    def train(*arguments: Any, progress: Any, checkpoint: Any, **options: Any) -> Any:
+        told.append(progress)
+        return SimpleNamespace(checkpoint=checkpoint)
+
+    monkeypatch.setattr("ovit_engine.integrations.timm.train", train)
+    tail = swept[0] / FOLDER / "0.9-tail"
+    for rank in (1, 0):
+        monkeypatch.setattr(
+            "ovit_engine.integrations.processes.launched", lambda rank=rank: Processes(rank=rank, count=2)
+        )
+        done = ovit("sweep", swept[0], "--continue", 0.9)
+        assert done.exit_code == 0, done.output
+        assert done.stdout.startswith("saved ") == tail.exists() == (rank == 0)
+        assert bool(done.stdout) == (rank == 0)
+    assert told[0] is SILENT
+    assert told[1] is not SILENT
+    shutil.rmtree(tail)

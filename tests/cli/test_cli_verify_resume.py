@@ -46,7 +46,12 @@ def test_errors_are_one_line(ovit: Ovit, arguments: list[str], words: str) -> No
     [
         ("deit_base_patch16_224", "vit", "blocks.1.attn.qkv.weight", "blocks.11.attn.qkv.weight"),
         ("xcit_small_12_p16_224", "xcit", "blocks.1.mlp.fc1.weight", "blocks.11.mlp.fc1.weight"),
-        ("swin_tiny_patch4_window7_224", "swin", "layers.2.blocks.1.mlp.fc1.weight", "layers.2.blocks.5.mlp.fc1.weight"),
+        (
+            "swin_tiny_patch4_window7_224",
+            "swin",
+            "layers.2.blocks.1.mlp.fc1.weight",
+            "layers.2.blocks.5.mlp.fc1.weight",
+        ),
         ("convnext_tiny", "convnext", "stages.2.blocks.1.mlp.fc1.weight", "stages.2.blocks.8.mlp.fc1.weight"),
         ("resnet50d", "resnet", "layer3.1.conv1.weight", "layer3.5.conv1.weight"),
         (
