@@ -57,6 +57,7 @@ def rate_writers(engine: Engine) -> list[Modifier]:
 
 
 def _make(training: Training, optimizer: Optimizer, steps_per_epoch: int) -> Scheduler:
+    assert training.scheduler is not None
     try:
         scheduler, epochs = create_scheduler_v2(
             optimizer,

@@ -65,7 +65,7 @@ class RecipeTrainerCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step:
-            unpack(self.engine, (state.stateful_callbacks or {}).get(type(self).__name__), state.global_step)
+            unpack(self.engine, state, type(self).__name__)
         loader = kwargs["train_dataloader"]
         calibration = self._calibration or KeywordCalibration(loader.dataset, loader.collate_fn)
         optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from ovit_engine.engine import Engine
 
@@ -76,9 +76,10 @@ def packed(engine: Engine) -> dict[str, Any]:
     return {"engine": base64.b64encode(file.getvalue()).decode(), "weights": _sampled(engine.model)}
 
 
-def unpack(engine: Engine, saved: Any, step: int) -> None:
-    """Load what `packed` gave, as the Trainer keeps it. Raises ValueError where it, or the weights, are missing."""
-    where = f"the checkpoint of step {step}"
+def unpack(engine: Engine, state: TrainerState, name: str) -> None:
+    """Load what `packed` gave the callback `name`. Raises ValueError where it, or the weights, are missing."""
+    states: Any = state.stateful_callbacks or {}
+    saved, where = states.get(name), f"the checkpoint of step {state.global_step}"
     if saved is None:
         raise ValueError(f"{where} was not trained under a recipe: it holds no engine's state")
     parts = (saved[-1] if isinstance(saved, list) else saved)["attributes"]
