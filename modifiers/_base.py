@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, PrivateAttr, model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ovit_engine.gates import installed, live_mask
 from ovit_engine.modifier import Claim, Modifier, Run, SweepPlan
 from ovit_engine.modifiers._amount import Amount, SparsityRange, Sweep, place_targets
 from ovit_engine.modifiers._when import ScheduledModifier, spelled
@@ -88,8 +89,9 @@ class MaskingModifier(Modifier):
         for slot, mask, weight in zip(self._slots, masks, weights, strict=True):
             slot.write(weight)
             run.masks.set(slot, mask, self.pattern.describe())
-        zeros = sum(int((~mask).sum()) for mask in masks)
-        run.log(f"{self.name}/sparsity", zeros / sum(mask.numel() for mask in masks))
+        alive = self.alive(run)
+        kept = sum(int((mask.to(live.device) & live).sum()) for mask, live in zip(masks, alive, strict=True))
+        run.log(f"{self.name}/sparsity", 1 - kept / sum(int(live.sum()) for live in alive))
 
     def training_gradients(self, run: Run) -> list[Tensor]:
         """Whole gradients of the training loss at STEP_BEGIN, one a slot; a slot without one is a RecipeError."""
@@ -102,8 +104,22 @@ class MaskingModifier(Modifier):
         return found
 
     def present_masks(self, run: Run) -> list[Tensor]:
-        """The masks in force, all True where a slot is dense."""
-        return [_mask(run, slot) for slot in self._slots]
+        """The masks in force, all True where a slot is dense; what a gate switched off is pruned already."""
+        masks = [run.masks.get(slot.name) for slot in self._slots]
+        return [live if mask is None else mask & live for mask, live in zip(masks, self.alive(run), strict=True)]
+
+    def alive(self, run: Run) -> list[Tensor]:
+        """Which weights of each slot gates leave; all True without gates."""
+        found = live_mask(run.model)
+        return [found[slot.name] if slot.name in found else _all_true(slot) for slot in self._slots]
+
+    def gate_claims(self, run: Run, start: int) -> Iterable[Claim]:
+        """From `start` on no gate beside a target may change: what it switches off counts for no sparsity."""
+        targets = {slot.name for slot in self._slots}
+        reason = "sparsity is a share of the weights that gates leave, so gates come first and stay: prune after them"
+        for site in installed(run.model):
+            if targets & {f"{site.name}.weight", f"{site.source_name}.weight"}:
+                yield Claim(f"the gate of {site.name}", start, run.total_steps, reason)
 
     def describe(self, sparsity: float | None) -> str:
         """A sparsity as the timeline shows it."""
@@ -174,12 +190,24 @@ class PruningModifier(ScheduledModifier, MaskingModifier):
     def claims(self, run: Run) -> Iterable[Claim]:
         for slot in self._slots:
             yield Claim(f"the mask of {slot.name}", min(self._events), max(self._events))
+        gated = list(self.gate_claims(run, min(self._events)))
+        if gated and self.scope != "global" and not isinstance(self.pattern, NM):
+            raise self.error(f"{gated[0].what} leaves some weights of each tensor: share out by scope: global", "scope")
+        yield from gated
 
     def detach(self, run: Run) -> None:
         late = [step for step in self._events if step > self._done]
         if late:
             self.finish_late(run, f"pruning at step {late[-1]}")
             self._prune(run, late[-1])
+
+    def _of_all(self, run: Run, sparsity: float | None) -> float | None:
+        """The share of all that must go so that `sparsity` is that of what gates leave."""
+        if sparsity is None or isinstance(self.pattern, NM):
+            return sparsity
+        units = [self.pattern.to_layout(live).reshape(-1, self.pattern.unit).any(1) for live in self.alive(run)]
+        total, left = sum(each.numel() for each in units), sum(int(each.sum()) for each in units)
+        return sparsity if left == total else (total - left + sparsity * left) / total
 
     def _act(self, run: Run) -> None:
         event = self.due(run, self._events)
@@ -188,12 +216,11 @@ class PruningModifier(ScheduledModifier, MaskingModifier):
 
     def _prune(self, run: Run, event: int) -> None:
         begin = perf_counter()
-        masks, weights = self.solve(run, self._slots, self._events[event])
+        masks, weights = self.solve(run, self._slots, self._of_all(run, self._events[event]))
         self.write(run, masks, weights)
         self._done = event
         run.tell({f"{self.name}/seconds": perf_counter() - begin})
 
 
-def _mask(run: Run, slot: Slot) -> Tensor:
-    mask = run.masks.get(slot.name)
-    return torch.ones(slot.tensor.shape, dtype=torch.bool, device=slot.tensor.device) if mask is None else mask
+def _all_true(slot: Slot) -> Tensor:
+    return torch.ones(slot.tensor.shape, dtype=torch.bool, device=slot.tensor.device)

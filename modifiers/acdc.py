@@ -72,6 +72,7 @@ class Acdc(MaskingModifier):
     def claims(self, run: Run) -> Iterable[Claim]:
         for slot in self._slots:
             yield Claim(f"the mask of {slot.name}", min(self._phases), run.clock.steps(self.end))
+        yield from self.gate_claims(run, 0)  # its sparsity is of all weights
 
     def detach(self, run: Run) -> None:
         late = [step for step in self._phases if step > self._done]

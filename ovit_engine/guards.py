@@ -181,11 +181,11 @@ def check_copy(copy: nn.Module, model: nn.Module) -> nn.Module:
 
 
 def check_claims(claims: list[tuple[Modifier, Claim]]) -> None:
-    """Raise where two modifiers write one thing at overlapping times."""
+    """Raise where at overlapping times two modifiers write one thing, or one writes what another needs left alone."""
     for index, (second, later) in enumerate(claims):
         for first, earlier in claims[:index]:
             overlap = earlier.what == later.what and earlier.start <= later.end and later.start <= earlier.end
-            if first is not second and overlap:
+            if first is not second and overlap and not (earlier.reason and later.reason):
                 where = first._origins.get("", "same recipe")
                 if reason := later.reason or earlier.reason:
                     raise second.error(
