@@ -106,6 +106,7 @@ class Svite(MaskingModifier):
         for slot in self._slots:
             yield Claim(f"the mask of {slot.name}", 0, self._last)
             yield Claim(f"the quantization of {slot.name.removesuffix('.weight')}", 0, self._last, reason)
+        yield from self.gate_claims(run, 0)  # its sparsity is of all weights
 
     def attach(self, run: Run) -> None:
         frozen = [slot.name for slot in self._slots if not slot.tensor.requires_grad]
