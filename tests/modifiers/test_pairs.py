@@ -202,6 +202,13 @@ def test_two_that_mask_one_weight_are_refused(pair: tuple[str, str]) -> None:
         engine_for(pair, vit(), layers=("fc1", "fc1")).prepare()
 
 
+def test_two_prune_behind_one_gate() -> None:
+    """Both need it to be still, and neither writes it."""
+    three = recipe(line("structured_prune", ""), line("magnitude_prune", "fc1"), line("magnitude_prune", "fc2"))
+    engine = Engine(vit(), three, steps_per_epoch=STEPS, epochs=1).prepare()
+    assert [m.name for m in engine.modifiers] == ["structured_prune", "magnitude_prune", "magnitude_prune"]
+
+
 def test_what_needs_a_topology_to_be_still_says_so() -> None:
     late = recipe(line("magnitude_prune", "fc1"), "structured_prune: {start: 3st, gradients: 1, unit_sparsity: 0.25}")
     with pytest.raises(RecipeError, match="r.yaml:3:5: structured_prune: " + GATES_FIRST):
