@@ -8,7 +8,16 @@ from typing import Any
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 
-from ovit_engine.gate_scores import GateScores, check_sums, is_recording, start_recording, stop_recording, take_sums
+from ovit_engine.gate_scores import (
+    GateScores,
+    SumsTally,
+    Tally,
+    check_sums,
+    is_recording,
+    start_recording,
+    stop_recording,
+    take_sums,
+)
 from ovit_engine.gates import GateSite, Kind, copy_gates, find_sites, install, set_gate
 from ovit_engine.modifier import Modifier, Run
 
@@ -37,6 +46,14 @@ class GateModifier(Modifier):
     def _act(self, run: Run) -> None:
         """Do what is due, at ATTACH and after every step."""
 
+    def recorded(self) -> Sequence[GateSite]:
+        """The sites of which windows record something."""
+        return self._sites
+
+    def tally(self, site: GateSite) -> SumsTally:
+        """What records a site: its gradients."""
+        return Tally(site)
+
     def prepare(self, run: Run) -> None:
         try:
             self._sites = find_sites(run.model, self.kinds())
@@ -55,8 +72,8 @@ class GateModifier(Modifier):
         self._record(run)
 
     def step_end(self, run: Run) -> None:
-        if is_recording(self._sites[0]):
-            for name, sums in take_sums(self._sites).items():
+        if self._is_recording():
+            for name, sums in take_sums(self.recorded()).items():
                 before = self._sums.get(name)
                 self._sums[name] = sums if before is None else before + sums
         self._act(run)
@@ -111,7 +128,7 @@ class GateModifier(Modifier):
                 found = "missing" if gate is None else list(gate.shape)
                 raise ValueError(f"the checkpoint's gate of {name!r} must be [{site.count}], it is {found}")
         for name, sums in state["sums"].items():
-            check_sums(sites[name], sums)
+            check_sums(sites[name], sums, self.tally)
         self._done = state["done"]
         self._loaded = {name: gate.clone() for name, gate in state["gates"].items()}
         self._sums = {name: sums.to(sites[name].gate.device, copy=True) for name, sums in state["sums"].items()}
@@ -135,8 +152,11 @@ class GateModifier(Modifier):
 
     def _record(self, run: Run) -> None:
         """Begin a window, or end one."""
-        wanted, now = self._begin(run.step) is not None, is_recording(self._sites[0])
+        wanted, now = self._begin(run.step) is not None, self._is_recording()
         if wanted and not now:
-            start_recording(self._sites)
+            start_recording(self.recorded(), self.tally)
         elif now and not wanted:
             stop_recording(self._sites)
+
+    def _is_recording(self) -> bool:
+        return any(map(is_recording, self.recorded()))

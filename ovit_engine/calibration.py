@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from ovit_engine.gradient_pass import LEAST_AT_ONCE, GradientPass, LossFunction
 from ovit_engine.random_states import mixed
 from ovit_engine.samples import Samples
-from ovit_engine.targets import Slot, unwrapped
+from ovit_engine.targets import Slot, parameter_slots, unwrapped
 
 # Fewer gradients than this are taken one by one: to prove that batching is right costs as much as about four of them.
 LEAST_COUNT = 16
@@ -100,6 +100,24 @@ class Calibration:
             )
         work = GradientPass(unwrapped(model), self.loss_fn, known, seed=seed)
         return _chunks(work, samples, len(slots), chunks, count, chunk)
+
+    def forward(
+        self, model: nn.Module, *, count: int, images: int, draw: int = 0, share: tuple[int, int] = (0, 1)
+    ) -> None:
+        """Call `model` without gradients on `count` seeded batches of `images` each, for hooks that watch it.
+
+        As of `gradients`: the model runs in eval mode, without autocast and outside any DDP wrapper, and it and all
+        random states are afterwards exactly as before.
+
+        Args:
+            share: (rank, ranks): call it on batches number rank, rank + ranks, ... only.
+        """
+        seed, numbers = mixed(self.seed, draw), range(share[0], count, share[1])
+        work = GradientPass(unwrapped(model), self.loss_fn, parameter_slots(model)[:1], seed=seed)
+        samples = Samples(self.dataset, images, seed=seed, options=self._loader_options)
+        with work.undisturbed():
+            for number, batch in zip(numbers, samples.batches(numbers), strict=True):
+                work.forward(number, batch)
 
 
 def _chunks(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ovit_engine.gate_scores import GateScores
 from ovit_engine.gates import KINDS, GateSite, Kind
+from ovit_engine.head_graph import stationary_distribution
 from ovit_engine.random_states import mixed
 from ovit_engine.sharding import gathered
 
@@ -104,6 +105,20 @@ def random(site: GateSite, statistics: Statistics) -> Tensor:
     """Uniform numbers from the seed and the site's name: the same in every process, however many sites there are."""
     generator = torch.Generator().manual_seed(mixed(statistics.seed, *site.name.encode()))
     return torch.rand(site.count, generator=generator).to(site.linear.weight.device)
+
+
+@register_ranker("graph", needs="outputs", kinds=["heads"], additive=False)
+def graph(site: GateSite, statistics: Statistics) -> Tensor:
+    """Share of time that a walk over the heads of a block spends at each (GOHSP; head_graph.py).
+
+    Heads whose outputs are like those of the others rank high. What is off already is no part of the walk.
+    """
+    if statistics.similarity is None:
+        raise ValueError(f"ranking {site.name!r} needs similarities of head outputs, and none were measured")
+    on = site.gate.to(statistics.similarity.device)
+    scores = torch.zeros(site.count, dtype=torch.float64)
+    scores[on.cpu()] = stationary_distribution(statistics.similarity[on][:, on])
+    return scores
 
 
 def _gradients(site: GateSite, statistics: Statistics) -> GateScores:

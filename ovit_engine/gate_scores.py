@@ -5,9 +5,9 @@ switches. So it is known of what is off as well (specs/structured-and-tokens.md 
 dL/do' o, whatever g is.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -48,14 +48,22 @@ class GateScores:
         return cls(importance, growth, salience, samples)
 
 
+class SumsTally(Protocol):
+    """Adds up what it sees of one site: `sums` grows, and what is gated passes through."""
+
+    sums: Tensor
+
+    def __call__(self, gated: Tensor, features: Tensor) -> Tensor: ...
+
+
 class Tally:
     """Sums of one site while a window lasts: float32 [4, count], in the rows of `GateScores`.
 
     It hangs on the gated layer; copies of the model record nothing.
     """
 
-    def __init__(self, sums: Tensor) -> None:
-        self.sums = sums
+    def __init__(self, site: GateSite) -> None:
+        self.sums = torch.zeros(_ROWS, site.count, device=site.gate.device)
 
     def __call__(self, gated: Tensor, features: Tensor) -> Tensor:
         """`gated` as it is; when its gradient comes, it is counted."""
@@ -65,10 +73,10 @@ class Tally:
         return type(None), ()
 
 
-def start_recording(sites: Iterable[GateSite]) -> None:
+def start_recording(sites: Iterable[GateSite], tally: Callable[[GateSite], SumsTally] = Tally) -> None:
     """Record from here on, in training mode only; what was recorded before and not taken is forgotten."""
     for site in sites:
-        setattr(site.linear, TALLY, Tally(torch.zeros(_ROWS, site.count, device=site.gate.device)))
+        setattr(site.linear, TALLY, tally(site))
 
 
 def stop_recording(sites: Iterable[GateSite]) -> None:
@@ -78,14 +86,14 @@ def stop_recording(sites: Iterable[GateSite]) -> None:
 
 
 def is_recording(site: GateSite) -> bool:
-    """Whether backward passes are counted."""
+    """Whether training is recorded."""
     return site.linear.__dict__.get(TALLY) is not None
 
 
 def take_sums(sites: Sequence[GateSite]) -> dict[str, Tensor]:
     """What was recorded since the last call, by site name, summed over all processes: each must call it.
 
-    Sums float32 [4, count] are what to add up and to save; `GateScores.of` makes means of them.
+    Sums are what to add up and to save; of gradients (float32 [4, count]) `GateScores.of` makes means.
     """
     own = [site.linear.__dict__[TALLY].sums for site in sites]
     together = torch.cat([each.flatten() for each in own])
@@ -95,13 +103,13 @@ def take_sums(sites: Sequence[GateSite]) -> dict[str, Tensor]:
     parts = torch.split(together, [each.numel() for each in own])
     for each in own:
         each.zero_()
-    return {site.name: part.view(_ROWS, site.count) for site, part in zip(sites, parts, strict=True)}
+    return {site.name: part.view_as(each) for site, part, each in zip(sites, parts, own, strict=True)}
 
 
-def check_sums(site: GateSite, sums: Tensor) -> None:
+def check_sums(site: GateSite, sums: Tensor, tally: Callable[[GateSite], SumsTally] = Tally) -> None:
     """Raise ValueError where saved sums are not of the shape that `take_sums` gives for a site."""
-    if sums.shape != (_ROWS, site.count):
-        shape = [_ROWS, site.count]
+    shape = list(tally(site).sums.shape)
+    if list(sums.shape) != shape:
         raise ValueError(f"the recorded scores of {site.name!r} must be of shape {shape}, not {list(sums.shape)}")
 
 

@@ -87,6 +87,13 @@ class GradientPass:
             for row, grad in zip(rows, self._plain(slots, number, batch), strict=True):
                 row[place].copy_(grad)
 
+    @torch.no_grad()
+    def forward(self, number: int, batch: Any) -> None:
+        """Call the model on the inputs of a numbered batch, for hooks that watch it."""
+        inputs, _ = _split(batch, self.slots[0].tensor)
+        seed_everything(mixed(self.seed, 1, number))
+        self.model(inputs)
+
     def _plain(self, slots: Sequence[Slot], number: int, batch: Any) -> list[Tensor]:
         """One gradient of each slot by a backward pass of its own."""
         inputs, targets = _split(batch, slots[0].tensor)

@@ -31,6 +31,8 @@ RECIPES = {
     "acdc": [f"acdc: {{every: 2st, start: 1st, last_sparse: 2st, sparsity: 0.5, {TARGETS}}}"],
     "gates": ["s2vite: {head_sparsity: 0.5, unit_sparsity: 0.4, every: 2st, gradients: 2}"],
     "svite": [f"svite: {{every: 2st, sparsity: 0.5, gradients: 2, {TARGETS}}}"],
+    "soft": ["gohsp: {head_sparsity: 0.5, unit_sparsity: 0.4, start: 1st, end: 7st, every: 2st, rank: {images: 64}}"],
+    "soft of training": ["gohsp: {head_sparsity: 0.5, unit_sparsity: 0.4, end: 7st, every: 2st, rank: {steps: 2}}"],
     "rate": ["cyclic_lr: {max: 0.1, min: 0.01, period: 3st}"],
     "held": ["constant_mask: {targets: [2.weight]}"],
     "int8": ["quantize: {start: 1st, freeze_observers: 6st}"],
@@ -40,6 +42,7 @@ RECIPES = {
         "quantize: {start_observers: 3st, start: 4st, freeze_observers: 6st}",
     ],
 }
+GATED = ["gates", "soft", "soft of training"]
 AT_ATTACH = ["magnitude", "ovit", "in parts", "2:4", "stacked", "svite"]  # they prune from equal weights
 # (kind, recipe)
 CASES = [(kind, name) for kind in ("ddp", "fsdp2") for name in RECIPES] + [
@@ -82,7 +85,7 @@ class Block(nn.Module):
 
 def model_for(name: str, device: str) -> nn.Sequential:
     model = sparse_mlp(device)
-    if name == "gates":
+    if name in GATED:
         model[0] = Block().to(device)
     return model
 
@@ -132,7 +135,7 @@ def train(kind: str, name: str, device: str = "cpu", before: Callable[[Engine, i
     x, y = X[rank::ranks].to(device), Y[rank::ranks].to(device)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*no calibration was given")
-        engine.attach(optimizer, calibration=None if name == "of training" else Calibration(data, loss_fn))
+        engine.attach(optimizer, calibration=None if name.endswith("of training") else Calibration(data, loss_fn))
     first = {key: tensor.clone() for key, tensor in whole_state_dict(model).items()}
     scaler = torch.amp.GradScaler(device, init_scale=256.0, enabled=kind.endswith("fp16"))
     number = -1

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ovit_engine.gate_ranking import RANKERS, Statistics, find_ranker, register_ranker
 from ovit_engine.gate_scores import GateScores
-from ovit_engine.gates import GateSite, find_sites, install
+from ovit_engine.gates import GateSite, find_sites, install, set_gate
 
 MODEL = nn.Sequential(Attention(12, 3, qkv_bias=True), Mlp(12, 10))
 HEADS, UNITS = find_sites(MODEL)
@@ -51,6 +51,21 @@ def test_those_by_gradient_take_their_part() -> None:
     assert scores("salience", HEADS, gradients=gradients) == [7, 8, 9]
     with pytest.raises(ValueError, match=r"ranking '0.proj' needs gradients, and none were recorded"):
         scores("taylor", HEADS)
+
+
+def test_graph_is_a_walk_over_the_heads_that_are_on() -> None:
+    model = nn.Sequential(Attention(12, 3, qkv_bias=True))
+    (site,) = find_sites(model, ["heads"])
+    install([site])
+    similarity = torch.tensor([[1.0, 0.9, 0.1], [0.9, 1.0, 0.9], [0.1, 0.9, 1.0]])
+    ranker = find_ranker("graph")
+    assert (ranker.needs, ranker.kinds, ranker.additive) == ("outputs", ("heads",), False)
+    found = ranker.score(site, Statistics(similarity=similarity))
+    assert found.tolist() == pytest.approx([2.0 / 6.8, 2.8 / 6.8, 2.0 / 6.8])
+    set_gate(site, torch.tensor([True, False, True]))
+    assert ranker.score(site, Statistics(similarity=similarity)).tolist() == pytest.approx([0.5, 0, 0.5])
+    with pytest.raises(ValueError, match=r"'0.proj' needs similarities of head outputs, and none were measured"):
+        ranker.score(site, Statistics())
 
 
 def test_what_they_need() -> None:

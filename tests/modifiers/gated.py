@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ovit_engine import Engine
+from ovit_engine import Calibration, Engine
 from ovit_engine.gates import GATE, GateSite, find_sites, installed
 from tests.loops import recipe
 
@@ -32,14 +32,27 @@ def engine_for(model: nn.Module, modifier: str, steps: int = 10) -> Engine:
 
 
 def train(
-    model: nn.Module, engine: Engine, steps: int, *, rate: float = 0.05, each: Callable[[int], Any] = lambda step: None
+    model: nn.Module,
+    engine: Engine,
+    steps: int,
+    *,
+    rate: float = 0.05,
+    each: Callable[[int], Any] = lambda step: None,
+    calibration: Calibration | None = None,
+    first: int = 0,
+    state: dict[str, Any] | None = None,
 ) -> Engine:
-    """So many steps of SGD; `each` is called with the number of steps made, first with 0."""
+    """So many steps of SGD from step `first` on; `each` is called with the number of steps made, first with `first`.
+
+    `state` is of the optimizer that goes on.
+    """
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9)
-    engine.attach(optimizer)
+    if state is not None:
+        optimizer.load_state_dict(state)
+    engine.attach(optimizer, calibration=calibration)
     model.train()
-    each(0)
-    for step in range(steps):
+    each(first)
+    for step in range(first, first + steps):
         x, y = batch(step)
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()

@@ -35,12 +35,13 @@ SETTINGS = {
     "dynamic_vit": "{keep: 0.5, blocks: [1]}",
     "shrink": "{}",
     "svite_tokens": "{keep: 0.75}",
+    "gohsp": "{end: 7st, every: 2st, parameter_sparsity: 0.3, rank: {images: 64}}",
     "s2vite": "{head_sparsity: 0.5, unit_sparsity: 0.3, every: 3st, gradients: 2}",
     "structured_prune": "{start: 3st, end: 7st, every: 2st, gradients: 2, parameter_sparsity: {from: 0.2, to: 0.5}}",
     "svite": "{every: 3st, sparsity: 0.5, targets: [0.weight], gradients: 2}",
 }
 NAMES = sorted(modifiers())
-ON_VIT = {"dynamic_vit", "s2vite", "shrink", "structured_prune", "svite_tokens"}
+ON_VIT = {"dynamic_vit", "gohsp", "s2vite", "shrink", "structured_prune", "svite_tokens"}
 
 
 class RowVit(VisionTransformer):

@@ -1,0 +1,68 @@
+"""Soft pruning: quadratic penalties that draw groups of weights to zero before they are cut (GOHSP's second stage).
+
+ADMM on "at most so many groups differ from zero" (Boyd et al. 2011, §9.1): with weights W, a copy Z that meets the
+bound, and a scaled dual U, training minimises loss(W) + rho/2 ||W - Z + U||^2, and once an interval
+
+    Z <- project(W + U): the groups of largest L2 norm stay, the others become zero;  U <- U + W - Z.
+
+After that Z is zero where a group goes and U where it stays, so that one tensor, `target` = Z - U, holds both:
+W + U where the group stays, -(W + U) where it goes. The penalty's gradient is rho (W - target). All functions take
+tensors of one shape and a boolean `keep` that broadcasts over them (True = the group stays).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where groups lie in a tensor: along `axis` come `repeats` runs of `count` groups of `width` slices each."""
+
+    axis: int
+    count: int
+    width: int = 1
+    repeats: int = 1
+
+    def spread(self, values: Tensor, like: Tensor) -> Tensor:
+        """Values [count] of the groups, shaped to broadcast over a tensor of the shape of `like`."""
+        shape = [1] * like.ndim
+        shape[self.axis] = -1
+        return values.repeat_interleave(self.width).repeat(self.repeats).view(shape)
+
+    def squared_norms(self, tensor: Tensor) -> Tensor:
+        """The squared L2 norm of each group's slices, float32 [count]."""
+        slices = tensor.detach().float().movedim(self.axis, 0).square().reshape(tensor.shape[self.axis], -1).sum(1)
+        return slices.view(self.repeats, self.count, self.width).sum((0, 2))
+
+
+def group_norms(parts: Sequence[Part], tensors: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of each group over all its parts, float32 [count]."""
+    return torch.stack([part.squared_norms(each) for part, each in zip(parts, tensors, strict=True)]).sum(0).sqrt()
+
+
+def first_target(weight: Tensor, keep: Tensor) -> Tensor:
+    """Z - U as soft pruning starts, float32: U is zero, Z the weight where the group stays."""
+    return weight.detach().float().masked_fill(~keep, 0.0)
+
+
+def dual(target: Tensor, keep: Tensor) -> Tensor:
+    """U of a target."""
+    return target.masked_fill(keep, 0.0).neg_()
+
+
+def next_target(shifted: Tensor, keep: Tensor) -> Tensor:
+    """Z - U after a step of both, from `shifted` = W + U and the groups `keep` that its projection keeps."""
+    return torch.where(keep, shifted, -shifted)
+
+
+def rescaled(target: Tensor, keep: Tensor, factor: float) -> Tensor:
+    """Z - U where rho has become `factor` times as large: U is the multiplier over rho (Boyd et al. 2011, §3.4.1)."""
+    return torch.where(keep, target, target / factor)
+
+
+def distance(weight: Tensor, target: Tensor, keep: Tensor) -> Tensor:
+    """||W - Z||^2, float32 scalar."""
+    return (weight.detach().float() - target.masked_fill(~keep, 0.0)).square().sum()
