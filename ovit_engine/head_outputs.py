@@ -34,7 +34,7 @@ class OutputTally:
         self._add(args[0])
 
     def _add(self, features: Tensor) -> None:
-        outputs = features.detach().unflatten(-1, (len(self.sums), -1)).movedim(-2, 1).flatten(2)
+        outputs = features.detach().reshape(*features.shape[:-1], len(self.sums), -1).movedim(-2, 1).flatten(2)
         self.sums.add_(similarities(outputs, self._kernel, self._temperature))
 
     def __reduce__(self) -> Any:
