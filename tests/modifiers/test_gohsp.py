@@ -313,17 +313,6 @@ def test_other_kinds_of_weights_stay_alone() -> None:
     assert moved == {f"blocks.{block}.{part}" for block in range(2) for part in parts if "bias" not in part}
 
 
-def test_an_unstructured_mask_holds_under_it() -> None:
-    model = vit()
-    target = "blocks.0.mlp.fc1.weight"
-    text = [f"magnitude_prune: {{sparsity: 0.5, targets: [{target}]}}", f"gohsp: {{end: 6st, every: 2st, {SOFT}}}"]
-    engine = Engine(model, recipe(*text), steps_per_epoch=8, epochs=1).prepare()
-    train(model, engine, 8, calibration=CALIBRATION)
-    engine.detach()
-    assert int((model.get_parameter(target) == 0).sum()) >= 96 * 24 // 2
-    assert engine.run.masks.sparsity() == 0.5
-
-
 # --- hard
 
 
