@@ -326,6 +326,11 @@ def test_terms_of_the_loss_come_by_a_line_or_by_the_criterion() -> None:
     plain_loss, term = loss_of(model), model[0].weight.square().mean()
     assert torch.equal(own.loss(plain_loss), plain_loss + term)
     assert torch.equal(criterion(model(X), Y), plain_loss + term)
+    with torch.no_grad():
+        assert own.loss(plain_loss) is plain_loss
+    model.eval()
+    assert torch.equal(criterion(model(X), Y), plain_loss)  # a validation's loss is what it says
+    model.train()
     own.__exit__(ValueError, ValueError(), None)
     assert torch.equal(criterion(model(X), Y), plain_loss)
     assert torch.equal(engine.loss(plain_loss), plain_loss)

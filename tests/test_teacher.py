@@ -258,6 +258,9 @@ def test_checkpointed_activations_count_once(reentrant: bool, whole: bool) -> No
         logits = checkpoint(model, IMAGES.clone().requires_grad_(), use_reentrant=True)
         loss = nn.functional.cross_entropy(logits, LABELS)
         assert engine.loss(loss) is loss  # the model ran without gradients; the next test says what then
+        loss.backward()  # type: ignore[no-untyped-call]
+        again = torch.zeros((), requires_grad=True)
+        assert engine.loss(again) is again  # and with them in the backward pass, of whose inputs the loss is over
         return
     if whole:
         loss = nn.functional.cross_entropy(checkpoint(model, IMAGES, use_reentrant=False), LABELS)
