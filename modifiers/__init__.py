@@ -6,6 +6,7 @@ from ovit_engine.modifiers import (
     cyclic_lr,
     distill,
     dynamic_vit,
+    evit,
     gohsp,
     grad_weight_prune,
     magnitude_prune,
@@ -20,6 +21,7 @@ from ovit_engine.modifiers import (
     structured_prune,
     svite,
     svite_tokens,
+    tome,
 )
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "cyclic_lr",
     "distill",
     "dynamic_vit",
+    "evit",
     "gohsp",
     "grad_weight_prune",
     "magnitude_prune",
@@ -42,4 +45,5 @@ __all__ = [
     "structured_prune",
     "svite",
     "svite_tokens",
+    "tome",
 ]

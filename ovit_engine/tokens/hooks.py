@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ovit_engine.targets import unwrapped
@@ -53,6 +53,14 @@ class TokenHooks(ABC):
     def end_step(self, step: int) -> None:
         """`step` optimizer steps are done: let go of what the forward passes before left behind."""
         self.survivors = None
+
+    def check_tokens(self, x: Tensor, patches: int) -> None:
+        """Raise ValueError unless x [images, tokens, width] has the prefix and so many patch tokens."""
+        if x.shape[1] != self.layout.prefix + patches:
+            raise ValueError(
+                f"{x.shape[1]} tokens came where {self.layout.prefix} + {patches} were expected: counts are fixed to "
+                "the image size that the model had at engine.prepare()"
+            )
 
     def remove(self) -> None:
         """Take all hooks off."""

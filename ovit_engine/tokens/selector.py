@@ -103,7 +103,7 @@ class SelectorHooks(TokenHooks):
     def gather(self, number: int, block: nn.Module, x: Tensor) -> Tensor:
         """Stage `number` in inference: the best tokens of x [images, prefix + tokens, width], and the prefix."""
         before = self.stages[number - 1].keep if number else self.layout.patches
-        self._check(x, before)
+        self.check_tokens(x, before)
         keep = self.stages[number].keep
         if keep == before:
             return x
@@ -113,7 +113,7 @@ class SelectorHooks(TokenHooks):
     @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch.compiler.disable, which loads the compiler when this file is imported
     def decide(self, number: int, block: nn.Module, x: Tensor) -> None:
         """Stage `number` in training: score the tokens of x, and keep what is decided for the blocks after it."""
-        self._check(x, self.layout.patches)
+        self.check_tokens(x, self.layout.patches)
         self._begin(number)
         before = self._decisions.get(number - 1)
         scores = _scorer(block)(x[:, self.layout.prefix :], before).float()
@@ -158,13 +158,6 @@ class SelectorHooks(TokenHooks):
             )
         if number == 0:
             self._open = 0
-
-    def _check(self, x: Tensor, patches: int) -> None:
-        if x.shape[1] != self.layout.prefix + patches:
-            raise ValueError(
-                f"{x.shape[1]} tokens came where {self.layout.prefix} + {patches} were expected: counts are fixed to "
-                "the image size that the model had at engine.prepare()"
-            )
 
 
 class _BlockHook:

@@ -39,9 +39,11 @@ SETTINGS = {
     "s2vite": "{head_sparsity: 0.5, unit_sparsity: 0.3, every: 3st, gradients: 2}",
     "structured_prune": "{start: 3st, end: 7st, every: 2st, gradients: 2, parameter_sparsity: {from: 0.2, to: 0.5}}",
     "svite": "{every: 3st, sparsity: 0.5, targets: [0.weight], gradients: 2}",
+    "evit": "{keep: 0.5, blocks: [1], start: 2st, end: 6st}",
+    "tome": "{r: 2}",
 }
 NAMES = sorted(modifiers())
-ON_VIT = {"dynamic_vit", "gohsp", "s2vite", "shrink", "structured_prune", "svite_tokens"}
+ON_VIT = {"dynamic_vit", "evit", "gohsp", "s2vite", "shrink", "structured_prune", "svite_tokens", "tome"}
 
 
 class RowVit(VisionTransformer):
