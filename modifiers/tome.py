@@ -42,10 +42,9 @@ class ToMe(TokenReduction):
         return self
 
     def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
-        falling = (
-            f", from {2 * self.r} in the first to 0" if isinstance(self.r, int) and self.curve != "constant" else ""
-        )
-        yield 0, "tokens", f"{self.r} merged a block{falling} ({self.name})"
+        falls = isinstance(self.r, int) and self.curve == "decreasing"
+        spelled = f"{2 * self.r} merged in the first block, falling to 0" if falls else f"{self.r} merged a block"
+        yield 0, "tokens", f"{spelled} ({self.name})"
 
     def make_hooks(self, run: Run, layout: tokens.Layout) -> MergingHooks:
         try:

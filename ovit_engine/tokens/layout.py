@@ -68,7 +68,16 @@ def _why_not(vit: Any) -> str | None:
     if getattr(vit, "rope", None) is not None:
         return "rotary positions belong to places, and tokens change theirs"
     for number, block in enumerate(vit.blocks):
-        for what, module in ((f"block {number}", block), (f"the attention of block {number}", block.attn)):
-            if "attn_mask" not in inspect.signature(module.forward).parameters:
+        attention = getattr(block, "attn", None)
+        if attention is None:
+            return f"block {number} ({type(block).__name__}) has no attention of its own (attn)"
+        for what, module in ((f"block {number}", block), (f"the attention of block {number}", attention)):
+            # a quantized module is of a class made beside its own, whose forward takes whatever comes
+            if not any("attn_mask" in inspect.signature(kind.forward).parameters for kind in _forwards(module)):
                 return f"{what} ({type(module).__name__}) takes no attn_mask; timm >= 1.0.20 has it in its Block"
     return None
+
+
+def _forwards(module: nn.Module) -> list[Any]:
+    """The classes of `module` that say what it takes."""
+    return [kind for kind in type(module).__mro__ if "forward" in vars(kind)]

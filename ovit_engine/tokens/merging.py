@@ -46,7 +46,9 @@ def match_tokens(metric: Tensor, prefix: int, amount: int) -> Matching:
         likeness, best = (even @ odd.transpose(1, 2)).max(dim=-1)
         order = likeness.topk(likeness.shape[1], dim=1).indices
         sources, rest = order[:, :amount], order[:, amount:]
-        return Matching(sources, best.gather(1, sources), rest.sort(dim=1).values)
+        # sorted by topk, whose count is a constant when exported: that of sort would be asked of a shape
+        rest = rest.topk(rest.shape[1], dim=1, largest=False).values
+        return Matching(sources, best.gather(1, sources), rest)
 
 
 def merge_tokens(x: Tensor, sizes: Tensor, matching: Matching, prefix: int) -> tuple[Tensor, Tensor]:
@@ -60,6 +62,7 @@ def merge_tokens(x: Tensor, sizes: Tensor, matching: Matching, prefix: int) -> t
     kind = x.dtype
     with without_autocast(x):
         x = widened(x)
+        sizes = sizes.to(x.dtype)
         even, odd = _halves(x, prefix)
         even_sizes, odd_sizes = _halves(sizes.unsqueeze(-1), prefix)
         # a product with a matrix of zeros and ones: not all exporters and runtimes have scatter_reduce
