@@ -53,7 +53,8 @@ def class_attention(queries: Tensor, keys: Tensor, prefix: int) -> Tensor:
     """
     with without_autocast(queries):
         scores = widened(queries) * queries.shape[-1] ** -0.5 @ widened(keys).transpose(-2, -1)
-        return scores.softmax(dim=-1)[..., prefix:].mean(dim=(1, 2))
+        attention: Tensor = scores.softmax(dim=-1)[..., prefix:].mean(dim=(1, 2))
+        return attention
 
 
 def keep_attended(x: Tensor, attention: Tensor, keep: int, prefix: int, *, fuse: bool) -> tuple[Tensor, Tensor]:

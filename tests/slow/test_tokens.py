@@ -17,18 +17,18 @@ from tests.slow.digits import BATCH, NOISE, accuracy, images, trained_vit
 EPOCHS, RATE = 40, 1e-3
 
 
-def reduced(dense: nn.Module, line: str, seed: int) -> nn.Module:
+def reduced(dense: nn.Module, line: str, seed: int, epochs: int = EPOCHS) -> nn.Module:
     """The dense model after some epochs with fewer tokens."""
     model = copy.deepcopy(dense)
     x, y = images()[0].tensors
     steps = len(x) // BATCH
-    engine = Engine(model, Recipe.parse(f"modifiers:\n  - {line}"), steps_per_epoch=steps, epochs=EPOCHS).prepare()
+    engine = Engine(model, Recipe.parse(f"modifiers:\n  - {line}"), steps_per_epoch=steps, epochs=epochs).prepare()
     optimizer = torch.optim.AdamW(param_groups(model, weight_decay=0.05), RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps * EPOCHS)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps * epochs)
     generator = torch.Generator().manual_seed(seed)
     model.train()
     with engine.attach(optimizer):
-        for _ in range(EPOCHS):
+        for _ in range(epochs):
             for batch in torch.randperm(len(x), generator=generator).split(BATCH)[:steps]:
                 optimizer.zero_grad()
                 noisy = x[batch] + NOISE * torch.randn(len(batch), 1, 8, 8, generator=generator)
