@@ -47,8 +47,8 @@ def test_the_figures_of_the_released_code(name: str) -> None:
 
 
 def scaled(name: str, **model_args: Any) -> Recipe:
-    """A fifth of the epochs (a twentieth of those of Table 9), few gradients of few images, for a ViT of 16 pixels."""
-    divisor = 20 if "table9" in name else 5
+    """A fifth of the epochs (less of longer recipes), few gradients of few images, for a ViT of 16 pixels."""
+    divisor = {120: 20, 300: 100}.get(Recipe.load(name).training.epochs, 5)
     text = re.sub(r"(\d+)ep\b", lambda found: f"{int(found[1]) // divisor}ep", shipped_recipes()[name])
     text = re.sub(r"warmup_epochs: \d+", "warmup_epochs: 1", text)
     text = re.sub(r"(gradients|images_per_gradient): \d+", r"\1: 4", text).replace("block: 192", "block: 16")
@@ -59,7 +59,10 @@ def scaled(name: str, **model_args: Any) -> Recipe:
     return with_training(recipe, model_args={**small, **model_args}, batch_size=8, epochs=epochs)
 
 
-@pytest.mark.parametrize("name", ["tokens/dynamic_vit_deit_tiny_70", "paper/table9_deit_small"])
+RUN = ["dynamic_vit_deit_tiny_70", "evit_deit_small_70", "tome_deit_small"]
+
+
+@pytest.mark.parametrize("name", [*(f"tokens/{name}" for name in RUN), "paper/table9_deit_small"])
 def test_a_short_run_on_images(name: str, tmp_path: Path, jpeg_folder: Path) -> None:
     trained = train(scaled(name), data=jpeg_folder, output=tmp_path / "run", device="cpu")
     assert all(math.isfinite(row.loss) for row in trained.metrics)

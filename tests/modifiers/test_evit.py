@@ -517,4 +517,5 @@ def test_the_recipe_is_that_of_the_authors() -> None:
     assert shipped.training.epochs == 300
     assert shipped.training.batch_size == 1024
     assert list(modifier.timeline(clock_of))[-1][0] == 1100  # epoch 110
-    assert modifier.model_dump()["blocks"] == [3, 6, 9]
+    assert modifier.model_dump(include={"blocks", "keep", "fuse"}) == {"blocks": [3, 6, 9], "keep": 0.7, "fuse": True}
+    assert f"{macs_by_hand(0.7, fuse=True):.2f} of" in shipped.description
