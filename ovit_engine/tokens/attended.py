@@ -56,14 +56,16 @@ class AttendedHooks(BetweenHooks):
         if training and not is_recomputed():
             self.survivors = None
 
-    def reduce(self, number: int, x: Tensor, queries: Tensor, keys: Tensor, *, training: bool) -> Tensor:
+    def reduce(
+        self, number: int, x: Tensor, queries: Tensor, keys: Tensor, gate: Tensor | None, *, training: bool
+    ) -> Tensor:
         keep, prefix = (self.training_counts if training else self.counts)[number], self.layout.prefix
         if keep == x.shape[1] - prefix:
             return x
         readers = queries[:, :, : self.readers]
         if not self.fuse:  # then attention says which tokens stay, and no more
             readers, keys = readers.detach(), keys.detach()
-        x, index = keep_attended(x, class_attention(readers, keys, prefix), keep, prefix, fuse=self.fuse)
+        x, index = keep_attended(x, class_attention(readers, keys, prefix, gate), keep, prefix, fuse=self.fuse)
         if training and not is_recomputed():
             self._follow(index)
         return x

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ovit_engine.gates import GATE
 from ovit_engine.tokens.hooks import TokenHooks
 from ovit_engine.tokens.layout import Layout
 
@@ -52,12 +53,15 @@ class BetweenHooks(TokenHooks):
         return None
 
     @abstractmethod
-    def reduce(self, number: int, x: Tensor, queries: Tensor, keys: Tensor, *, training: bool) -> Tensor:
+    def reduce(
+        self, number: int, x: Tensor, queries: Tensor, keys: Tensor, gate: Tensor | None, *, training: bool
+    ) -> Tensor:
         """The tokens that the MLP of that block gets, and all blocks after it.
 
         Args:
             x: tokens after attention [images, tokens, width].
             queries: [images, heads, tokens, head width], normed as attention multiplies them; keys as well.
+            gate: bool [heads], those that are not switched off; all where there is none.
         """
 
 
@@ -130,6 +134,6 @@ class _Middle:
         self._queries = self._keys = None
         assert queries is not None
         assert keys is not None
-        x = hooks.reduce(self._number, x, queries, keys, training=training)
+        x = hooks.reduce(self._number, x, queries, keys, getattr(block.attn.proj, GATE, None), training=training)
         output: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
         return output

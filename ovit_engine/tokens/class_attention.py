@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ovit_engine.tokens.gather import gather_tokens, top_tokens
+from ovit_engine.tokens.heads import mean_of_heads
 from ovit_engine.tokens.precision import widened, without_autocast
 
 _SLACK = 1e-9  # 10 x 0.7 + 1e-15 means 7
@@ -41,7 +42,7 @@ def after_stage(before: int, keep: int, *, fuse: bool) -> int:
     return keep + (fuse and keep < before)
 
 
-def class_attention(queries: Tensor, keys: Tensor, prefix: int) -> Tensor:
+def class_attention(queries: Tensor, keys: Tensor, prefix: int, gate: Tensor | None = None) -> Tensor:
     """How much attention each patch token gets [images, N], mean over heads and queries; at least float32.
 
     Fused kernels never show the map of attention: of it only the rows of a few queries are computed anew, each over all
@@ -50,11 +51,11 @@ def class_attention(queries: Tensor, keys: Tensor, prefix: int) -> Tensor:
     Args:
         queries: [images, H, queries, C / H], of the class token, and of the distillation token where there is one.
         keys: [images, H, P + N, C / H].
+        gate: bool [H], heads that count; all where there is none.
     """
     with without_autocast(queries):
         scores = widened(queries) * queries.shape[-1] ** -0.5 @ widened(keys).transpose(-2, -1)
-        attention: Tensor = scores.softmax(dim=-1)[..., prefix:].mean(dim=(1, 2))
-        return attention
+        return mean_of_heads(scores.softmax(dim=-1)[..., prefix:].mean(dim=2), gate)
 
 
 def keep_attended(x: Tensor, attention: Tensor, keep: int, prefix: int, *, fuse: bool) -> tuple[Tensor, Tensor]:

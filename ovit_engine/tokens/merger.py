@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ovit_engine.tokens.between import BetweenHooks, is_recomputed
 from ovit_engine.tokens.gather import Survivors
+from ovit_engine.tokens.heads import mean_of_heads
 from ovit_engine.tokens.layout import Layout
 from ovit_engine.tokens.merging import Matching, follow_places, match_tokens, merge_tokens
 
@@ -57,12 +58,14 @@ class MergingHooks(BetweenHooks):
         sizes = self._incoming(number)
         return sizes.log()[:, None, None, :].to(x.dtype) if self.proportional and sizes is not None else None
 
-    def reduce(self, number: int, x: Tensor, queries: Tensor, keys: Tensor, *, training: bool) -> Tensor:
+    def reduce(
+        self, number: int, x: Tensor, queries: Tensor, keys: Tensor, gate: Tensor | None, *, training: bool
+    ) -> Tensor:
         amount, prefix, sizes = self.amounts[number], self.layout.prefix, self._incoming(number)
         if amount:
             if sizes is None:
                 sizes = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
-            matching = match_tokens(keys.mean(dim=1), prefix, amount)
+            matching = match_tokens(mean_of_heads(keys.detach(), gate), prefix, amount)
             x, sizes = merge_tokens(x, sizes, matching, prefix)
         if not is_recomputed():
             self._sizes = None if number == len(self.places) - 1 else sizes

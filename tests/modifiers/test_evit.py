@@ -13,6 +13,8 @@ from torch.nn.functional import cross_entropy, gelu
 
 from ovit_engine import Calibration, Engine, Recipe, RecipeError
 from ovit_engine.flops import count_flops
+from ovit_engine.gates import find_sites, install, set_gate
+from ovit_engine.shrink import shrink
 from ovit_engine.targets import parameter_slots
 from ovit_engine.tokens import hooks_of
 from ovit_engine.tokens.attended import AttendedHooks
@@ -361,6 +363,23 @@ def test_quantized_first_is_the_same() -> None:
         train(engine, optimizer, 4)
         outputs.append(logits(model))
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("line", ["evit: {keep: 0.6, blocks: [0, 1]}", "tome: {r: 3}"])
+def test_a_head_that_is_off_has_no_say(line: str) -> None:
+    """So the model from which it is removed keeps the same tokens."""
+    model = vit(depth=3)
+    Engine(model, recipe(line), steps_per_epoch=4, epochs=1).prepare()
+    before = logits(model)
+    sites = find_sites(model, ["heads"])
+    install(sites)
+    assert torch.allclose(logits(model), before, atol=1e-6)
+    for site in sites:
+        set_gate(site, torch.tensor([True, False, True]))
+    gated = logits(model)
+    shrink(model)
+    assert model.blocks[0].attn.num_heads == 2
+    assert torch.allclose(logits(model), gated, atol=1e-5)
 
 
 def test_gradients_for_pruners_are_those_of_inference() -> None:
