@@ -69,7 +69,7 @@ class MergingHooks(BetweenHooks):
             x, sizes = merge_tokens(x, sizes, matching, prefix)
         if not is_recomputed():
             self._sizes = None if number == len(self.places) - 1 else sizes
-            if amount and training:
+            if training and sizes is not None and amount:
                 self._follow(matching, sizes)
         return x
 
