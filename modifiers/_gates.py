@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 
@@ -18,8 +19,9 @@ from ovit_engine.gate_scores import (
     stop_recording,
     take_sums,
 )
-from ovit_engine.gates import GateSite, Kind, copy_gates, find_sites, install, set_gate
+from ovit_engine.gates import GateSite, Kind, copy_gates, find_sites, install, installed, set_gate
 from ovit_engine.modifier import Modifier, Run
+from ovit_engine.shrink import manifest_of
 
 
 class GateModifier(Modifier):
@@ -37,6 +39,8 @@ class GateModifier(Modifier):
     _loaded: dict[str, Tensor] | None = PrivateAttr(default=None)  # gates of a loaded state
     _scored: list[int] = PrivateAttr(default_factory=list)  # steps at whose end scores are needed, in order
     _window: int = PrivateAttr(default=0)  # steps that are recorded before each of them
+    _final: dict[str, Tensor] = PrivateAttr(default_factory=dict)  # gates at the end: the model may be shrunk then
+    _records: bool = PrivateAttr(default=False)  # whether the tallies at the gates are its own
 
     @abstractmethod
     def kinds(self) -> Sequence[Kind]:
@@ -80,7 +84,20 @@ class GateModifier(Modifier):
         self._record(run)
 
     def detach(self, run: Run) -> None:
-        stop_recording(self._sites)
+        self._stop()
+        self._final = {site.name: site.gate.clone() for site in self._sites}
+
+    def check(self, model: nn.Module) -> None:
+        gates = self._final or self._loaded or {}
+        sites = {site.name: site for site in installed(model)}
+        if not sites and manifest_of(model):  # shrunk since
+            return
+        for name, gate in gates.items():
+            if name not in sites or not torch.equal(sites[name].gate.cpu(), gate.cpu()):
+                raise RuntimeError(
+                    f"{self.name}: the gate of {name!r} is not as training left it: load the model's whole state, with "
+                    "its gates, before the export"
+                )
 
     def apply_to(self, model: nn.Module) -> None:
         assert self._model is not None
@@ -113,7 +130,7 @@ class GateModifier(Modifier):
     def state_dict(self) -> dict[str, Any]:
         return {
             "done": self._done,
-            "gates": {site.name: site.gate.clone() for site in self._sites},
+            "gates": self._final or {site.name: site.gate.clone() for site in self._sites},
             "sums": {name: sums.clone() for name, sums in self._sums.items()},
         }
 
@@ -155,8 +172,18 @@ class GateModifier(Modifier):
         wanted, now = self._begin(run.step) is not None, self._is_recording()
         if wanted and not now:
             start_recording(self.recorded(), self.tally)
+            self._records = True
         elif now and not wanted:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._records:
             stop_recording(self._sites)
+        self._records = False
 
     def _is_recording(self) -> bool:
-        return any(map(is_recording, self.recorded()))
+        return self._records and any(map(is_recording, self.recorded()))
+
+    def window_start(self, event: int) -> int:
+        """The step from which the first event at `event` needs the gates for itself: its scores are recorded there."""
+        return max(0, event - self._window) if self._scored else event

@@ -84,7 +84,8 @@ class Distill(Modifier):
 
     def loss_term(self, run: Run) -> Tensor | None:
         start, end = self._times
-        lesson = _teacher(run).lesson() if start <= run.step < end else None
+        is_taught = start <= run.step < end and run.teacher is not None  # there is none after DETACH
+        lesson = _teacher(run).lesson() if is_taught else None
         if lesson is None:
             return None
         self._learned = True

@@ -101,6 +101,9 @@ class DynamicViT(TokenPruning):
         # not in pre_step: a modifier that writes learning rates does it there
         self._rates.scale(self._backbone, 0.0 if run.step < self._frozen_until else self.backbone_lr_scale)
 
+    def abandon(self, run: Run) -> None:
+        self._rates.restore()
+
     def step_end(self, run: Run) -> None:
         self._rates.restore()
         if run.step % run.steps_per_epoch == 0:

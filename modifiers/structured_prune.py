@@ -123,10 +123,22 @@ class StructuredPrune(ScheduledModifier, GateModifier):
                     f"{self._total} parameters are gone",
                     "parameter_sparsity",
                 )
+        for kind, option, amount in (
+            ("heads", "head_sparsity", self.head_sparsity),
+            ("units", "unit_sparsity", self.unit_sparsity),
+        ):
+            counts = [site.count for site in self._sites if site.kind == kind]
+            for share in spelled(amount) if amount is not None and self.scope == "global" else ():
+                if len(counts) - sum(counts) * (1 - share) >= 1:  # by more than rounding
+                    raise self.error(
+                        f"{share:g} is out of reach: with one left in each block {1 - len(counts) / sum(counts):.4f} "
+                        f"of the {sum(counts)} {kind} are gone",
+                        option,
+                    )
 
     def claims(self, run: Run) -> Iterable[Claim]:
         for site in self._sites:
-            yield Claim(f"the gate of {site.name}", self._steps[0], self._steps[-1])
+            yield Claim(f"the gate of {site.name}", self.window_start(self._steps[0]), self._steps[-1])
 
     def detach(self, run: Run) -> None:
         super().detach(run)

@@ -37,7 +37,7 @@ def deploy(
     """Write `path` and its certificate from copies of the model; the model itself stays as it is, in training form.
 
     Raises:
-        RuntimeError: training under the recipe is not over, or the model is sharded.
+        RuntimeError: training under the recipe is not over, the model is sharded, or not as training left it.
         ExportError: the file is not what the recipe promised.
     """
     if engine.modifiers and not engine.finished:
@@ -54,6 +54,8 @@ def deploy(
     reference = copy.deepcopy(unwrapped(engine.model if model is None else model))
     if model is not None:
         engine.apply_to(reference)
+    for modifier in engine.modifiers:
+        modifier.check(reference)
     if "_original_forward" in vars(reference):  # Accelerate put one on the object that computes in half precision
         del reference.forward, reference._original_forward
     return write(

@@ -227,6 +227,8 @@ class Engine:
                 self.detach()
             else:  # training failed by itself: leave the user's optimizer clean and let the error through
                 self._remove_hooks()
+                for modifier in self.modifiers:
+                    modifier.abandon(self.run)
 
     def loss(self, loss: Tensor) -> Tensor:
         """The loss to differentiate: `loss` plus the terms of modifiers that have any; in evaluation it stays."""

@@ -20,6 +20,11 @@ class LossTerms:
         """`loss` plus the terms; nothing is added in evaluation (the model's eval mode, or no gradients)."""
         if not (torch.is_grad_enabled() and self._run.model.training):
             return loss
+        if loss.numel() != 1 and self._names():
+            raise ValueError(
+                f"{self._names()[0]} adds a term to the loss of a batch, which is of shape {list(loss.shape)} here: "
+                "reduce it to one number first (loss.mean())"
+            )
         self._is_asked = True
         try:
             for modifier in self._modifiers:
@@ -34,13 +39,16 @@ class LossTerms:
         """After a step: raise RuntimeError where a modifier has a term, and no loss had it yet."""
         if self._is_asked:
             return
-        names = [m.name for m in self._modifiers if type(m).loss_term is not Modifier.loss_term]
+        names = self._names()
         if names:
             raise RuntimeError(
                 f"a step was made and the loss had no term of {names[0]}: write loss = engine.loss(loss) before "
                 "loss.backward(), or give the loss module to engine.attach(optimizer, criterion=...); the model must "
                 "be in training mode"
             )
+
+    def _names(self) -> list[str]:
+        return [m.name for m in self._modifiers if type(m).loss_term is not Modifier.loss_term]
 
 
 class AddTerms:

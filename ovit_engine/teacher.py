@@ -157,6 +157,11 @@ class Teacher:
 
     @torch.no_grad()
     def _answer(self, seen: "_Seen") -> Answer:
+        if seen.versions and _versions(seen.args, seen.kwargs) != seen.versions:
+            raise RuntimeError(
+                "an input of the model was changed in place since its forward pass began, so the teacher would see "
+                "another: let the model work on a copy (x = x.clone())"
+            )
         inputs = _inputs_for(self.module, (seen.args, seen.kwargs))
         tokens = _Tokens()
         handles = []
@@ -194,6 +199,7 @@ class _Seen:
     tokens: Tensor | None = None
     lesson: Lesson | None = None
     is_answered: bool = False
+    versions: tuple[int, ...] = ()  # of the input tensors, counted up where one is changed in place
 
 
 class _Watch:
@@ -206,21 +212,22 @@ class _Watch:
         return {"seen": None}
 
     def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _is_recomputed():
+        if _is_recomputed() or not _is_training(module):  # an evaluation between a forward and its loss changes nothing
             return
         self.seen = None
-        if module.training and torch.is_grad_enabled():
-            device = next((leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), "cpu")
-            autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-            self.seen = _Seen(args, kwargs, device, autocast)
+        device = next((leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), "cpu")
+        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        self.seen = _Seen(args, kwargs, device, autocast, versions=_versions(args, kwargs))
 
     def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.seen is not None and not _is_recomputed():
+        if self.seen is not None and _is_training(module) and not _is_recomputed():
             self.seen.output, self.seen.is_answered = output, True
 
     def on_tokens(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         # grad is off where reentrant checkpointing runs the first time: those tokens would teach nothing
-        if self.seen is not None and torch.is_grad_enabled() and not _is_recomputed():
+        if self.seen is None or self.seen.is_answered:
+            return
+        if torch.is_grad_enabled() and not _is_recomputed():
             self.seen.tokens = output
 
 
@@ -230,6 +237,16 @@ class _Tokens:
 
     def on_tokens(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self.seen = output
+
+
+def _is_training(module: nn.Module) -> bool:
+    return module.training and torch.is_grad_enabled()
+
+
+def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+    if torch.compiler.is_compiling():
+        return ()
+    return tuple(leaf._version for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
 
 
 def _is_recomputed() -> bool:

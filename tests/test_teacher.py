@@ -180,8 +180,6 @@ def test_evaluation_has_no_term_and_costs_no_forward_of_the_teacher() -> None:
     model.eval()
     loss = cross_entropy(model)
     assert engine.loss(loss) is loss
-    model.train()
-    assert engine.loss(loss) is loss  # what was seen in training before the evaluation is of another batch
     assert calls == []
 
 
@@ -524,3 +522,43 @@ def test_logits_in_outputs() -> None:
     for wrong in (None, (a, 1), (a, torch.ones(3)), {"loss": a}, ()):
         with pytest.raises(TypeError, match="no logits in a model's output of type"):
             logits_of(wrong)
+
+
+def test_an_evaluation_between_a_forward_and_its_loss_changes_nothing() -> None:
+    model = vit()
+    engine, _ = started(model, tokens=True)
+    wanted = engine.loss(cross_entropy(model)).detach()
+    loss = cross_entropy(model)
+    model.eval()
+    model(IMAGES[:2])
+    with torch.no_grad():
+        model(IMAGES[:3])
+    model.train()
+    assert torch.equal(engine.loss(loss), wanted)
+
+
+class Inverting(nn.Module):
+    """Changes its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.neg_())  # type: ignore[no-any-return]
+
+
+def test_an_input_that_is_changed_in_place_is_told() -> None:
+    model = Inverting()
+    engine = engine_for(model)
+    engine.attach(torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(RuntimeError, match=r"an input of the model was changed in place .* \(x = x.clone\(\)\)"):
+        engine.loss(model(torch.randn(3, 4)).sum())
+
+
+def test_a_loss_of_each_image_is_not_taken() -> None:
+    model = vit()
+    engine, _ = started(model)
+    loss = nn.functional.cross_entropy(model(IMAGES), LABELS, reduction="none")
+    with pytest.raises(ValueError, match=r"learner adds a term to the loss of a batch, which is of shape \[8\] here"):
+        engine.loss(loss)

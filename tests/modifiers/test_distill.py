@@ -202,3 +202,17 @@ def test_the_timeline_tells_the_terms() -> None:
         (1, "loss", "0.5 x teacher's logits at temperature 2 + 0.25 x teacher's tokens"),
         (4, "loss", "no more of the teacher's"),
     ]
+
+
+def test_after_training_the_loss_is_as_it_is() -> None:
+    model = vit()
+    engine = Engine(model, recipe("distill: {}"), steps_per_epoch=60, epochs=1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    engine.attach(optimizer)
+    for _ in range(59):
+        optimizer.zero_grad()
+        engine.loss(nn.functional.cross_entropy(model(IMAGES[:2]), LABELS[:2])).backward()
+        optimizer.step()
+    engine.detach()
+    loss = nn.functional.cross_entropy(model(IMAGES), LABELS)
+    assert engine.loss(loss) is loss

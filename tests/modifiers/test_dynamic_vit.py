@@ -620,3 +620,17 @@ def test_compiled_training_is_the_same_and_inference_is_one_graph() -> None:
     with torch.no_grad():
         whole = torch.compile(model, backend="eager", fullgraph=True)(IMAGES)
     assert torch.allclose(whole, logits(model), atol=1e-6)
+
+
+def test_an_exception_in_a_frozen_step_leaves_the_rates_as_they_were() -> None:
+    model, engine, _ = prepared(SLOW)
+    optimizer = torch.optim.SGD(param_groups(model), lr=1e-2)
+    engine.attach(optimizer)
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    optimizer.register_step_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt), engine:
+        train(engine, optimizer, 1)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-2] * 4

@@ -409,7 +409,7 @@ def test_models_and_recipes_in_which_gates_make_no_sense() -> None:
     with pytest.raises(RecipeError, match=r"^r.yaml:2:5: s2vite: Sequential has no heads to gate"):
         engine_for(nn.Sequential(nn.Linear(2, 2)), S2VITE)
     both = recipe(S2VITE, "structured_prune: {head_sparsity: 0.5, start: 2st}")
-    with pytest.raises(RecipeError, match=r"writes the gate of blocks.0.attn.proj from step 2 to 2, where s2vite "):
+    with pytest.raises(RecipeError, match=r"writes the gate of blocks.0.attn.proj from step 0 to 2, where s2vite "):
         Engine(vit(), both, steps_per_epoch=10, epochs=1).prepare()
     with pytest.raises(RuntimeError, match="s2vite replaces layers, and the model is compiled already"):
         engine_for(torch.compile(vit(), backend="eager"), S2VITE)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from ovit_engine import Engine, RecipeError
 from ovit_engine.gate_ranking import RANKERS, register_ranker
 from ovit_engine.gate_scores import is_recording
 from ovit_engine.gates import find_sites, install, installed
+from ovit_engine.shrink import shrink
 from tests.loops import recipe
-from tests.modifiers.gated import batch, engine_for, explicit_scores, gates_of, train, vit
+from tests.modifiers.gated import IMAGES, batch, engine_for, explicit_scores, gates_of, train, vit
 
 
 def with_options(**options: Any) -> str:
@@ -266,3 +268,59 @@ def test_a_model_that_never_trains_has_no_scores() -> None:
     nn.functional.cross_entropy(model(batch(1)[0]), batch(1)[1]).backward()
     with pytest.raises(RecipeError, match=r"no finite gradient came to the gate of 'blocks.0.attn.proj'"):
         optimizer.step()
+
+
+def test_a_second_one_takes_over_where_the_first_has_ended() -> None:
+    """Each has scores of its own; the first does not end the window of the second."""
+    first = with_options(head_sparsity=0.25, start="3st", gradients=2)
+    second = with_options(head_sparsity=0.5, start="7st", gradients=2)
+    for lines in ((first, second), (second, first)):
+        model = vit()
+        engine = Engine(model, recipe(*lines), steps_per_epoch=10, epochs=1).prepare()
+        train(model, engine, 10)
+        engine.detach()
+        assert len(off_heads(model)) == 4
+
+
+def test_windows_that_overlap_are_refused() -> None:
+    lines = (
+        with_options(head_sparsity=0.25, start="3st", gradients=2),
+        with_options(head_sparsity=0.5, start="4st", gradients=2),
+    )
+    with pytest.raises(RecipeError, match=r"r.yaml:3:\d+: .*the gate of blocks.0.attn.proj from step 2 to 4"):
+        Engine(vit(), recipe(*lines), steps_per_epoch=10, epochs=1).prepare()
+
+
+def test_a_share_that_would_take_whole_blocks_is_refused() -> None:
+    with pytest.raises(
+        RecipeError, match=r"head_sparsity: 0.95 is out of reach: with one left in each block 0.7500 of"
+    ):
+        engine_for(vit(), with_options(head_sparsity=0.95, start="1st"))
+
+
+def test_a_model_without_its_gates_is_not_exported(tmp_path: Path) -> None:
+    """A finished run whose weights were loaded without gates would be a dense file under a pruning recipe."""
+    model = vit()
+    engine = engine_for(model, with_options(head_sparsity=0.5, start="3st", gradients=2))
+    train(model, engine, 10)
+    engine.detach()
+    again = vit()
+    loaded = engine_for(again, with_options(head_sparsity=0.5, start="3st", gradients=2))
+    loaded.load_state_dict(engine.state_dict())
+    weights = {name: value for name, value in model.state_dict().items() if "gate" not in name}
+    again.load_state_dict(weights)
+    with pytest.raises(RuntimeError, match=r"the gate of 'blocks.0.attn.proj' is not as training left it"):
+        loaded.export(tmp_path / "m.onnx", IMAGES[:1])
+    again.load_state_dict(model.state_dict())
+    assert "4 of 8 heads" in str(loaded.export(tmp_path / "m.onnx", IMAGES[:1]))
+
+
+def test_the_engines_state_outlives_the_gates() -> None:
+    model = vit()
+    engine = engine_for(model, with_options(head_sparsity=0.5, start="3st", gradients=2))
+    train(model, engine, 10)
+    engine.detach()
+    before = engine.state_dict()["modifiers"][0]["gates"]
+    shrink(model)
+    after = engine.state_dict()["modifiers"][0]["gates"]
+    assert all(torch.equal(before[name], after[name]) for name in before)
