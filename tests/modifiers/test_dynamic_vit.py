@@ -510,7 +510,7 @@ def test_a_rate_that_is_a_tensor_is_scaled_in_place() -> None:
 
 
 def test_a_step_that_raised_leaves_no_rate_behind() -> None:
-    model, engine, _ = prepared(SLOW)
+    model, engine, _ = prepared("dynamic_vit: {keep: 0.7, backbone_lr_scale: 0.25}")
     optimizer = torch.optim.SGD(param_groups(model), lr=1e-2)
     engine.attach(optimizer)
 
@@ -521,7 +521,10 @@ def test_a_step_that_raised_leaves_no_rate_behind() -> None:
     with pytest.raises(KeyboardInterrupt):
         train(engine, optimizer, 1)
     handle.remove()
+    seen: list[float] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(optimizer.param_groups[0]["lr"]))
     train(engine, optimizer, 3)
+    assert seen == [0.25e-2] * 3
     assert [group["lr"] for group in optimizer.param_groups] == [1e-2] * 4
 
 
