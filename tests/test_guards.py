@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from ovit_engine import Engine, RecipeError
-from tests.loops import PRUNE, closure, mlp, plain, recipe
+from tests.loops import PRUNE, closure, mlp, recipe
 from tests.modifiers.test_contract import SETTINGS, started
+from tests.modifiers.test_contract import step as contract_step
 
 
 def engine_of(model: nn.Module) -> Engine:
@@ -65,7 +66,7 @@ def test_an_optimizer_without_steps_is_refused() -> None:
 def test_a_model_that_moves_after_attach_is_told(name: str, step: Any) -> None:
     model, optimizer, engine, calibration = started(name)
     engine.attach(optimizer, calibration=calibration)
-    plain(model, optimizer)
+    contract_step(engine, model, optimizer)
     model.to("meta")
     with pytest.raises(
         RuntimeError, match=r"^the model moved from cpu to meta after engine.attach, and masks"

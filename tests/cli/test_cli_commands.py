@@ -93,7 +93,9 @@ def test_show_invents_nothing_of_a_recipe_for_another_loop(ovit: Ovit) -> None:
 
 def test_recipes(ovit: Ovit) -> None:
     lines = ok(ovit("recipes"))
-    assert [line.split()[0] for line in lines[1:]] == list(shipped_recipes())
+    # a long description goes on in lines of its own
+    names = [word for line in lines[1:] if (word := line.split()[0]) in shipped_recipes()]
+    assert names == list(shipped_recipes())
     printed = ovit("recipes", "digits_vit_dense").stdout
     assert yaml.safe_load(printed)["name"] == "digits_vit_dense"
 
