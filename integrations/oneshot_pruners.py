@@ -74,7 +74,7 @@ def choose_pruners(recipe: Recipe, compare: Sequence[str] = ()) -> list[Pruner]:
     Raises:
         ValueError: no pruner in the recipe, several with nothing to choose between them, or an unknown name.
     """
-    own = [modifier for modifier in recipe.modifiers if modifier.name.endswith(SUFFIX)]
+    own = [modifier for modifier in recipe.modifiers if _prunes_weights(type(modifier))]
     if not own:
         others = ", ".join(modifier.name for modifier in recipe.modifiers) or "no modifier at all"
         raise ValueError(f"recipe {recipe.name!r} has no pruner to run one-shot; it has {others}")
@@ -84,8 +84,14 @@ def choose_pruners(recipe: Recipe, compare: Sequence[str] = ()) -> list[Pruner]:
 
 def pruner_names() -> list[str]:
     """What can be compared."""
-    registered = [name.removesuffix(SUFFIX) for name in modifiers() if name.endswith(SUFFIX) and name not in TRAINED]
+    kinds = [kind for kind in modifiers().values() if _prunes_weights(kind) and kind.name not in TRAINED]
+    registered = [kind.name.removesuffix(SUFFIX) for kind in kinds]
     return sorted([*registered, *VARIANTS])
+
+
+def _prunes_weights(kind: type[Modifier]) -> bool:
+    """Whether a modifier is a pruner of single weights, and not of heads and units."""
+    return kind.name.endswith(SUFFIX) and "targets" in kind.model_fields
 
 
 def _known(name: str) -> str:

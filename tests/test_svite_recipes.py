@@ -10,7 +10,7 @@ from ovit_engine import Clock, Recipe
 from ovit_engine.integrations.timm import train, with_training
 from ovit_engine.recipe import shipped_recipes
 
-NAMES = [name for name in shipped_recipes() if name.startswith("svite/")]
+NAMES = [name for name in shipped_recipes() if name.startswith("svite/") and "s2vite" not in name]
 IMAGENET = 1_281_167 // 512  # steps an epoch in batches of 512
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "weight_init": "jax"}
 

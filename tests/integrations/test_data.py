@@ -211,5 +211,5 @@ def test_no_readable_image_at_all(image_folder: MakeFolder) -> None:
 
 
 def test_preprocessing_of_someone_else() -> None:
-    with pytest.raises(ValueError, match=r"preprocessing is unknown \('size'\)"):
+    with pytest.raises(ValueError, match=r"the preprocessing is not told \(no 'size' in"):
         config_of({"mean": [0.5]})

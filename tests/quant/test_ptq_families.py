@@ -55,7 +55,9 @@ def two_of_four(model: nn.Module) -> Masks:
     for slot in parameter_slots(model):
         weight = slot.tensor
         if isinstance(slot.module, (nn.Linear, nn.Conv2d)) and weight.ndim > 1 and weight.shape[1] % 4 == 0:
+            before = weight.detach().std()
             masks.set(slot, pattern.mask(weight.detach().abs(), 0.5), "2:4")
+            weight.data.mul_(before / weight.detach().std())  # outputs as far apart as they were
     return masks
 
 
