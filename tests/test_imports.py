@@ -23,6 +23,7 @@ LAYERS = [
         "batched_gradients",
         "sharding",
         "distillation",
+        "console",
         "manifest",
     ],
     ["second_order", "presets", "plots", "samples", "torch_files", "head_graph", "soft_pruning"],

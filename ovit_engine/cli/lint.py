@@ -41,8 +41,7 @@ def lint(
     For a file also the trtexec line that builds it, and with --trt-log what TensorRT chose. Rules of shape, type and
     pattern decide what can run sparse; whether it is faster for it only a measurement tells, which --measured reads.
     """
-    from rich.console import Console
-
+    from ovit_engine.console import table_console
     from ovit_engine.export.ampere import total_line, trtexec_line
     from ovit_engine.export.break_even import read_table
     from ovit_engine.export.report import readiness_table
@@ -60,7 +59,7 @@ def lint(
         from ovit_engine.recipe import Recipe
 
         layers = list(of_recipe(prepared(Recipe.load(target, **options.as_mapping(variables)), model, model_args)))
-    console = Console(highlight=False)
+    console = table_console()
     console.print(readiness_table(layers, None if trt_log is None else _choice(trt_log), table))
     for line in (total_line(layers), *lines):
         console.print(line, soft_wrap=True)

@@ -13,9 +13,9 @@ def pack(file: Path, output: Path | None) -> None:
 
     ovit unpack gives back the same bytes; in a program ovit_engine.export.load_packed does.
     """
-    from rich.console import Console
     from rich.table import Table
 
+    from ovit_engine.console import table_console
     from ovit_engine.export.pack import SUFFIX, pack_file
 
     output = output or file.with_name(file.name + SUFFIX)
@@ -34,7 +34,7 @@ def pack(file: Path, output: Path | None) -> None:
     ):
         text = ("zstandard is not installed", "") if count is None else (f"{count:,}", f"{count / sizes.raw:.1%}")
         table.add_row(form, *text)
-    Console(highlight=False).print(table)
+    table_console().print(table)
     click.echo(f"{output} written")
 
 

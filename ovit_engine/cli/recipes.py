@@ -9,9 +9,9 @@ import click
 @click.argument("name", required=False)
 def recipes(name: str | None) -> None:
     """List our recipes with what they are, or print the one called NAME."""
-    from rich.console import Console
     from rich.table import Table
 
+    from ovit_engine.console import table_console
     from ovit_engine.recipe import Recipe, shipped_recipes
 
     shipped = shipped_recipes()
@@ -22,7 +22,7 @@ def recipes(name: str | None) -> None:
         for each, text in shipped.items():
             description = Recipe.parse(text, file=f"{each}.yaml").description
             table.add_row(each, description.partition(". ")[0].removesuffix("."))
-        Console(highlight=False).print(table)
+        table_console().print(table)
         return
     if name not in shipped:
         near = difflib.get_close_matches(name, list(shipped), n=1, cutoff=0.5)

@@ -22,10 +22,10 @@ MOST_ROWS = 500
 @options.variables
 def show(recipe: str, epochs: int | None, steps_per_epoch: int | None, variables: tuple[tuple[str, Any], ...]) -> None:
     """Print the timeline of RECIPE: when each modifier acts, sparsity, learning rate."""
-    from rich.console import Console
     from rich.table import Table
 
     from ovit_engine.cli.validate import check_schedule
+    from ovit_engine.console import table_console
     from ovit_engine.recipe import Recipe
     from ovit_engine.schedule import Clock
 
@@ -56,7 +56,7 @@ def show(recipe: str, epochs: int | None, steps_per_epoch: int | None, variables
     if len(rows) > MOST_ROWS:
         table.add_row("", "", f"... {len(rows) - MOST_ROWS:,} more", "")
     table.add_row(f"{length}", str(clock.total_steps), "end", "")
-    console = Console(highlight=False)
+    console = table_console()
     assumed = [f"{length} epochs (--epochs)"] if not (epochs or trained) else []
     assumed += [] if steps_per_epoch else [f"{steps} steps an epoch (--steps-per-epoch)"]
     console.print(f"{read.name}: {length} epoch{'s' * (length > 1)} of {steps} steps")

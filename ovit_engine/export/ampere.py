@@ -75,7 +75,7 @@ def blockers(layer: SparseLayer) -> tuple[str, ...]:
     if layer.broken is None:
         found.append(f"K {layer.k} is no multiple of 4")
     elif layer.broken:
-        found.append(f"not 2:4 in {layer.broken:,} of {layer.groups:,} groups")
+        found.append("not 2:4")
     multiple = _MULTIPLE.get(layer.weight, _MULTIPLE_HALF)
     kind = "int8" if layer.weight in _MULTIPLE else "fp16"
     for axis, size in (("K", layer.k), ("out", layer.out)):
@@ -98,7 +98,7 @@ def readiness_row(layer: SparseLayer) -> tuple[str, ...]:
     verdict = f"no: {'; '.join(reasons)}" if reasons else "can be"
     if doubts(layer):
         verdict += f" ({'; '.join(doubts(layer))})"
-    sparse = "-" if layer.broken is None else f"{1 - layer.broken / max(layer.groups, 1):.1%} of groups"
+    sparse = "-" if layer.broken is None else _share(layer)
     operands = f"{_type(layer.weight)} x {_type(layer.activation or 'FLOAT')}"
     return layer.name, str(layer.out), str(layer.k), operands, sparse, verdict
 
@@ -180,6 +180,11 @@ def _operand_blockers(layer: SparseLayer) -> list[str]:
     elif layer.activation != "INT8" or not layer.activation_symmetric:
         found.append(f"activation {_type(layer.activation)} is not symmetric int8")
     return found
+
+
+def _share(layer: SparseLayer) -> str:
+    kept = 1 - (layer.broken or 0) / max(layer.groups, 1)
+    return f"{min(kept, 0.999) if layer.broken else kept:.1%} of groups"  # no rounding says that all are
 
 
 def _type(name: str) -> str:

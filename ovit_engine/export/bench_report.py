@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ovit_engine.console import table_console
 from ovit_engine.export.bench_conditions import Conditions
 from ovit_engine.export.bench_paired import Ratio
 
@@ -76,7 +77,6 @@ class BenchReport:
 
     def render(self, console: Console | None = None) -> None:
         """Print a table: in colour on a terminal, plain elsewhere."""
-        from rich.console import Console as RichConsole
         from rich.table import Table
 
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
@@ -89,7 +89,7 @@ class BenchReport:
             cells = (f"{row.median * 1e3:.3f}", f"{low:.3f}-{high:.3f}", f"{row.throughput:.0f}")
             verdict = "" if row.ratio is None else row.ratio.verdict
             table.add_row(self.labels[row.path], str(row.batch_size), *cells, verdict)
-        console = console or RichConsole()
+        console = console or table_console()
         console.print(table)
         console.print(self.where, highlight=False)
         for note in self.notes:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ovit_engine.console import table_console
 from ovit_engine.export.bench_files import read_kind
 from ovit_engine.export.bench_paired import Ratio
 from ovit_engine.files import atomic_write
@@ -96,7 +97,6 @@ class SparseTable:
 
     def render(self, console: Console | None = None) -> None:
         """Print a table: in colour on a terminal, plain elsewhere."""
-        from rich.console import Console as RichConsole
         from rich.table import Table
 
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
@@ -107,7 +107,7 @@ class SparseTable:
             cells = (row.dtype, f"{row.out_features}x{row.in_features}", str(row.rows))
             times = ("" if value is None else f"{value * 1e6:.2f}" for value in (row.dense, row.sparse))
             table.add_row(*cells, *times, row.unsupported if row.ratio is None else row.ratio.verdict)
-        console = console or RichConsole()
+        console = console or table_console()
         console.print(table)
         for even in self.break_even:
             console.print(f"{even.dtype} {even.out_features}x{even.in_features}: {spell(even)}", highlight=False)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from ovit_engine.console import table_console
 from ovit_engine.export.promise import Promise
 from ovit_engine.manifest import Manifest
 
@@ -216,11 +217,9 @@ class Certificate(_Facts):
 
     def render(self, console: Console | None = None) -> None:
         """Print for people: in colour on a terminal, plain elsewhere."""
-        from rich.console import Console as RichConsole
-
         from ovit_engine.export.report import describe
 
-        (console or RichConsole()).print(describe(self))
+        (console or table_console()).print(describe(self))
 
 
 def certificate_path(path: Path) -> Path:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from ovit_engine.console import table_console
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -87,11 +89,10 @@ class Diagnosis:
 
     def render(self, console: Console | None = None) -> None:
         """Print for people."""
-        from rich.console import Console as RichConsole
         from rich.markup import escape
         from rich.table import Table
 
-        console = console or RichConsole()
+        console = console or table_console()
         accuracy = "" if self.float_accuracy is None else f", whose accuracy is {self.float_accuracy:.2%}"
         compared = "itself in float" if self.reference is None else self.reference
         console.print(

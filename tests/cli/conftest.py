@@ -28,7 +28,7 @@ Ovit = Callable[..., Result]
 def ovit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ovit:
     """`ovit("show", "tiny.yaml")` in an empty folder that holds tiny.yaml."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("COLUMNS", raising=False)
     Path("tiny.yaml").write_text(RECIPE)
     return lambda *arguments: CliRunner().invoke(main, [str(argument) for argument in arguments])
 

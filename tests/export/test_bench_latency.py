@@ -25,6 +25,10 @@ from ovit_engine.export.writer import write_onnx
         (Ratio(median=1.04, low=1.035, high=1.05), "1.04x faster (1.03-1.05x)"),
         (Ratio(median=0.99, low=0.975, high=0.995), "within noise (0.97-0.99x)"),
         (Ratio(median=1.0, low=1.0, high=1.0), "within noise (1.00-1.00x)"),
+        (
+            Ratio(median=1.3, low=1.2, high=1.4, noise=0.5),
+            "within noise (1.20-1.40x; the baseline and itself: 50%)",
+        ),
     ],
 )
 def test_words_follow_the_interval(ratio, words):

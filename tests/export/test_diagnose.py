@@ -409,8 +409,7 @@ def test_errors_say_what_is_wrong(broken: Path, tmp_path: Path) -> None:
         find_layers(onnx.helper.make_model(operators))
 
 
-def test_the_command_prints_the_table_and_the_recipe_lines(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
+def test_the_command_prints_the_table_and_the_recipe_lines(broken: Path) -> None:
     arguments = ["diagnose", broken / "bad.onnx", "--data", "digits", "--reference", broken / "float.onnx"]
     done = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert done.exit_code == 0, done.output
