@@ -12,14 +12,9 @@ from ovit_engine.calibration import Calibration
 from ovit_engine.engine import Engine
 from ovit_engine.export import Certificate
 from ovit_engine.integrations.keyword_batches import AddToOwnLoss, KeywordCalibration, deployed, positional
-from ovit_engine.integrations.transformers_trainer import (
-    OptimizersRates,
-    check_arguments,
-    keep_names,
-    packed,
-    training_length,
-    unpack,
-)
+from ovit_engine.integrations.lengths import transformers_length
+from ovit_engine.integrations.transformers_state import packed, unpack
+from ovit_engine.integrations.transformers_trainer import TrainerLog, check_arguments, keep_names, keep_rates
 from ovit_engine.recipe import Recipe
 
 
@@ -49,16 +44,13 @@ class RecipeTrainerCallback(TrainerCallback, ExportableState):
     ) -> None:
         check_arguments(trainer)
         self._trainer, self._calibration = trainer, calibration
-        steps_per_epoch, total_steps = training_length(trainer.args, trainer.get_train_dataloader())
+        steps_per_epoch, total_steps = transformers_length(trainer.args, trainer.get_train_dataloader())
         model: Any = trainer.model
         length: Any = {"steps_per_epoch": steps_per_epoch, "total_steps": total_steps}
         self.engine = Engine(model, recipe, **length, teacher=teacher).prepare()
         keep_names(model)
-        claims = [claim.what for modifier in self.engine.modifiers for claim in modifier.claims(self.engine.run)]
-        if trainer.lr_scheduler is None and "the learning rate" in claims:
-            trainer.lr_scheduler = OptimizersRates(self.engine)  # type: ignore[assignment]  # all that a Trainer asks for
-        self._told: dict[str, float] = {}
-        self.engine.log_to(lambda values, step: self._told.update(values), every=None)  # the Trainer logs its rate
+        keep_rates(self.engine, trainer)
+        self._log = TrainerLog(self.engine, trainer)
         trainer.add_callback(self)
 
     def on_train_begin(
@@ -74,11 +66,7 @@ class RecipeTrainerCallback(TrainerCallback, ExportableState):
         self._terms = self.engine.model.register_forward_hook(AddToOwnLoss(self.engine), with_kwargs=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._told:
-            values, self._told = self._told, {}
-            due = control.should_log
-            self._trainer.log(values)
-            control.should_log = due  # the Trainer's own line at this step is still to come
+        self._log.flush(control)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any

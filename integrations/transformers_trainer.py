@@ -1,17 +1,32 @@
-"""What a recipe needs of Hugging Face's Trainer: its length, true rates, checkpoints that are found again."""
+"""What a recipe needs of Hugging Face's Trainer: arguments it can be followed with, a true log, names that stay."""
 
-import base64
 import functools
 import inspect
-import io
-import math
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl
 
 from ovit_engine.engine import Engine
+
+
+class TrainerLog:
+    """Hands what an engine measures to its Trainer's log, once a step is over."""
+
+    def __init__(self, engine: Engine, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._told: dict[str, float] = {}
+        engine.log_to(self._note, every=None)  # the Trainer logs its rate
+
+    def _note(self, values: dict[str, float], step: int) -> None:
+        self._told.update(values)
+
+    def flush(self, control: TrainerControl) -> None:
+        """Log what was noted."""
+        if self._told:
+            values, self._told = self._told, {}
+            due = control.should_log
+            self._trainer.log(values)
+            control.should_log = due  # the Trainer's own line at this step is still to come
 
 
 class OptimizersRates:
@@ -49,14 +64,11 @@ def check_arguments(trainer: Trainer) -> None:
             raise ValueError(f"a recipe can't be followed with {name}: {reason}")
 
 
-def training_length(args: TrainingArguments, loader: Any) -> tuple[int, int]:
-    """Optimizer steps of an epoch and of all training, as the Trainer counts them."""
-    try:
-        batches = len(loader)
-    except TypeError:  # a stream
-        return args.max_steps, args.max_steps
-    steps = max(1, math.ceil(batches / args.gradient_accumulation_steps))
-    return steps, args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps)
+def keep_rates(engine: Engine, trainer: Trainer) -> None:
+    """Have the Trainer make no scheduler where the recipe writes the learning rate."""
+    claims = [claim.what for modifier in engine.modifiers for claim in modifier.claims(engine.run)]
+    if trainer.lr_scheduler is None and "the learning rate" in claims:
+        trainer.lr_scheduler = OptimizersRates(engine)  # type: ignore[assignment]  # all that a Trainer asks for
 
 
 def keep_names(model: Any) -> None:
@@ -67,29 +79,3 @@ def keep_names(model: Any) -> None:
     """
     if "save_original_format" in inspect.signature(model.save_pretrained).parameters:
         model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
-
-
-def packed(engine: Engine) -> dict[str, Any]:
-    """The engine's state as JSON takes it, and enough of the weights to see whether they are loaded with it."""
-    file = io.BytesIO()
-    torch.save(engine.state_dict(), file)
-    return {"engine": base64.b64encode(file.getvalue()).decode(), "weights": _sampled(engine.model)}
-
-
-def unpack(engine: Engine, state: TrainerState, name: str) -> None:
-    """Load what `packed` gave the callback `name`. Raises ValueError where it, or the weights, are missing."""
-    states: Any = state.stateful_callbacks or {}
-    saved, where = states.get(name), f"the checkpoint of step {state.global_step}"
-    if saved is None:
-        raise ValueError(f"{where} was not trained under a recipe: it holds no engine's state")
-    parts = (saved[-1] if isinstance(saved, list) else saved)["attributes"]
-    loaded = _sampled(engine.model)
-    lost = [name for name, value in parts["weights"].items() if loaded.get(name) != value]
-    if lost:
-        raise ValueError(f"the Trainer did not load {len(lost)} weights of {where}, such as {lost[0]!r}")
-    engine.load_state_dict(torch.load(io.BytesIO(base64.b64decode(parts["engine"])), weights_only=True))
-
-
-def _sampled(model: nn.Module) -> dict[str, float]:
-    """The first number of each parameter."""
-    return {name: float(parameter.detach().flatten()[0]) for name, parameter in model.named_parameters()}

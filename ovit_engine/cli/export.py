@@ -25,7 +25,7 @@ def export(
     from torch.utils.data import DataLoader
 
     from ovit_engine.integrations.data import config_of, load_data, tell_classes
-    from ovit_engine.integrations.timm import restore
+    from ovit_engine.integrations.restore import restore
 
     if not output.absolute().parent.is_dir():
         raise FileNotFoundError(f"no folder {str(output.parent)!r} to write {output.name!r} to")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ovit_engine.export.verify import verify_file
 from ovit_engine.integrations.digits import split_digits
-from ovit_engine.integrations.timm import restore
+from ovit_engine.integrations.restore import restore
 from tests.cli.conftest import Ovit
 
 SIZES = ("img_size=8", "patch_size=2", "in_chans=1", "num_classes=10", "embed_dim=32", "depth=2", "num_heads=2")

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from ovit_engine import Recipe
 from ovit_engine.integrations.checkpoint import load_checkpoint
 from ovit_engine.integrations.processes import ALONE, Processes, choose_device, launched
+from ovit_engine.integrations.restore import restore
 from ovit_engine.integrations.steps import Steps
-from ovit_engine.integrations.timm import SILENT, Trained, restore, train, with_training
+from ovit_engine.integrations.timm import SILENT, Trained, train, with_training
 from tests.integrations.conftest import tiny_recipe
 
 ROOT = Path(__file__).parents[2]

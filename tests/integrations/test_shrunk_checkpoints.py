@@ -11,7 +11,8 @@ from ovit_engine import load_point
 from ovit_engine.gates import find_sites, install, installed, set_gate
 from ovit_engine.integrations.checkpoint import load_checkpoint, load_weights
 from ovit_engine.integrations.models import make_model
-from ovit_engine.integrations.timm import restore, with_training
+from ovit_engine.integrations.restore import restore
+from ovit_engine.integrations.timm import with_training
 from ovit_engine.shrink import manifest_of, shrink
 from tests.integrations.conftest import tiny_recipe
 from tests.integrations.test_trainer import InterruptedRunError, run

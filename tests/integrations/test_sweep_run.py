@@ -12,8 +12,9 @@ from ovit_engine import Recipe
 from ovit_engine.export.verify import verify_file
 from ovit_engine.integrations.checkpoint import load_checkpoint, load_weights
 from ovit_engine.integrations.data import config_of, load_data
+from ovit_engine.integrations.restore import restore
 from ovit_engine.integrations.sweep import tail_recipe
-from ovit_engine.integrations.timm import SILENT, Trained, evaluate, make_model, restore, train
+from ovit_engine.integrations.timm import SILENT, Trained, evaluate, make_model, train
 from ovit_engine.sweep_folder import FOLDER, INDEX, read_index
 from tests.integrations.conftest import tiny_recipe
 

@@ -8,8 +8,9 @@ import timm
 import torch
 
 from ovit_engine import Recipe, RecipeError
+from ovit_engine.integrations.restore import restore
 from ovit_engine.integrations.teachers import FILE
-from ovit_engine.integrations.timm import restore, with_training
+from ovit_engine.integrations.timm import with_training
 from ovit_engine.torch_files import load_file
 from tests.integrations.conftest import tiny_recipe
 from tests.integrations.test_restart import KilledError, broken, check_same, run

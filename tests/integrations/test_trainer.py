@@ -14,7 +14,8 @@ import torch
 from ovit_engine import Recipe, RecipeError
 from ovit_engine.integrations.checkpoint import LAST, load_checkpoint, load_weights
 from ovit_engine.integrations.images import UnreadableImageError
-from ovit_engine.integrations.timm import SILENT, Trained, make_model, restore, train, with_training
+from ovit_engine.integrations.restore import restore
+from ovit_engine.integrations.timm import SILENT, Trained, make_model, train, with_training
 from tests.integrations.conftest import tiny_recipe
 
 ALL = r"""

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from ovit_engine import Recipe, RecipeError
 from ovit_engine.integrations.checkpoint import load_checkpoint, load_weights
 from ovit_engine.integrations.data import config_of, load_data
-from ovit_engine.integrations.timm import SILENT, evaluate, make_model, restore, train, with_training
+from ovit_engine.integrations.restore import restore
+from ovit_engine.integrations.timm import SILENT, evaluate, make_model, train, with_training
 from ovit_engine.integrations.trainer import Trainer
 from ovit_engine.points import load_point
 from ovit_engine.sweep_folder import FOLDER, read_index
