@@ -64,8 +64,11 @@ class Steps:
         if self._training.clip_grad is not None:
             self.scaler.unscale_(self._optimizer)
             nn.utils.clip_grad_norm_(self._engine.model.parameters(), self._training.clip_grad)
+        run = self._engine.run
+        seen = run.step + run.skipped
         self.scaler.step(self._optimizer)
         self.scaler.update()
+        run.skipped += run.step + run.skipped == seen  # the engine sees only what a fused optimizer skips
         if self._ema is not None:
             self._ema.update(self._engine.model, step=self._engine.run.step)
         return total

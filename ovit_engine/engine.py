@@ -1,7 +1,6 @@
 """Fires a recipe's events from hooks that PyTorch optimizers already have."""
 
 import logging
-import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -29,16 +28,17 @@ from ovit_engine.guards import (
     layers_of,
 )
 from ovit_engine.hooks import StepHooks
-from ovit_engine.loggers import Log, learning_rates, sparsities
+from ovit_engine.loggers import Log, RateLogs, sparsities
 from ovit_engine.loss_terms import AddTerms, LossTerms
 from ovit_engine.modifier import Modifier, Run, anew
 from ovit_engine.recipe import Recipe
 from ovit_engine.schedule import make_clock
 from ovit_engine.sharding import reshard, sharded_modules
-from ovit_engine.state import check_model, check_modifiers, check_state, make_state, whole_state_dict
+from ovit_engine.state import check_state, make_state, restore_state, whole_state_dict
 from ovit_engine.sweep import Evaluate, find_sweep
 from ovit_engine.targets import unwrapped
 from ovit_engine.teacher import Teacher
+from ovit_engine.training_length import warn_of_a_late_end, warn_of_an_early_end
 from ovit_engine.watch import StepWatch
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Engine:
         check_teacher(teacher, model, self.modifiers)
         self._teacher = teacher
         self.run = Run(model, make_clock(steps_per_epoch, epochs, total_steps))
-        self._rate_logs: list[tuple[Log, int]] = []
+        self._rate_logs = RateLogs()
         self._handles: list[RemovableHandle | StepWatch] = []
         self._stage: Event | None = None
         self._finished = False
@@ -209,12 +209,8 @@ class Engine:
         self._finished = True
         if self.sweep is not None:
             self.sweep.finish()
-        if self.modifiers and not self.run.nearly_done:
-            warnings.warn(
-                f"the optimizer applied {self.run.step} of {self.run.total_steps} steps: the recipe's times came late; "
-                "steps_per_epoch counts optimizer steps (divide len(loader) by gradient accumulation)",
-                stacklevel=2,
-            )
+        if self.modifiers:
+            warn_of_an_early_end(self.run)
 
     def __enter__(self) -> "Engine":
         return self
@@ -250,9 +246,7 @@ class Engine:
         and after each `every` steps the learning rates that the step was made with (None: never).
         """
         if every is not None:
-            if every < 1:
-                raise ValueError(f"every must be at least 1 step, not {every!r}")
-            self._rate_logs.append((log, every))
+            self._rate_logs.add(log, every)
         self.run.logs.append(log)
         return self
 
@@ -287,15 +281,7 @@ class Engine:
         check_state(state, self.recipe, self.run.clock)
         if self._stage is None:
             self.prepare()
-        check_model(state, self.model)
-        check_modifiers(state["modifiers"], self.modifiers)
-        if self.run.teacher is not None and not state["finished"]:
-            self.run.teacher.check(state.get("teacher"))
-        self.run.masks.load_state_dict(state["masks"], self.model)
-        for modifier, own in zip(self.modifiers, state["modifiers"], strict=True):
-            modifier.load_state_dict(own)
-        self.run.step = state["step"]
-        self.run.history = [(step, name, value) for step, name, value in state["history"]]
+        restore_state(state, self.run, self.modifiers)
         if self.sweep is not None:
             self.sweep.load_state_dict(state["sweep"])
         if state["finished"]:
@@ -375,18 +361,11 @@ class Engine:
         self._terms.check_step()
         if self._watch is not None:
             self._watch.end_step()
-        for log_rates, every in self._rate_logs:
-            if self.run.step % every == 0:
-                log_rates(learning_rates(self.run.optimizers), self.run.step)
+        self._rate_logs.tell(self.run.optimizers, self.run.step)
         reshard(self._sharded)
         self.run.masks.project()
         self._change(Event.STEP_END)
-        if self.run.step == self.run.total_steps + 1:
-            warnings.warn(
-                f"training goes on past the {self.run.total_steps} steps that steps_per_epoch and epochs gave: the "
-                "recipe's schedule was too short for this loop",
-                stacklevel=5,
-            )
+        warn_of_a_late_end(self.run)
 
     def _after_other(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.run.masks.project()

@@ -60,6 +60,7 @@ class StepHooks:
         scale = getattr(optimizer, "grad_scale", None)
         self._run.grad_scale = 1.0 if scale is None else scale
         if self._skipped:
+            self._run.skipped += 1
             return None
         self._write()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")

@@ -30,6 +30,9 @@ class Run:
     model: nn.Module
     clock: Clock
     step: int = 0
+    # steps of the loop that a gradient scaler skipped. The engine sees those of fused optimizers alone; a loop may add
+    # the others, and is then no shorter for them
+    skipped: int = 0
     optimizers: list[Optimizer] = field(default_factory=list)
     masks: Masks = field(default_factory=Masks)
     grad_scale: Tensor | float = 1.0
@@ -57,8 +60,13 @@ class Run:
 
     @property
     def nearly_done(self) -> bool:
-        """Whether at most 2 % of the steps are missing, as when a gradient scaler skipped some."""
-        return self.total_steps - self.step <= max(1, self.total_steps // 50)
+        """Whether at most a few steps are missing, besides those that are known to have been skipped."""
+        return self.total_steps - self.step - self.skipped <= self.tolerance
+
+    @property
+    def tolerance(self) -> int:
+        """How many steps may be missing without a word: 2 %, as when a gradient scaler skipped some."""
+        return max(1, self.total_steps // 50)
 
     def gradient(self, slot: Slot) -> Tensor | None:
         """The gradient of a slot at STEP_BEGIN, unscaled; None where there is none."""
@@ -193,13 +201,16 @@ class Modifier(BaseModel):
         Warns where a few steps are missing; raises RuntimeError where so many are that `steps_per_epoch` was wrong.
         """
         seen = f"the optimizer applied {run.step} of {run.total_steps} steps"
+        seen += f" and {run.skipped} were skipped" if run.skipped else ""
         if not run.nearly_done:
             raise RuntimeError(
                 f"{self.name}: training ended before {what}: {seen}. steps_per_epoch counts optimizer steps: divide "
                 "len(loader) by gradient accumulation; attach the optimizer that the loop steps; load the engine's "
-                "state where a run goes on"
+                "state where a run goes on; add the steps that a gradient scaler skipped to engine.run.skipped"
             )
-        warnings.warn(f"{self.name}: {seen} (skipped steps?); {what} is done now", stacklevel=6)
+        warnings.warn(
+            f"{self.name}: {seen}{'' if run.skipped else ' (skipped steps?)'}; {what} is done now", stacklevel=6
+        )
 
     def check_end(self, clock: Clock, step: int, option: str) -> None:
         """Raise a RecipeError where `step`, read from `option`, lies past the end of training."""

@@ -56,6 +56,7 @@ def make_state(
         "recipe_hash": recipe.hash,
         "finished": finished,
         "step": run.step,
+        "skipped": run.skipped,
         "steps_per_epoch": run.steps_per_epoch,
         "total_steps": run.total_steps,
         "shapes": model_shapes(run.model),
@@ -65,6 +66,23 @@ def make_state(
         "sweep": sweep,
         "teacher": None if run.teacher is None else run.teacher.fingerprint,
     }
+
+
+def restore_state(state: Mapping[str, Any], run: Run, modifiers: Sequence[Modifier]) -> None:
+    """Bring `run` and `modifiers`, after PREPARE, to where `make_state` found theirs; `check_state` comes before.
+
+    Raises:
+        ValueError: a state of another model, other modifiers or another teacher.
+    """
+    check_model(state, run.model)
+    check_modifiers(state["modifiers"], modifiers)
+    if run.teacher is not None and not state["finished"]:
+        run.teacher.check(state.get("teacher"))
+    run.masks.load_state_dict(state["masks"], run.model)
+    for modifier, own in zip(modifiers, state["modifiers"], strict=True):
+        modifier.load_state_dict(own)
+    run.step, run.skipped = state["step"], state.get("skipped", 0)
+    run.history = [(step, name, value) for step, name, value in state["history"]]
 
 
 def check_state(state: Mapping[str, Any], recipe: Recipe, clock: Clock) -> None:

@@ -39,7 +39,7 @@ LAYERS = [
     ["shrink_proof"],
     ["shrink", "export"],
     ["deploy"],
-    ["agreement", "guards", "state", "sweep_folder", "watch", "loss_terms"],
+    ["agreement", "guards", "state", "sweep_folder", "watch", "loss_terms", "training_length"],
     ["hooks"],
     ["sweep"],
     ["engine"],
