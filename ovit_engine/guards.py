@@ -110,8 +110,7 @@ def check_device(model: nn.Module, device: torch.device | None) -> None:
 def check_surgery(model: nn.Module, modifiers: Iterable[Modifier]) -> None:
     """Raise where the recipe changes the model and that is wrapped already: the wrapper would not see it."""
     needs = [(m.name, "replaces layers" if m.surgery else "needs a teacher") for m in modifiers if _changes(m)]
-    late = _wrapper(model)
-    if needs and late:
+    if needs and (late := _wrapper(model)):
         name, does = needs[0]
         raise RuntimeError(f"{name} {does}, and the model is {late} already: call engine.prepare() before that line")
 

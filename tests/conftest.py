@@ -1,5 +1,9 @@
 """One thread, since the tensors here are tiny and the cores are shared; no deadlines, for the same reason."""
 
+import contextlib
+import functools
+import gc
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +15,24 @@ from PIL import Image
 torch.set_num_threads(1)
 settings.register_profile("suite", deadline=None, max_examples=50)
 settings.load_profile("suite")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported by now stays: no search for garbage, or for who holds a model, goes through it any more."""
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def operators_are_read_once() -> None:
+    """Each export reads the source code of onnxscript's 500 operators again, which takes 0.4 s; one time is enough."""
+    with contextlib.suppress(ImportError, AttributeError):  # torch's own matter, which may change
+        apis = importlib.import_module("torch.onnx._internal._lazy_import").onnxscript_apis
+        name = apis._name  # of the module that is loaded by the first export
+        vars(apis)["get_torchlib_ops"] = functools.cache(lambda: importlib.import_module(name).get_torchlib_ops())
 
 
 @pytest.fixture

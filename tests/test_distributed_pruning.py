@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from ovit_engine import Calibration, Engine
 from ovit_engine.second_order import METHODS, plan_pruning, prune_streamed
 from ovit_engine.second_order.options import Options
 from tests.loops import X, Y, mlp, recipe
+from tests.processes import train_together
 
 RANKS = 2
 COUNT, CHUNK = 37, 8  # five chunks, so rank 1 has none in the last round, and that of rank 0 is short
@@ -212,7 +212,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(work, (str(folder), port), nprocs=RANKS)  # type: ignore[no-untyped-call]
+    train_together(work, str(folder), port, ranks=RANKS)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 

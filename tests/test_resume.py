@@ -1,9 +1,7 @@
 """A run that is broken off and taken up again equals the unbroken one bit for bit."""
 
 import copy
-import gc
 import io
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -23,14 +21,6 @@ OVIT = (
 )
 MOVEMENT = PRUNE.replace("magnitude_prune", "movement_prune").replace("[0.weight]", "['re:.*weight']")
 DATA = torch.utils.data.TensorDataset(X, Y)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_starts() -> Iterator[None]:
-    """An engine that starts asks who holds the model: what is frozen here (all of torch) is not asked."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class Training:

@@ -19,6 +19,7 @@ from ovit_engine.processes import agree
 from ovit_engine.second_order.ranks import Ranks
 from ovit_engine.targets import find_slots
 from tests.loops import X, Y, mlp, recipe
+from tests.processes import train_together
 from tests.scale_out import (
     AT_ATTACH,
     CASES,
@@ -160,7 +161,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where both ranks leave what they found."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.save(digits(), folder / "digits.pt")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=RANKS)  # type: ignore[no-untyped-call]
+    train_together(work, str(folder), ranks=RANKS)
     return folder
 
 

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from ovit_engine import Engine
 from ovit_engine.sweep_folder import FOLDER, read_index
 from tests.loops import PRUNE, mlp, plain, recipe
+from tests.processes import train_together
 
 SWEEP = f"{PRUNE[:-1]}, sweep: [0.25, 0.5]}}"
 
@@ -40,7 +41,7 @@ def _process(rank: int, output: str) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the run of one process, and two of two."""
     folder = tmp_path_factory.mktemp("runs")
-    torch.multiprocessing.spawn(_process, (str(folder),), nprocs=2)  # type: ignore[no-untyped-call]
+    train_together(_process, str(folder))
     model = mlp()
     _train(folder / "one", model, model)
     return folder

@@ -22,6 +22,7 @@ from ovit_engine.integrations.restore import restore
 from ovit_engine.integrations.steps import Steps
 from ovit_engine.integrations.timm import SILENT, Trained, train, with_training
 from tests.integrations.conftest import tiny_recipe
+from tests.processes import train_together
 
 ROOT = Path(__file__).parents[2]
 STOP = 7  # of 10 steps: within an epoch, quantized, between two pruning steps
@@ -95,7 +96,7 @@ def _process(rank: int, folder: str) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of two processes, `whole` and one that was `broken` and resumed, equal bit for bit in both of them."""
     folder = tmp_path_factory.mktemp("runs")
-    torch.multiprocessing.spawn(_process, (str(folder),), nprocs=2)  # type: ignore[no-untyped-call]
+    train_together(_process, str(folder))
     return folder
 
 

@@ -1,11 +1,8 @@
 """Runs of the bundled trainer that are killed at any step, and go on as if nothing had been."""
 
 import math
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -23,6 +20,7 @@ from ovit_engine.integrations import steps, trainer
 from ovit_engine.integrations.checkpoint import LAST, PREVIOUS, last_whole, load_checkpoint
 from ovit_engine.integrations.timm import SILENT, Trained, train, with_training
 from tests.integrations.conftest import tiny_recipe
+from tests.processes import started
 
 ALL = r"""
   - magnitude_prune:
@@ -207,16 +205,16 @@ def ovit(*arguments: str) -> Any:
 
 def test_sigkill_at_random_times(command: list[str]) -> None:
     again = [*command, "--resume", "auto", "--output", "broken"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     last, draw = Path("broken") / LAST, random.Random()
     for _ in range(2):
         before = last.stat().st_mtime_ns if last.exists() else 0
-        process = subprocess.Popen([sys.executable, "-m", "ovit_engine", *again], env=environment)
-        while process.poll() is None and (last.stat().st_mtime_ns if last.exists() else 0) == before:
+        process = started(ovit, *again)
+        while process.is_alive() and (last.stat().st_mtime_ns if last.exists() else 0) == before:
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert load_checkpoint(last_whole(Path("broken")) or last)["engine"]["step"] > 0
     (Path("broken") / f".{LAST}.12345678.tmp").write_bytes(b"half of a checkpoint")
     resumed, unbroken = ovit(*again), ovit(*command, "--output", "unbroken")
