@@ -8,7 +8,7 @@ from pydantic import PrivateAttr
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ovit_engine import Modifier, Recipe, Run, Slot
+from ovit_engine import Engine, Modifier, Recipe, Run, Slot
 
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.randn(64, 1, generator=torch.Generator().manual_seed(1))
@@ -30,6 +30,12 @@ def recipe(*modifiers: str) -> Recipe:
     """A recipe "r.yaml" whose n-th modifier stands on line n + 2, its name in column 5."""
     lines = "\n".join(f"  - {modifier}" for modifier in modifiers)
     return Recipe.parse(f"modifiers:{' []' * (not modifiers)}\n{lines}\n", file="r.yaml")
+
+
+def started(*modifiers: str, steps: int = 10, epochs: int = 4) -> tuple[nn.Sequential, Optimizer, Engine]:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    return model, optimizer, Engine(model, recipe(*modifiers), steps_per_epoch=steps, epochs=epochs)
 
 
 def loss_of(model: nn.Module) -> Tensor:

@@ -10,15 +10,9 @@ import torch
 from torch import nn
 
 from ovit_engine import Calibration, Engine, Recipe, RecipeError
-from tests.loops import PRUNE, Spy, X, Y, hooks_on, loss_of, mlp, plain, recipe, zeros, zeros_at
+from tests.loops import PRUNE, Spy, X, Y, hooks_on, loss_of, mlp, plain, recipe, started, zeros, zeros_at
 
 LR = "cyclic_lr: {max: 0.1, min: 0.01}"
-
-
-def started(*modifiers: str, steps: int = 10, epochs: int = 4) -> tuple[nn.Sequential, torch.optim.Optimizer, Engine]:
-    model = mlp()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    return model, optimizer, Engine(model, recipe(*modifiers), steps_per_epoch=steps, epochs=epochs)
 
 
 def test_with_attaches_and_detaches() -> None:
@@ -113,74 +107,6 @@ def test_what_attach_is_given_is_checked_before_anything_happens(options: dict[s
     engine.attach(optimizer)
     plain(model, optimizer)
     assert engine.run.step == 1
-
-
-@pytest.mark.parametrize(("steps", "epochs"), [(0, 1), (2.5, 1), (5, 0), (5, 1.5), (5, True), ("5", 1)])
-def test_the_length_of_training_is_whole(steps: Any, epochs: Any) -> None:
-    with pytest.raises(ValueError, match=r"(steps_per_epoch|epochs) must be a positive whole number, not"):
-        Engine(mlp(), recipe(), steps_per_epoch=steps, epochs=epochs)
-
-
-def test_accumulation_that_halves_the_steps_raises_at_detach() -> None:
-    model, optimizer, engine = started(PRUNE)
-    engine.attach(optimizer)
-    for _ in range(20):
-        plain(model, optimizer)
-    words = "training ended before pruning at step 30: the optimizer applied 20 of 40 steps.*gradient accumulation"
-    with pytest.raises(RuntimeError, match=words):
-        engine.detach()
-
-
-def test_a_learning_rate_schedule_that_ends_half_way_raises_at_detach() -> None:
-    model, optimizer, engine = started(LR)
-    engine.attach(optimizer)
-    for _ in range(20):
-        plain(model, optimizer)
-    with pytest.raises(RuntimeError, match="the optimizer applied 20 of 40 steps"):
-        engine.detach()
-
-
-def test_half_of_the_steps_warn_even_where_the_recipe_is_done() -> None:
-    model, optimizer, engine = started("magnitude_prune: {start: 5st, sparsity: 0.5, targets: [0.weight]}")
-    engine.attach(optimizer)
-    for _ in range(20):
-        plain(model, optimizer)
-    with pytest.warns(UserWarning, match="applied 20 of 40 steps"):
-        engine.detach()
-    assert engine.finished
-
-
-def test_a_few_missing_steps_are_made_good_with_a_warning() -> None:
-    prune = PRUNE.replace("end: 30st", "end: 100%")
-    model, optimizer, engine = started(prune, steps=50, epochs=4)
-    engine.attach(optimizer)
-    for _ in range(197):
-        plain(model, optimizer)
-    assert zeros(model[0]) < 64
-    with pytest.warns(UserWarning, match="applied 197 of 200 steps.*pruning at step 200 is done now"):
-        engine.detach()
-    assert zeros(model[0]) == 64
-    assert engine.finished
-
-
-def test_too_many_steps_warn_once() -> None:
-    model, optimizer, engine = started(PRUNE)
-    engine.attach(optimizer)
-    for _ in range(40):
-        plain(model, optimizer)
-    with pytest.warns(UserWarning, match="past the 40 steps"):
-        plain(model, optimizer)
-    for _ in range(5):  # a second warning would be an error
-        plain(model, optimizer)
-    engine.detach()
-    assert zeros(model[0]) == 64
-
-
-def test_an_optimizer_that_never_steps_is_noticed() -> None:
-    _, optimizer, engine = started(PRUNE)
-    engine.attach(optimizer)
-    with pytest.raises(RuntimeError, match="attach the optimizer that the loop steps"):
-        engine.detach()
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["module", "AveragedModel"])
@@ -280,16 +206,6 @@ def test_two_writers_of_the_learning_rate() -> None:
     engine = started(half, half.replace("end: 50%", "start: 19st"))[2]
     with pytest.raises(RecipeError, match=r"r.yaml:3:5: cyclic_lr: writes the learning rate from step 19 to 39, where"):
         engine.prepare()
-
-
-def test_a_recipe_that_lasts_longer_than_training_fails_before_anything_is_done() -> None:
-    with pytest.raises(RecipeError, match=r"r.yaml:2:\d+: magnitude_prune.end: '30st' is step 30, past the end"):
-        started(PRUNE, steps=7)
-    steps = "magnitude_prune: {sparsity: {1st: 0.2, 5ep: 0.5}, targets: [0.weight]}"
-    with pytest.raises(RecipeError, match=r"r.yaml:2:\d+: magnitude_prune.sparsity: '5ep' is past the end"):
-        started(steps)
-    with pytest.raises(RecipeError, match=r"r.yaml:2:\d+: cyclic_lr.end: '41st' is step 41, past the end"):
-        started("cyclic_lr: {max: 0.1, min: 0.01, end: 41st}")
 
 
 def test_a_model_with_no_matching_layer() -> None:
@@ -397,17 +313,3 @@ def test_detach_holds_the_masks_a_last_time() -> None:
     model[0].weight.data.fill_(1.0)  # as Lookahead's slow weights do
     engine.detach()
     assert int((model[0].weight == 0).sum()) == 8
-
-
-@pytest.mark.parametrize("length", [{}, {"epochs": 4, "total_steps": 40}])
-def test_a_length_is_given_in_one_way(length: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="give either epochs or total_steps, not epochs="):
-        Engine(mlp(), recipe(), steps_per_epoch=10, **length)
-
-
-def test_training_that_ends_within_an_epoch() -> None:
-    engine = Engine(mlp(), recipe(PRUNE), steps_per_epoch=10, total_steps=34)
-    assert engine.run.total_steps == 34
-    assert engine.run.clock.steps("50%") == 17
-    with pytest.raises(ValueError, match="total_steps must be a positive whole number, not 0"):
-        Engine(mlp(), recipe(), steps_per_epoch=10, total_steps=0)

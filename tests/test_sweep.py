@@ -1,70 +1,21 @@
 """A sweep in a user's own loop: which model of each sparsity is kept, and that none is lost."""
 
-import copy
 import logging
 import sys
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ovit_engine import Engine, Modifier, Recipe, RecipeError, Run, load_point
 from ovit_engine.files import atomic_write
 from ovit_engine.sweep_folder import FOLDER, INDEX, Index, read_index, weigh
-from tests.loops import PRUNE, X, mlp, plain, recipe
+from tests.loops import PRUNE, X, mlp, recipe
+from tests.sweeping import RISING, SWEEP, Training, kept, same, steps
 
-SWEEP = f"{PRUNE[:-1]}, sweep: [0.25, 0.375, 0.5]}}"  # steps 10, 20, 30 of 40
 LOSS = f"{PRUNE[:-1]}, sweep: {{sparsity: [0.25, 0.5], metric: loss, best: min}}}}"
-
-
-class Training:
-    """All that a script makes anew when it starts again; `metric` gives a value to report after a step, or None."""
-
-    def __init__(self, output: Path | None, *modifiers: str, model: nn.Module | None = None, **options: Any) -> None:
-        self.model = model or mlp()
-        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1, momentum=0.9)
-        self.engine = Engine(self.model, recipe(*modifiers or (SWEEP,)), steps_per_epoch=10, epochs=4, output=output)
-        self.options = options
-        self.film: dict[int, dict[str, Tensor]] = {}  # every model after the step and before what the recipe does
-        self.optimizer.register_step_post_hook(self._expose)
-
-    def _expose(self, *arguments: Any) -> None:
-        self.engine.run.masks.project()
-        self.film[self.engine.run.step + 1] = copy.deepcopy(self.model.state_dict())
-
-    def attach(self) -> "Training":
-        self.engine.attach(self.optimizer, **self.options)
-        return self
-
-    def train(self, first: int, last: int, metrics: dict[int, float] | None = None, name: str = "accuracy") -> Any:
-        for step in range(first + 1, last + 1):
-            plain(self.model, self.optimizer)
-            if metrics and step in metrics:
-                self.engine.metric(name, metrics[step])
-        return self
-
-    def save(self) -> list[Any]:
-        return copy.deepcopy([part.state_dict() for part in (self.model, self.optimizer, self.engine)])
-
-    def load(self, saved: list[Any]) -> "Training":
-        for part, state in zip((self.model, self.optimizer, self.engine), saved, strict=True):
-            part.load_state_dict(state)  # type: ignore[attr-defined]
-        return self
-
-
-def kept(output: Path, name: str) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(output / FOLDER / f"{name}.pt", weights_only=True)
-    return content
-
-
-def steps(output: Path) -> dict[float, int]:
-    return {point.sparsity: point.step for point in read_index(output / FOLDER).points}
-
-
-def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_without_a_metric_the_model_before_the_next_pruning_step_is_kept(tmp_path: Path) -> None:
@@ -83,9 +34,6 @@ def test_without_a_metric_the_model_before_the_next_pruning_step_is_kept(tmp_pat
     assert [point.metric for point in index.points] == [None, None, None]
     assert [point.epoch for point in index.points] == [2.0, 3.0, 4.0]
     assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == ["0.25.pt", "0.375.pt", "0.5.pt", INDEX]
-
-
-RISING = {5: 0.99, 10: 0.5, 14: 0.8, 17: 0.8, 19: 0.7, 20: 0.9, 25: float("nan"), 29: 0.4, 35: float("inf"), 40: 0.3}
 
 
 def test_the_best_model_of_each_point_by_what_is_reported(tmp_path: Path) -> None:
@@ -196,102 +144,7 @@ def test_a_model_with_other_masks_than_the_points_is_not_kept(tmp_path: Path) ->
     assert steps(tmp_path) == {0.25: 12}
 
 
-# --- kills and resumes ---
-
-
-@pytest.mark.parametrize("metrics", [{}, RISING], ids=["no metric", "metrics"])
-@pytest.mark.parametrize(("cut", "killed"), [(0, 5), (10, 13), (12, 13), (13, 18), (18, 22), (20, 20), (25, 33)])
-def test_a_resumed_run_keeps_what_the_unbroken_one_keeps(
-    tmp_path: Path, cut: int, killed: int, metrics: dict[int, float]
-) -> None:
-    """The state is of step `cut`, and training went on to `killed`."""
-    Training(tmp_path / "unbroken").attach().train(0, 40, metrics).engine.detach()
-    training = Training(tmp_path / "broken").attach().train(0, cut, metrics)
-    saved = training.save()
-    training.train(cut, killed, metrics)
-    Training(tmp_path / "broken").load(saved).attach().train(cut, 40, metrics).engine.detach()
-    for name in ("0.25", "0.375", "0.5"):
-        one, two = kept(tmp_path / "unbroken", name), kept(tmp_path / "broken", name)
-        assert same(one["model"], two["model"])
-        assert one["point"] == two["point"]
-    assert read_index(tmp_path / "broken" / FOLDER) == read_index(tmp_path / "unbroken" / FOLDER)
-
-
-def test_a_point_that_was_better_than_when_training_was_repeated_stays(tmp_path: Path) -> None:
-    training = Training(tmp_path).attach().train(0, 12, {11: 0.5})
-    saved = training.save()
-    training.train(12, 18, {15: 0.9})
-    best = kept(tmp_path, "0.25")["model"]
-    Training(tmp_path).load(saved).attach().train(12, 40, {15: 0.6}).engine.detach()
-    assert kept(tmp_path, "0.25")["point"]["metric"] == 0.9
-    assert same(kept(tmp_path, "0.25")["model"], best)
-    assert read_index(tmp_path / FOLDER).points[0].metric == 0.9
-
-
-def test_the_last_model_of_the_training_that_went_on_counts_where_no_metric_is(tmp_path: Path) -> None:
-    training = Training(tmp_path).attach().train(0, 15)
-    saved = training.save()
-    training.train(15, 22)
-    resumed = Training(tmp_path).load(saved)
-    resumed.optimizer.param_groups[0]["lr"] = 0.01
-    resumed.attach().train(15, 22)
-    assert same(kept(tmp_path, "0.25")["model"], resumed.film[20])
-    assert not same(resumed.film[20], training.film[20])
-
-
-def broken_off(state: Any, stream: BinaryIO) -> None:
-    stream.write(b"half")
-    raise KeyboardInterrupt
-
-
-def test_a_write_that_is_broken_off_leaves_the_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    training = Training(tmp_path).attach().train(0, 12, {11: 0.5})
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", broken_off)
-        with pytest.raises(KeyboardInterrupt):
-            training.engine.metric("accuracy", 0.6)
-    assert kept(tmp_path, "0.25")["point"]["metric"] == 0.5
-    training.engine.metric("accuracy", 0.6)
-    assert kept(tmp_path, "0.25")["point"]["metric"] == 0.6
-
-
-def test_a_run_that_goes_on_in_another_folder_says_what_stays_behind(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    saved = Training(tmp_path / "1").attach().train(0, 15, {14: 0.9}).save()
-    with caplog.at_level(logging.WARNING):
-        resumed = Training(tmp_path / "2").load(saved).attach()
-    assert "the sweep's 0.25.pt is not in" in caplog.text
-    resumed.train(15, 40, {16: 0.1}).engine.detach()
-    assert steps(tmp_path / "2") == {0.25: 16, 0.375: 30, 0.5: 40}
-
-
-def test_a_pruning_step_that_was_interrupted_still_makes_its_point(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    training = Training(tmp_path).attach().train(0, 19)
-    pruner = type(training.engine.modifiers[0])
-    with monkeypatch.context() as patch:
-        patch.setattr(pruner, "solve", lambda *arguments: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            plain(training.model, training.optimizer)
-    training.train(20, 40, {20: 0.1}).engine.detach()
-    assert steps(tmp_path) == {0.25: 20, 0.375: 30, 0.5: 40}
-
-
-def test_a_pruning_step_that_comes_late_makes_its_point_at_detach(tmp_path: Path) -> None:
-    text = SWEEP.replace("end: 30st", "end: 40st").replace("every: 10st", "every: 15st")
-    training = Training(tmp_path, text).attach().train(0, 39)
-    with pytest.warns(UserWarning, match="pruning at step 40 is done now"):
-        training.engine.detach()
-    assert steps(tmp_path) == {0.25: 25, 0.375: 39, 0.5: 39}
-    assert int((kept(tmp_path, "0.375")["model"]["0.weight"] == 0).sum()) == 48
-    assert int((kept(tmp_path, "0.5")["model"]["0.weight"] == 0).sum()) == 64
-
-
 # --- folders, errors ---
-
-
 def test_a_sweep_needs_a_folder_when_training_starts() -> None:
     training = Training(None)
     with pytest.raises(RecipeError, match=r"^r.yaml:2:\d+: magnitude_prune.sweep: .*Engine\(.*output='runs/x'\)"):
@@ -339,8 +192,6 @@ def test_an_index_that_is_none(tmp_path: Path) -> None:
 
 
 # --- reading points back ---
-
-
 def test_an_averaged_copy_is_kept_beside_the_model(tmp_path: Path) -> None:
     model = mlp()
     ema = torch.optim.swa_utils.AveragedModel(model)
@@ -391,8 +242,6 @@ def test_what_is_no_point_or_of_another_model(tmp_path: Path) -> None:
 
 
 # --- sizes and the plot ---
-
-
 def test_sizes_are_those_of_gzip() -> None:
     import gzip
 
