@@ -52,9 +52,9 @@ class DynamicViT(TokenPruning):
         yield from super().timeline(clock)
         thaw = self._thaw(clock)
         if thaw:
-            yield 0, "learning rate", f"0 but for the predictors ({self.name})"
+            yield 0, "backbone rate", f"0 but for the predictors ({self.name})"
         if thaw or self.backbone_lr_scale != 1:
-            yield thaw, "learning rate", f"x {self.backbone_lr_scale:g} but for the predictors ({self.name})"
+            yield thaw, "backbone rate", f"x {self.backbone_lr_scale:g} but for the predictors ({self.name})"
 
     def _thaw(self, clock: Clock) -> int:
         thaw = clock.steps(self.freeze)

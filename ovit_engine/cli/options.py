@@ -1,6 +1,7 @@
 """Options that several commands take."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -36,4 +37,17 @@ model = click.option("--model", help="timm model; the recipe's own if left out."
 model_args = click.option(
     "--model-arg", "model_args", type=KeyValue(), multiple=True, help="Argument of the timm model, as img_size=384."
 )
-epochs = click.option("--epochs", type=click.IntRange(min=1), help="Length of training; the recipe's if left out.")
+epochs = click.option("--epochs", type=click.IntRange(min=1), help="Length of training; else the recipe's, or 10.")
+
+
+@contextmanager
+def assuming(epochs: int | None) -> Iterator[None]:
+    """Where training is too short for a recipe only because its length is assumed, say so (None: it was given)."""
+    from ovit_engine.modifier import RecipeError
+
+    try:
+        yield
+    except RecipeError as error:
+        if epochs is None or "past the end of training" not in str(error):
+            raise
+        raise RecipeError(f"{error}; {epochs} epochs are assumed: give --epochs") from None

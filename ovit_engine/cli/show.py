@@ -33,14 +33,17 @@ def show(recipe: str, epochs: int | None, steps_per_epoch: int | None, variables
     length = epochs or read.training.epochs
     steps = steps_per_epoch or STEPS_PER_EPOCH
     clock = Clock(steps, steps * length)
-    check_schedule(read, clock)
+    trained = bool(read.training.model_fields_set)
+    assumed = [f"{length} epochs (--epochs)"] if not (epochs or trained) else []
+    with options.assuming(length if assumed else None):
+        check_schedule(read, clock)
+    assumed += [] if steps_per_epoch else [f"{steps} steps an epoch (--steps-per-epoch)"]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for column in ("epoch", "step"):
         table.add_column(column, justify="right", no_wrap=True)
     for column in ("what", "value"):
         table.add_column(column)
     rows = [row for modifier in read.modifiers for row in modifier.timeline(clock)]
-    trained = bool(read.training.model_fields_set)
     if trained and not any(what == "learning rate" for _, what, _ in rows):
         rows.insert(
             0,
@@ -57,8 +60,6 @@ def show(recipe: str, epochs: int | None, steps_per_epoch: int | None, variables
         table.add_row("", "", f"... {len(rows) - MOST_ROWS:,} more", "")
     table.add_row(f"{length}", str(clock.total_steps), "end", "")
     console = table_console()
-    assumed = [f"{length} epochs (--epochs)"] if not (epochs or trained) else []
-    assumed += [] if steps_per_epoch else [f"{steps} steps an epoch (--steps-per-epoch)"]
     console.print(f"{read.name}: {length} epoch{'s' * (length > 1)} of {steps} steps")
     if assumed:
         console.print(f"assumed: {', '.join(assumed)}")

@@ -41,16 +41,19 @@ def validate(
 
     read = Recipe.load(recipe, **options.as_mapping(variables))
     console = Console(highlight=False, soft_wrap=True)
+    assumed = None if epochs or read.training.model_fields_set else read.training.epochs
     if model is None and read.training.model is None:
         from ovit_engine.schedule import Clock
 
         clock = Clock(steps_per_epoch, steps_per_epoch * (epochs or read.training.epochs))
-        check_schedule(read, clock)
+        with options.assuming(assumed):
+            check_schedule(read, clock)
         console.print(f"{read.name}: ok; --model NAME checks its targets")
         return
     from ovit_engine.integrations.schedulers import check_scheduler, rate_writers
 
-    engine = prepared(read, model, model_args, epochs=epochs, steps_per_epoch=steps_per_epoch)
+    with options.assuming(assumed):
+        engine = prepared(read, model, model_args, epochs=epochs, steps_per_epoch=steps_per_epoch)
     check_scheduler(engine.recipe.training, rate_writers(engine))
     _print_matches(console, engine)
     console.print(f"{read.name}: ok on {engine.recipe.training.model}")

@@ -103,6 +103,18 @@ def test_recipes(ovit: Ovit, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", list(shipped_recipes()))
 def test_every_recipe_of_ours_is_valid(ovit: Ovit, name: str) -> None:
     assert ok(ovit("validate", name))[-1].startswith(f"{name.rpartition('/')[2]}: ok on ")
+    assert ok(ovit("show", name))[0].startswith(f"{name.rpartition('/')[2]}: ")
+
+
+@pytest.mark.parametrize("command", ["show", "validate"])
+def test_a_time_past_an_assumed_end_says_what_was_assumed(ovit: Ovit, command: str) -> None:
+    Path("late.yaml").write_text("modifiers: [{quantize: {start: 14ep}}]")
+    found = ovit(command, "late.yaml")
+    assert found.exit_code == 1
+    assert "'14ep' is step 1400, past the end of training" in found.stderr
+    assert found.stderr.endswith("; 10 epochs are assumed: give --epochs\n")
+    assert "assumed" not in ovit(command, "late.yaml", "--epochs", 12, "--steps-per-epoch", 100).stderr
+    assert ovit(command, "late.yaml", "--epochs", 20).exit_code == 0
 
 
 def test_train_prints_a_line_an_epoch_and_overwrites_nothing(ovit: Ovit) -> None:
