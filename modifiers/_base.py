@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, PrivateAttr, model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ovit_engine.gate_groups import FREE, joined, tile_of
 from ovit_engine.gates import installed, live_mask
 from ovit_engine.modifier import Claim, Modifier, Run, SweepPlan
 from ovit_engine.modifiers._amount import Amount, SparsityRange, Sweep, place_targets
@@ -60,6 +61,7 @@ class MaskingModifier(Modifier):
                 raise self.error(
                     f"{slot.name}: {self.pattern} in a {kind}, whose axes no sparse kernel reads", "pattern"
                 )
+            run.tiles[slot.name] = joined(run.tiles.get(slot.name, FREE), tile_of(self.pattern))
 
     def attach(self, run: Run) -> None:
         lost = [slot.name for slot in self._slots if self._done >= 0 and run.masks.get(slot.name) is None]

@@ -9,6 +9,7 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 
+from ovit_engine.gate_groups import Groups
 from ovit_engine.gate_scores import (
     GateScores,
     SumsTally,
@@ -22,6 +23,7 @@ from ovit_engine.gate_scores import (
 from ovit_engine.gates import GateSite, Kind, copy_gates, find_sites, install, installed, set_gate
 from ovit_engine.modifier import Modifier, Run
 from ovit_engine.shrink import manifest_of
+from ovit_engine.targets import is_scorer
 
 
 class GateModifier(Modifier):
@@ -41,6 +43,8 @@ class GateModifier(Modifier):
     _window: int = PrivateAttr(default=0)  # steps that are recorded before each of them
     _final: dict[str, Tensor] = PrivateAttr(default_factory=dict)  # gates at the end: the model may be shrunk then
     _records: bool = PrivateAttr(default=False)  # whether the tallies at the gates are its own
+
+    _groups: dict[str, Groups] = PrivateAttr(default_factory=dict)  # heads and units that go together, by site
 
     @abstractmethod
     def kinds(self) -> Sequence[Kind]:
@@ -65,6 +69,23 @@ class GateModifier(Modifier):
             raise self.error(str(error)) from None
         install(self._sites)
         self._model = run.model
+
+    def settle(self, run: Run) -> None:
+        self._groups = {site.name: Groups.of(site, run.tiles) for site in self._sites}
+
+    def groups(self, site: GateSite) -> Groups:
+        """Which neighbours go together, once PREPARE is over: a 2:4 pattern of `fc2` holds units by fours."""
+        return self._groups[site.name]
+
+    def check_reach(self, sites: Sequence[GateSite], share: float, option: str) -> None:
+        """Raise a RecipeError where so large a share of `sites` together can't go, by more than rounding."""
+        total, sizes = sum(site.count for site in sites), [self.groups(site).size for site in sites]
+        if 2 * (sum(sizes) - total * (1 - share)) >= max(sizes):
+            most, what = 1 - sum(sizes) / total, sites[0].kind
+            left = "one left" if max(sizes) == 1 else f"one group of {max(sizes)} left, which a pattern holds together,"
+            raise self.error(
+                f"{share:g} is out of reach: with {left} in each block {most:.4f} of the {total} {what} are gone", option
+            )
 
     def attach(self, run: Run) -> None:
         if self._loaded is not None:
@@ -187,3 +208,8 @@ class GateModifier(Modifier):
     def window_start(self, event: int) -> int:
         """The step from which the first event at `event` needs the gates for itself: its scores are recorded there."""
         return max(0, event - self._window) if self._scored else event
+
+
+def count_parameters(model: nn.Module) -> int:
+    """All parameters of the model as the user made it: without those that score tokens, whoever prepares first."""
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if not is_scorer(name))

@@ -41,6 +41,16 @@ class Ranking(BaseModel):
     def _consistent(self) -> "Ranking":
         if "temperature" in self.model_fields_set and self.kernel != "exp":
             raise ValueError(f"'temperature' goes with kernel exp, not {self.kernel}")
+        ranker = find_ranker(self.score)
+        unused = {
+            "images": ranker.needs != "outputs",
+            "kernel": ranker.needs != "outputs",
+            "steps": ranker.needs == "nothing",
+            "seed": not ranker.seeded,
+        }
+        for option, is_unused in unused.items():
+            if is_unused and option in self.model_fields_set:
+                raise ValueError(f"{option!r} does not go with score {self.score!r}, which has no use for it")
         return self
 
     @property
@@ -68,3 +78,9 @@ class Penalty(BaseModel):
     tolerance: PositiveFloat = Field(
         0.02, description="they grow no more once what is left of what goes is this share of the norm of the weights"
     )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Penalty":
+        if "share" in self.model_fields_set and self.heads is not None and self.units is not None:
+            raise ValueError("'share' does not go with 'heads' and 'units', which are the first penalties themselves")
+        return self

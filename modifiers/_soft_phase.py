@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from ovit_engine import soft_pruning
 from ovit_engine.gate_choice import keep_best
+from ovit_engine.gate_groups import Groups
 from ovit_engine.gates import GateSite, Kind
 from ovit_engine.modifier import Run
 from ovit_engine.modifiers._gohsp_options import Penalty
@@ -32,16 +33,19 @@ class SoftPhase:
 
     Args:
         sites: whose heads and units go.
-        kept: how many of each site stay, by its name.
+        groups: which heads and units of each site go together, by its name.
+        kept: how many groups of each stay.
         penalty: how hard it pulls.
     """
 
-    def __init__(self, sites: Sequence[GateSite], kept: Mapping[str, int], penalty: Penalty) -> None:
+    def __init__(
+        self, sites: Sequence[GateSite], groups: Mapping[str, Groups], kept: Mapping[str, int], penalty: Penalty
+    ) -> None:
         self.plan: dict[str, Tensor] = {}  # which stay, by site; empty outside the phase
         self.rates: dict[Kind, float] = {}  # lambda of heads, rho of units; empty before its first step
         self._targets: dict[str, Tensor] = {}  # Z - U of the units' weights, by name
         self._growth: dict[Kind, float] = {}  # how often their first value the rates are
-        self._sites, self._kept, self._penalty = sites, kept, penalty
+        self._sites, self._groups, self._kept, self._penalty = sites, groups, kept, penalty
         self._pieces = {site.name: pieces_of(site) for site in sites}
 
     def begin(self, head_scores: Mapping[str, Tensor]) -> None:
@@ -54,7 +58,9 @@ class SoftPhase:
                 self._targets[piece.slot.name] = soft_pruning.first_target(weight, self._stays(piece, weight))
 
     def _choose(self, site: GateSite, scores: Tensor) -> None:
-        (self.plan[site.name],) = keep_best([site.gate], [scores], self._kept[site.name])
+        groups = self._groups[site.name]
+        (keep,) = keep_best([groups.of_gate(site.gate)], [groups.of_scores(scores)], self._kept[site.name])
+        self.plan[site.name] = site.gate & groups.spread(keep)
 
     def start_rates(self, run: Run) -> None:
         """Penalties as given, or such that what goes is drawn by a share of what the training loss does to it."""
@@ -174,7 +180,8 @@ def pieces_of(site: GateSite) -> list[Piece]:
 
 
 def _norms(pieces: Sequence[Piece], tensors: Sequence[Tensor]) -> Tensor:
-    return soft_pruning.group_norms([piece.part for piece in pieces], tensors)
+    """Squared, so that those of units add up to the norm of a group of them."""
+    return soft_pruning.group_norms([piece.part for piece in pieces], tensors).double().square()
 
 
 def _held(piece: Piece, whole: Tensor) -> Tensor:

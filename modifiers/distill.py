@@ -42,6 +42,9 @@ class Distill(Modifier):
     def _consistent(self) -> "Distill":
         if not self.logits and not self.tokens:
             raise ValueError("'logits' and 'tokens' are both 0: nothing would be learned")
+        if not self.logits and (self.hard or self.temperature != 1):
+            option = "hard" if self.hard else "temperature"
+            raise ValueError(f"{option!r} is of the logits' term, and 'logits' is 0: leave it out")
         if self.hard and self.temperature != 1:
             raise ValueError(f"'temperature' {self.temperature:g} softens probabilities, and 'hard' uses none")
         return self
@@ -104,6 +107,12 @@ class Distill(Modifier):
                 "model itself, not parts of it, in training mode and with gradients (reentrant checkpointing of all "
                 "of it has none)"
             )
+
+    def detach(self, run: Run) -> None:
+        start, _ = self._times
+        if run.step <= start:
+            self.finish_late(run, f"the teacher's term at step {start}")
+            raise self.error("training ended before a step with the teacher's term was made", "start")
 
     def _of_logits(self, lesson: Lesson) -> Tensor:
         try:

@@ -59,6 +59,11 @@ class DynamicViT(TokenPruning):
     def _thaw(self, clock: Clock) -> int:
         thaw = clock.steps(self.freeze)
         self.check_end(clock, thaw, "freeze")
+        if thaw == clock.total_steps:
+            raise self.error(
+                f"{self.freeze!r} is the end of training: no step is left in which more than the predictors learns",
+                "freeze",
+            )
         return thaw
 
     def make_hooks(self, run: Run, layout: tokens.Layout) -> SelectorHooks:
@@ -103,6 +108,11 @@ class DynamicViT(TokenPruning):
 
     def abandon(self, run: Run) -> None:
         self._rates.restore()
+
+    def detach(self, run: Run) -> None:
+        if self._frozen_until and run.step <= self._frozen_until:
+            self.finish_late(run, f"the end of freeze at step {self._frozen_until}")
+            raise self.error("training ended before a step was made in which more than the predictors learns", "freeze")
 
     def step_end(self, run: Run) -> None:
         self._rates.restore()

@@ -8,6 +8,7 @@ so many units of each MLP, by ADMM; then gates switch both off, and training goe
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from ovit_engine.gates import GateSite, Kind
 from ovit_engine.head_outputs import OutputTally, add_over_processes, mean_similarity, watched
 from ovit_engine.modifier import Claim, Run, Time
 from ovit_engine.modifiers._amount import Sparsity
-from ovit_engine.modifiers._gates import GateModifier
+from ovit_engine.modifiers._gates import GateModifier, count_parameters
 from ovit_engine.modifiers._gohsp_options import BATCH, Penalty, Ranking
 from ovit_engine.modifiers._soft_phase import SoftPhase
 from ovit_engine.processes import ranks
@@ -74,6 +75,11 @@ class Gohsp(GateModifier):
             raise ValueError("'parameter_sparsity' stands for heads and units: leave out the shares of each")
         if self.parameter_sparsity is None and not apart:
             raise ValueError("nothing to prune: give 'head_sparsity', 'unit_sparsity' or 'parameter_sparsity'")
+        if "rank" in self.model_fields_set and "heads" not in self.kinds():
+            raise ValueError("'rank' is of heads, and none go: give 'head_sparsity', or leave it out")
+        for kind in ("heads", "units"):
+            if kind in self.penalty.model_fields_set and kind not in self.kinds():
+                raise ValueError(f"'penalty' has a value for {kind}, of which none go")
         return self
 
     def kinds(self) -> Sequence[Kind]:
@@ -115,8 +121,11 @@ class Gohsp(GateModifier):
     def prepare(self, run: Run) -> None:
         self._times = self.times(run.clock)
         super().prepare(run)
+
+    def settle(self, run: Run) -> None:
+        super().settle(run)
         kept = dict(zip((site.name for site in self._sites), self._counts(run), strict=True))
-        self._phase = SoftPhase(self._sites, kept, self.penalty)
+        self._phase = SoftPhase(self._sites, self._groups, kept, self.penalty)
 
     @property
     def _soft_phase(self) -> SoftPhase:
@@ -124,13 +133,18 @@ class Gohsp(GateModifier):
         return self._phase
 
     def _counts(self, run: Run) -> list[int]:
-        """How many heads and units of each site are kept."""
+        """How many groups of heads and units of each site are kept."""
+        whole = [(site, self.groups(site)) for site in self._sites]
         if self.parameter_sparsity is None:
-            shares = {"heads": self.head_sparsity, "units": self.unit_sparsity}
-            return [kept_count(site.count, shares[site.kind] or 0.0) for site in self._sites]
-        total = sum(parameter.numel() for parameter in run.model.parameters())
+            shares = {"heads": self.head_sparsity or 0.0, "units": self.unit_sparsity or 0.0}
+            for site, _ in whole:
+                self.check_reach([site], shares[site.kind], f"{site.kind[:-1]}_sparsity")
+            return [kept_count(groups.number, shares[site.kind]) for site, groups in whole]
+        total = count_parameters(run.model)
+        # a group counts as one head or unit that is so many times as wide
+        sites = [replace(site, count=groups.number, width=site.width * groups.size) for site, groups in whole]
         try:
-            return spread_evenly(self._sites, math.ceil(Fraction(repr(self.parameter_sparsity)) * total))
+            return spread_evenly(sites, math.ceil(Fraction(repr(self.parameter_sparsity)) * total))
         except ValueError as error:
             share = self.parameter_sparsity
             raise self.error(f"{share:g} of {total} is out of reach: {error}", "parameter_sparsity") from None
@@ -210,7 +224,7 @@ class Gohsp(GateModifier):
             gradients = self.scores(site) if ranker.needs == "gradients" else None
             known = Statistics(gradients=gradients, similarity=similarity.get(site.name), seed=self.rank.seed)
             try:
-                found = ranker.score(site, known)
+                found = ranker.scores(site, known)
             except ValueError as error:
                 raise self.error(f"{site.owner_name}: {error}", "rank") from None
             scores[site.name] = -found if self.rank.invert else found

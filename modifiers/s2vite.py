@@ -9,23 +9,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt, PrivateAttr, model_validator
+from pydantic import Field, NonNegativeInt, PrivateAttr, model_validator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ovit_engine.gate_choice import keep_best, kept_count, swap, swap_count
 from ovit_engine.gate_ranking import Statistics, find_ranker
 from ovit_engine.gates import GateSite, Kind
-from ovit_engine.modifier import Claim, Run, Time
+from ovit_engine.modifier import Claim, Run
 from ovit_engine.modifiers._amount import Sparsity
 from ovit_engine.modifiers._gates import GateModifier
+from ovit_engine.modifiers._updates import UpdatingModifier
 from ovit_engine.registry import register
-from ovit_engine.schedule import Clock, Schedule
+from ovit_engine.schedule import Clock
 from ovit_engine.targets import Slot
 
 
 @register("s2vite")
-class S2Vite(GateModifier):
+class S2Vite(UpdatingModifier, GateModifier):
     """Trains with a share of the heads and MLP units switched off; at each update the least important change places.
 
     Each layer keeps as many as it started with: its share rounded down, as in the published code. Weights of what is
@@ -34,12 +35,6 @@ class S2Vite(GateModifier):
 
     head_sparsity: Sparsity | None = Field(None, description="share of the heads of each block that is off")
     unit_sparsity: Sparsity | None = Field(None, description="share of the hidden units of each MLP that is off")
-    every: Time = Field(description="time between two updates, in which heads and units change places")
-    end: Time = Field("80%", description="time from which they stay")
-    drop: float = Field(0.5, gt=0, le=1, description="share of what is on that an update moves, at the start")
-    drop_end: float = Field(
-        0.005, ge=0, le=1, description="the same at the end of training, to which a cosine leads; end may come before"
-    )
     min_swap: NonNegativeInt = Field(
         1, description="how many move at least in each layer; 0 rounds the share down, so that at last none does"
     )
@@ -49,7 +44,6 @@ class S2Vite(GateModifier):
     mlp_growth: Literal["gate", "official"] = Field(
         "gate", description="units come by gradients of gates; official: of their weights, which revives none"
     )
-    gradients: PositiveInt = Field(1, description="steps before an update whose gradients count")
     seed: int = Field(0, ge=0, description="of the heads and units that are on at first")
 
     _updates: range = PrivateAttr(default=range(0))
@@ -60,29 +54,13 @@ class S2Vite(GateModifier):
     def _consistent(self) -> "S2Vite":
         if self.head_sparsity is None and self.unit_sparsity is None:
             raise ValueError("nothing to switch off: give 'head_sparsity', 'unit_sparsity' or both")
-        if self.drop_end > self.drop:
-            raise ValueError(f"the share that moves falls: 'drop' is {self.drop:g}, 'drop_end' {self.drop_end:g}")
+        if self.unit_sparsity is None and "mlp_growth" in self.model_fields_set:
+            raise ValueError("'mlp_growth' goes with 'unit_sparsity': no units are switched")
         return self
 
     def kinds(self) -> Sequence[Kind]:
         shares: dict[Kind, float | None] = {"heads": self.head_sparsity, "units": self.unit_sparsity}
         return [kind for kind, share in shares.items() if share is not None]
-
-    def updates(self, clock: Clock) -> range:
-        """The steps at whose end heads and units change places."""
-        every, end = clock.steps(self.every), clock.steps(self.end)
-        self.check_end(clock, end, "end")
-        if every < 1:
-            raise self.error(f"{self.every!r} is less than a step of {clock.steps_per_epoch} steps an epoch", "every")
-        if every >= end:
-            raise self.error(f"no update comes before the end at {self.end!r}, step {end}: update more often", "every")
-        if self.gradients > every:
-            raise self.error(f"{self.gradients} gradients are more than the {every} steps between updates", "gradients")
-        return range(every, end, every)
-
-    def share(self, step: int, clock: Clock) -> float:
-        """Which share of what is on each layer changes in an update at `step`."""
-        return Schedule(self.drop, self.drop_end, "cosine").value(step / clock.total_steps)
 
     def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
         updates = self.updates(clock)
@@ -98,6 +76,11 @@ class S2Vite(GateModifier):
         self._updates = self.updates(run.clock)
         self._scored, self._window = list(self._updates), self.gradients
         super().prepare(run)
+
+    def settle(self, run: Run) -> None:
+        super().settle(run)
+        for site in self._sites:
+            self.check_reach([site], self._sparsity(site.kind), f"{site.kind[:-1]}_sparsity")
 
     def claims(self, run: Run) -> Iterable[Claim]:
         for site in self._sites:
@@ -120,12 +103,13 @@ class S2Vite(GateModifier):
             self._update(run, step)
 
     def _start(self, run: Run) -> None:
-        random = find_ranker("random").score
-        keeps = {}
+        random, keeps = find_ranker("random"), {}
         for site in self._sites:
-            scores = random(site, Statistics(seed=self.seed))
-            kept = kept_count(site.count, self._sparsity(site.kind))
-            (keeps[site.name],) = keep_best([torch.ones_like(site.gate)], [scores], kept)
+            groups = self.groups(site)
+            scores = groups.of_scores(random.scores(site, Statistics(seed=self.seed)))
+            kept = kept_count(groups.number, self._sparsity(site.kind))
+            (keep,) = keep_best([groups.of_gate(torch.ones_like(site.gate))], [scores], kept)
+            keeps[site.name] = groups.spread(keep)
         self._ever = {name: torch.zeros_like(keep) for name, keep in keeps.items()}
         self._finish(run, keeps, 0)
 
@@ -133,8 +117,11 @@ class S2Vite(GateModifier):
         """Swap in all layers, or where one of them has no scores in none."""
         share, keeps = self.share(step, run.clock), {}
         for site in self._sites:
-            count = swap_count(int(site.gate.sum()), share, self.min_swap)
-            keeps[site.name] = swap(site.gate, self._drop_score(site), self._grow_score(site), count)
+            groups = self.groups(site)
+            drop, grow = groups.of_scores(self._drop_score(site)), groups.of_scores(self._grow_score(site))
+            gate = groups.of_gate(site.gate)
+            count = swap_count(int(gate.sum()), share, self.min_swap)
+            keeps[site.name] = groups.spread(swap(gate, drop, grow, count))
         self._finish(run, keeps, step)
 
     def _finish(self, run: Run, keeps: Mapping[str, Tensor], step: int) -> None:
@@ -147,7 +134,7 @@ class S2Vite(GateModifier):
 
     def _drop_score(self, site: GateSite) -> Tensor:
         if self.score == "official" and site.kind == "units":
-            return find_ranker("l1").score(site, Statistics())
+            return find_ranker("l1").scores(site, Statistics())
         return self.scores(site).importance
 
     def _grow_score(self, site: GateSite) -> Tensor:

@@ -5,6 +5,7 @@ salience (SSP-like).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveInt, PrivateAttr, model_validator
@@ -15,7 +16,7 @@ from ovit_engine.gate_ranking import Statistics, find_ranker
 from ovit_engine.gates import GateSite, Kind
 from ovit_engine.modifier import Claim, Run
 from ovit_engine.modifiers._amount import Amount, SparsitySteps
-from ovit_engine.modifiers._gates import GateModifier
+from ovit_engine.modifiers._gates import GateModifier, count_parameters
 from ovit_engine.modifiers._when import Given, ScheduledModifier, spelled
 from ovit_engine.registry import register
 from ovit_engine.schedule import Clock
@@ -51,7 +52,9 @@ class StructuredPrune(ScheduledModifier, GateModifier):
         "global", description="rank the heads (or units) of all layers together, or take as many from each"
     )
     gradients: PositiveInt = Field(
-        10, description="training steps before a pruning step whose gradients count, for scores by gradient"
+        10,
+        description="training steps before a pruning step whose gradients count, for scores by gradient; 10, or as "
+        "many as there are, if left out",
     )
     seed: int = Field(0, ge=0, description="of a random score")
 
@@ -74,6 +77,10 @@ class StructuredPrune(ScheduledModifier, GateModifier):
             raise ValueError(f"score {self.score!r} needs outputs of heads, which are not recorded here")
         if unfit := [kind for kind in self.kinds() if kind not in ranker.kinds]:
             raise ValueError(f"score {self.score!r} ranks {' and '.join(ranker.kinds)}, not {unfit[0]}")
+        if "gradients" in self.model_fields_set and ranker.needs != "gradients":
+            raise ValueError(f"'gradients' does not go with score {self.score!r}, which takes none")
+        if "seed" in self.model_fields_set and not ranker.seeded:
+            raise ValueError(f"'seed' does not go with score {self.score!r}, in which nothing is random")
         return self
 
     def _amounts(self) -> dict[Budget, Given]:
@@ -96,7 +103,19 @@ class StructuredPrune(ScheduledModifier, GateModifier):
                     f"at step 0 no gradient was seen, which score {self.score!r} needs: prune later", option
                 )
             found[budget] = {step: share for step, share in steps.items() if share is not None}
+        self._check_windows(sorted({step for steps in found.values() for step in steps}))
         return found
+
+    def _check_windows(self, steps: Sequence[int]) -> None:
+        """`gradients` that were asked for must find room before each pruning step."""
+        if "gradients" not in self.model_fields_set:
+            return
+        before, after = min(pairwise([0, *steps]), key=lambda pair: pair[1] - pair[0])
+        if after - before < self.gradients:
+            raise self.error(
+                f"{self.gradients} gradients are more than the {after - before} steps before the pruning step {after}",
+                "gradients",
+            )
 
     def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
         for budget, steps in self.events(clock).items():
@@ -111,30 +130,28 @@ class StructuredPrune(ScheduledModifier, GateModifier):
         if find_ranker(self.score).needs == "gradients":
             self._scored, self._window = self._steps, self.gradients
         super().prepare(run)
-        self._total = sum(parameter.numel() for parameter in run.model.parameters())
-        self._check_reach()
+        self._total = count_parameters(run.model)
 
-    def _check_reach(self) -> None:
-        reach = sum((site.count - 1) * site.parameters for site in self._sites) / self._total
-        for share in spelled(self.parameter_sparsity) if self.parameter_sparsity is not None else ():
-            if share > reach:
-                raise self.error(
-                    f"{share:g} is out of reach: with one head and one unit left in each block {reach:.4f} of the "
-                    f"{self._total} parameters are gone",
-                    "parameter_sparsity",
-                )
-        for kind, option, amount in (
-            ("heads", "head_sparsity", self.head_sparsity),
-            ("units", "unit_sparsity", self.unit_sparsity),
-        ):
-            counts = [site.count for site in self._sites if site.kind == kind]
-            for share in spelled(amount) if amount is not None and self.scope == "global" else ():
-                if len(counts) - sum(counts) * (1 - share) >= 1:  # by more than rounding
-                    raise self.error(
-                        f"{share:g} is out of reach: with one left in each block {1 - len(counts) / sum(counts):.4f} "
-                        f"of the {sum(counts)} {kind} are gone",
-                        option,
-                    )
+    def settle(self, run: Run) -> None:
+        super().settle(run)
+        for budget, amount in self._amounts().items():
+            for share in spelled(amount):
+                if budget == "parameters":
+                    self._check_parameters(share)
+                elif self.scope == "global":
+                    self.check_reach(self.sites(budget), share, _OPTIONS[budget])
+                else:
+                    for site in self.sites(budget):
+                        self.check_reach([site], share, _OPTIONS[budget])
+
+    def _check_parameters(self, share: float) -> None:
+        reach = sum((site.count - self.groups(site).size) * site.parameters for site in self._sites) / self._total
+        if share > reach:
+            raise self.error(
+                f"{share:g} is out of reach: with one head and one unit left in each block {reach:.4f} of the "
+                f"{self._total} parameters are gone",
+                "parameter_sparsity",
+            )
 
     def claims(self, run: Run) -> Iterable[Claim]:
         for site in self._sites:
@@ -166,19 +183,30 @@ class StructuredPrune(ScheduledModifier, GateModifier):
     def _score(self, site: GateSite) -> Tensor:
         ranker = find_ranker(self.score)
         gradients = self.scores(site) if ranker.needs == "gradients" else None
-        return ranker.score(site, Statistics(gradients=gradients, seed=self.seed))
+        try:
+            return ranker.scores(site, Statistics(gradients=gradients, seed=self.seed))
+        except ValueError as error:
+            raise self.error(str(error), "score") from None
 
     def _keep(self, budget: Budget, share: float, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
         sites = self._sites if budget == "parameters" else self.sites(budget)
+        groups = [self.groups(site) for site in sites]
+        gates = [each.of_gate(site.gate) for each, site in zip(groups, sites, strict=True)]
+        ranked = [each.of_scores(scores[site.name]) for each, site in zip(groups, sites, strict=True)]
+        sizes = [each.size for each in groups]
         if budget == "parameters":
-            each = find_ranker(self.score).additive
-            sizes = [site.parameters for site in sites]
-            ranked = [scores[site.name] / (site.parameters if each else 1) for site in sites]
-            after = keep_within([site.gate for site in sites], ranked, sizes, int(share * self._total))
+            if find_ranker(self.score).additive:
+                ranked = [each / site.parameters for each, site in zip(ranked, sites, strict=True)]
+            sizes = [size * site.parameters for size, site in zip(sizes, sites, strict=True)]
+            after = keep_within(gates, ranked, sizes, int(share * self._total))
+        elif self.scope == "global":
+            total = sum(site.count for site in sites)
+            after = keep_within(gates, ranked, sizes, total - kept_count(total, share))
         else:
-            groups = [[site] for site in sites] if self.scope == "layer" else [sites]
-            after = []
-            for group in groups:
-                kept = kept_count(sum(site.count for site in group), share)
-                after += keep_best([site.gate for site in group], [scores[site.name] for site in group], kept)
-        return {site.name: keep for site, keep in zip(sites, after, strict=True)}
+            after = [
+                keep_best([gate], [score], kept_count(each.number, share))[0]
+                for gate, score, each in zip(gates, ranked, groups, strict=True)
+            ]
+        return {
+            site.name: site.gate & each.spread(keep) for site, each, keep in zip(sites, groups, after, strict=True)
+        }

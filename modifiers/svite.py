@@ -9,23 +9,24 @@ from collections.abc import Iterable, Mapping
 from time import perf_counter
 from typing import Any, Literal
 
-from pydantic import Field, PositiveInt, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 
 from ovit_engine.masks import check_packed, pack, unpack
-from ovit_engine.modifier import Claim, Run, Time
+from ovit_engine.modifier import Claim, Run
 from ovit_engine.modifiers._amount import Sparsity
 from ovit_engine.modifiers._base import MaskingModifier
 from ovit_engine.modifiers._optimizer_state import forget
+from ovit_engine.modifiers._updates import UpdatingModifier
 from ovit_engine.registry import register
-from ovit_engine.schedule import Clock, Schedule
+from ovit_engine.schedule import Clock
 from ovit_engine.second_order import prune_by_scores
 from ovit_engine.targets import Slot
 from ovit_engine.topology import random_scores, rewire
 
 
 @register("svite")
-class Svite(MaskingModifier):
+class Svite(UpdatingModifier, MaskingModifier):
     """Trains a sparse model whose connections move: the smallest weights go, others come where the gradient is large.
 
     Each tensor keeps as many weights as it started with. New connections start from zero, and the optimizer has no past
@@ -42,16 +43,9 @@ class Svite(MaskingModifier):
     init: Literal["random", "magnitude"] = Field(
         "random", description="which weights are there at first: random ones, or the largest of a trained model"
     )
-    every: Time = Field(description="time between two updates, in which connections move")
-    end: Time = Field("80%", description="time from which connections stay")
-    drop: float = Field(0.5, gt=0, le=1, description="share of the connections that an update moves, at the start")
-    drop_end: float = Field(
-        0.005, ge=0, le=1, description="the same at the end of training, to which a cosine leads; end may come before"
-    )
     grow: Literal["gradient", "random"] = Field(
         "gradient", description="where connections come: at the largest training gradients, or anywhere"
     )
-    gradients: PositiveInt = Field(1, description="steps before an update whose mean |gradient| counts")
     seed: int = Field(0, ge=0, description="of what is random")
 
     _every: int = PrivateAttr(default=1)
@@ -62,27 +56,11 @@ class Svite(MaskingModifier):
     @model_validator(mode="after")
     def _consistent(self) -> "Svite":
         self.pattern.resolve(self.sparsity)
-        if self.drop_end > self.drop:
-            raise ValueError(f"the share that moves falls: 'drop' is {self.drop:g}, 'drop_end' {self.drop_end:g}")
         if self.grow == "random" and "gradients" in self.model_fields_set:
             raise ValueError("'gradients' does not go with 'grow: random', which takes none")
+        if (self.init, self.grow) == ("magnitude", "gradient") and "seed" in self.model_fields_set:
+            raise ValueError("'seed' does not go with 'init: magnitude' and 'grow: gradient': nothing is random then")
         return self
-
-    def updates(self, clock: Clock) -> range:
-        """The steps at whose end connections move."""
-        every, end = clock.steps(self.every), clock.steps(self.end)
-        self.check_end(clock, end, "end")
-        if every < 1:
-            raise self.error(f"{self.every!r} is less than a step of {clock.steps_per_epoch} steps an epoch", "every")
-        if every >= end:
-            raise self.error(f"no update comes before the end at {self.end!r}, step {end}: move more often", "every")
-        if self.gradients > every:
-            raise self.error(f"{self.gradients} gradients are more than the {every} steps between updates", "gradients")
-        return range(every, end, every)
-
-    def share(self, step: int, clock: Clock) -> float:
-        """Which share of its connections each tensor moves in an update at `step`."""
-        return Schedule(self.drop, self.drop_end, "cosine").value(step / clock.total_steps)
 
     def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
         updates = self.updates(clock)

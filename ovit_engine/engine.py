@@ -124,6 +124,8 @@ class Engine:
             self.run.teacher = Teacher(self.model, self._teacher)
         before = {id(parameter) for parameter in self.model.parameters()}
         self._fire(Event.PREPARE)
+        for modifier in self.modifiers:
+            modifier.settle(self.run)
         self._new = [p for p in self.model.parameters() if id(p) not in before]
         check_claims([(m, claim) for m in self.modifiers for claim in m.claims(self.run)])
         self._stage = Event.PREPARE

@@ -49,25 +49,25 @@ def keep_best(keeps: Sequence[Tensor], scores: Sequence[Tensor], kept: int) -> l
 
 
 def keep_within(keeps: Sequence[Tensor], scores: Sequence[Tensor], sizes: Sequence[int], budget: int) -> list[Tensor]:
-    """Switch off heads and units of `sizes[layer]` parameters each, until no other fits into `budget` parameters.
+    """Switch off what has `sizes[layer]` (parameters, say) each, until nothing else fits into `budget` of them.
 
     In the order of scores; one that does not fit is passed over. What is off already counts towards the budget.
     """
-    after = [keep.cpu().clone() for keep in keeps]
+    after = [keep.tolist() for keep in keeps]
     left = budget - sum(int((~keep).sum()) * size for keep, size in zip(keeps, sizes, strict=True))
-    rankings = [_protected(keep, score) for keep, score in zip(keeps, scores, strict=True)]
-    layers = [layer for layer, keep in enumerate(keeps) for _ in range(keep.numel())]
-    indices = [index for keep in keeps for index in range(keep.numel())]
-    flat = torch.cat(rankings)
+    places = [(layer, index) for layer, keep in enumerate(keeps) for index in range(keep.numel())]
+    values, order = torch.cat([_protected(keep, score) for keep, score in zip(keeps, scores, strict=True)]).sort(
+        stable=True
+    )
     smallest = min(sizes)
-    for place in flat.argsort(stable=True).tolist():
-        if left < smallest or bool(torch.isinf(flat[place]) & (flat[place] > 0)):
+    for value, place in zip(values.tolist(), order.tolist(), strict=True):
+        if left < smallest or value == math.inf:
             break
-        layer, index = layers[place], indices[place]
+        layer, index = places[place]
         if sizes[layer] <= left and after[layer][index]:
             after[layer][index] = False
             left -= sizes[layer]
-    return [keep.to(before.device) for keep, before in zip(after, keeps, strict=True)]
+    return [torch.tensor(keep, device=before.device) for keep, before in zip(after, keeps, strict=True)]
 
 
 def _protected(keep: Tensor, scores: Tensor) -> Tensor:

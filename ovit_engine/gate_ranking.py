@@ -7,7 +7,7 @@ collects that: `gradients` are recorded in training (gate_scores.py), `outputs` 
 import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -42,26 +42,45 @@ class Ranker:
     needs: Needs
     kinds: tuple[Kind, ...]  # what it can rank
     additive: bool  # whether a score grows with the parameters that it stands for
+    seeded: bool  # whether it may use the seed
+
+    def scores(self, site: GateSite, statistics: Statistics) -> Tensor:
+        """Those of a site; ValueError where the ranker gives something else than a number for each head or unit."""
+        found = self.score(site, statistics)
+        if not isinstance(found, Tensor) or found.shape != (site.count,) or found.is_complex():
+            got = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(
+                f"ranker {self.name!r} must give {site.name!r} a tensor of [{site.count}] scores, one for each of its "
+                f"{site.kind}, not {got}"
+            )
+        return found
 
 
 RANKERS: dict[str, Ranker] = {}
 
 
 def register_ranker(
-    name: str, *, needs: Needs, kinds: Iterable[Kind] = KINDS, additive: bool = True
+    name: str, *, needs: Needs, kinds: Iterable[Kind] = KINDS, additive: bool = True, seeded: bool = True
 ) -> Callable[[Score], Score]:
     """Decorator: make a way to rank known by `name`.
 
-    Where heads and units compete for one budget, `additive` scores are compared per parameter.
+    Where heads and units compete for one budget, `additive` scores are compared per parameter. Of a ranker that is not
+    `seeded` a recipe may give no seed.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is taken, or `needs` or a kind is none that there is.
     """
+    kinds = tuple(kinds)
+    for word, known in ((needs, get_args(Needs)), *((kind, KINDS) for kind in kinds)):
+        if word not in known:
+            near = difflib.get_close_matches(str(word), known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"ranker {name!r}: there is no {word!r}: {hint}there are {', '.join(known)}")
 
     def add(score: Score) -> Score:
         if name in RANKERS:
             raise ValueError(f"ranker {name!r} is registered twice: by {RANKERS[name].score!r} and {score!r}")
-        RANKERS[name] = Ranker(name, score, needs, tuple(kinds), additive)
+        RANKERS[name] = Ranker(name, score, needs, kinds, additive, seeded)
         return score
 
     return add
@@ -76,13 +95,13 @@ def find_ranker(name: str) -> Ranker:
     return RANKERS[name]
 
 
-@register_ranker("taylor", needs="gradients")
+@register_ranker("taylor", needs="gradients", seeded=False)
 def taylor(site: GateSite, statistics: Statistics) -> Tensor:
     """The loss's first-order change without it: mean over samples of |dL/dgate| (Michel et al. 2019, §4)."""
     return _gradients(site, statistics).importance
 
 
-@register_ranker("salience", needs="gradients")
+@register_ranker("salience", needs="gradients", seeded=False)
 def salience(site: GateSite, statistics: Statistics) -> Tensor:
     """Mean over samples of the sum of |activation x gradient|: as Taylor, but nothing cancels out.
 
@@ -91,7 +110,7 @@ def salience(site: GateSite, statistics: Statistics) -> Tensor:
     return _gradients(site, statistics).salience
 
 
-@register_ranker("l1", needs="nothing")
+@register_ranker("l1", needs="nothing", seeded=False)
 def l1(site: GateSite, statistics: Statistics) -> Tensor:
     """Sum of absolute weights of the rows that compute it and the columns that read it, without biases."""
     computed = gathered(site.source.weight).float().abs().sum(1)
@@ -107,7 +126,7 @@ def random(site: GateSite, statistics: Statistics) -> Tensor:
     return torch.rand(site.count, generator=generator).to(site.linear.weight.device)
 
 
-@register_ranker("graph", needs="outputs", kinds=["heads"], additive=False)
+@register_ranker("graph", needs="outputs", kinds=["heads"], additive=False, seeded=False)
 def graph(site: GateSite, statistics: Statistics) -> Tensor:
     """Share of time that a walk over the heads of a block spends at each (GOHSP; head_graph.py).
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ovit_engine.calibration import Calibration
+from ovit_engine.gate_groups import Tile
 from ovit_engine.loggers import Log
 from ovit_engine.masks import Masks
 from ovit_engine.progress import Progress, ProgressLog
@@ -45,6 +46,8 @@ class Run:
     # seconds of such work by modifier and stage ("ovit_prune/gradients"); never the same twice, so no part of history
     timings: dict[str, float] = field(default_factory=dict)
     logs: list[Log] = field(default_factory=list)  # who is told; `Engine.log_to` adds to it
+    # by weight, the rows and columns that its patterns will hold together; complete once all have prepared
+    tiles: dict[str, Tile] = field(default_factory=dict)
     # by name, what a modifier just made final: it must be the same in all processes, or the run stops (masks always do)
     shared: dict[str, Tensor] = field(default_factory=dict)
 
@@ -126,6 +129,7 @@ class Modifier(BaseModel):
 
     A method named after an event runs when the engine fires it. The others:
 
+    - `settle` runs once all modifiers have prepared: what depends on the others is decided there.
     - `pre_step` runs in the optimizer's pre-hook, before a closure: the learning rate is written there.
     - `claims` says what is written when, so that two writers of one thing are an error before training.
     - `abandon` puts back what a step that failed half-way left changed in the user's objects.
@@ -150,6 +154,7 @@ class Modifier(BaseModel):
         return type(self) is type(other) and self.model_dump() == other.model_dump()
 
     def prepare(self, run: Run) -> None: ...
+    def settle(self, run: Run) -> None: ...
     def attach(self, run: Run) -> None: ...
     def pre_step(self, run: Run) -> None: ...
     def step_begin(self, run: Run) -> None: ...

@@ -1,14 +1,14 @@
 """Which heads and units go, and what takes their place: pure tensors and one MLP or attention module at a time."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ovit_engine.gate_groups import Groups, tile_of
 from ovit_engine.gates import GateSite
 from ovit_engine.masks import Masks
-from ovit_engine.pattern import NM, Block, parse_pattern
+from ovit_engine.pattern import parse_pattern
 from ovit_engine.quant import QuantAttention
 
 
@@ -42,39 +42,25 @@ class Removal:
         return _where(self.mute.repeat_interleave(self.site.width))
 
 
-def whole_groups(keep: Tensor, group: int) -> Tensor:
-    """`keep` [count] with every group of `group` neighbours kept whole of which one is kept; at least one group is."""
-    size = keep.numel()
-    padded = torch.zeros(-(-size // group) * group, dtype=torch.bool, device=keep.device)
-    padded[:size] = keep
-    whole = padded.view(-1, group).any(dim=1)
+def whole_groups(keep: Tensor, groups: Groups) -> Tensor:
+    """`keep` [count] with every group kept whole of which one is kept; at least one group is."""
+    whole = groups.of_gate(keep).clone()
     if not whole.any():
         whole[0] = True
-    return whole.repeat_interleave(group)[:size]
+    return groups.spread(whole)
 
 
-def group_of(site: GateSite, masks: Masks | None) -> int:
-    """How many neighbouring heads or units must stay or go together, so that the patterns of `masks` hold.
-
-    Removing one column of a 2:4 weight would shift all that follow into other groups of four.
-    """
-    features = 1
-    for name, is_reader in ((site.name, True), (site.source_name, False)):
-        weight = f"{name}.weight"
-        if masks is None or masks.get(weight) is None:
-            continue
-        pattern = parse_pattern(masks.pattern(weight))
-        if isinstance(pattern, Block):
-            features = math.lcm(features, pattern.cols if is_reader else pattern.rows)
-        elif isinstance(pattern, NM) and is_reader:
-            features = math.lcm(features, pattern.group)
-    return math.lcm(features, site.width) // site.width
+def groups_of(site: GateSite, masks: Masks | None) -> Groups:
+    """How many neighbouring heads or units must stay or go together, so that the patterns of `masks` hold."""
+    if masks is None:
+        return Groups(site.count)
+    return Groups.of(site, {name: tile_of(parse_pattern(masks.pattern(name))) for name in masks.names()})
 
 
 def gated(site: GateSite, masks: Masks | None) -> Removal:
     """What a gate says of a site: what is off goes, or is muted where a pattern holds it in its place."""
     gate = site.gate.cpu()
-    keep = whole_groups(gate, group_of(site, masks))
+    keep = whole_groups(gate, groups_of(site, masks))
     return Removal(site=site, keep=keep, mute=keep & ~gate)
 
 
@@ -102,7 +88,7 @@ def dead(site: GateSite, copy: GateSite, masks: Masks | None, probe: Tensor) -> 
     # rounded attention weights do not quite sum to one; and without a bias there is no place for a constant
     only_silent = isinstance(copy.owner, QuantAttention) or copy.linear.bias is None
     foldable = writes & steady & (silent if only_silent else torch.ones_like(silent))
-    keep = whole_groups(~(unread | foldable), group_of(site, masks))
+    keep = whole_groups(~(unread | foldable), groups_of(site, masks))
     folded = foldable & ~keep
     bias = None
     if copy.linear.bias is not None and bool(folded.any()):

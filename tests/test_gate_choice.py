@@ -96,6 +96,15 @@ def test_a_parameter_budget_is_filled(
             )
 
 
+@given(st.lists(LAYER, min_size=1, max_size=4), st.integers(0, 40))
+def test_a_budget_of_alike_is_a_count(layers: list[list[tuple[bool, float, float]]], kept: int) -> None:
+    keeps, scores, _ = map(list, zip(*map(columns, layers), strict=True))
+    total = sum(keep.numel() for keep in keeps)
+    found = keep_within(keeps, scores, [1] * len(keeps), total - kept)
+    for one, other in zip(found, keep_best(keeps, scores, kept), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_scores_that_are_no_numbers() -> None:
     keep, bad = torch.ones(2, dtype=torch.bool), torch.tensor([1.0, math.nan])
     with pytest.raises(FloatingPointError, match="a score is NaN, so heads and units can't be compared"):

@@ -5,7 +5,7 @@ import torch
 from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 
-from ovit_engine.gate_ranking import RANKERS, Statistics, find_ranker, register_ranker
+from ovit_engine.gate_ranking import RANKERS, Ranker, Statistics, find_ranker, register_ranker
 from ovit_engine.gate_scores import GateScores
 from ovit_engine.gates import GateSite, find_sites, install, set_gate
 
@@ -82,3 +82,26 @@ def test_a_name_is_registered_once() -> None:
     with pytest.raises(ValueError, match="ranker 'l1' is registered twice"):
         register_ranker("l1", needs="nothing")(lambda site, statistics: torch.zeros(site.count))
     assert find_ranker("l1").score.__module__ == "ovit_engine.gate_ranking"
+
+
+def test_what_a_ranker_of_yours_gets_wrong() -> None:
+    with pytest.raises(ValueError, match=r"^ranker 'x': there is no 'gradiens': did you mean 'gradients'\? there are no"):
+        register_ranker("x", needs="gradiens")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^ranker 'x': there is no 'head': did you mean 'heads'\?"):
+        register_ranker("x", needs="nothing", kinds=["head"])  # type: ignore[list-item]
+    assert "x" not in RANKERS
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (torch.zeros(12), r"torch.float32 \[12\]"),
+        (torch.zeros(3, 1), r"torch.float32 \[3, 1\]"),
+        (torch.zeros(()), r"torch.float32 \[\]"),
+        ([1.0, 2.0, 3.0], "list"),
+    ],
+)
+def test_scores_of_another_shape_are_told(found: object, words: str) -> None:
+    ranker = Ranker("mine", lambda site, known: found, "nothing", ("heads",), True, False)  # type: ignore[arg-type,return-value]
+    with pytest.raises(ValueError, match=rf"^ranker 'mine' must give '0.proj' a tensor of \[3\] scores, .*not {words}$"):
+        ranker.scores(HEADS, Statistics())

@@ -29,7 +29,7 @@ LAYERS = [
     ["second_order", "presets", "plots", "samples", "torch_files", "head_graph", "soft_pruning"],
     ["targets", "processes", "gate_choice", "topology"],
     ["masks", "gradient_pass", "gates"],
-    ["calibration", "flops", "tokens", "loggers", "gate_scores", "teacher", "gate_budget", "head_outputs"],
+    ["calibration", "flops", "tokens", "loggers", "gate_scores", "teacher", "gate_budget", "gate_groups", "head_outputs"],
     ["gate_ranking"],
     ["modifier"],
     ["registry"],

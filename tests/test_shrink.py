@@ -12,6 +12,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from ovit_engine.flops import count_flops
+from ovit_engine.gate_groups import Groups
 from ovit_engine.gates import find_sites, install, installed
 from ovit_engine.manifest import Manifest, Part
 from ovit_engine.masks import Masks
@@ -299,7 +300,7 @@ def test_whole_groups_by_brute_force(count: int, group: int, data: st.DataObject
     wanted = [any(keep[j] for j in range(count) if j // group == i // group) for i in range(count)]
     if not any(wanted):
         wanted = [i < group for i in range(count)]
-    assert whole_groups(torch.tensor(keep), group).tolist() == wanted
+    assert whole_groups(torch.tensor(keep), Groups(count, group)).tolist() == wanted
 
 
 @pytest.mark.parametrize(

@@ -384,6 +384,7 @@ def test_training_that_ends_early() -> None:
         ("head_sparsity: 0.5, every: 3st, drop: 0.1, drop_end: 0.2", "the share that moves falls: 'drop' is 0.1"),
         ("head_sparsity: 50, every: 3st", r"sparsity 50 is not in \[0, 1\): did you mean 0.5"),
         ("head_sparsity: 0.5, every: 3st, score: nope", "'gate' or 'official'"),
+        ("head_sparsity: 0.5, every: 3st, mlp_growth: official", "'mlp_growth' goes with 'unit_sparsity': no units are"),
     ],
 )
 def test_options_that_make_no_sense(options: str, words: str) -> None:
@@ -398,6 +399,8 @@ def test_options_that_make_no_sense(options: str, words: str) -> None:
         ({"every": "8st"}, r"every: no update comes before the end at '80%', step 8: update more often"),
         ({"end": "11st"}, r"end: '11st' is step 11, past the end of training at step 10"),
         ({"gradients": 4}, r"gradients: 4 gradients are more than the 3 steps between updates"),
+        ({"head_sparsity": 0.95}, r"head_sparsity: 0.95 is out of reach: with one left in each block 0.7500 of the 4 h"),
+        ({"unit_sparsity": 0.999}, r"unit_sparsity: 0.999 is out of reach: with one left in each block 0.98"),
     ],
 )
 def test_times_that_make_no_sense(options: dict[str, Any], words: str) -> None:

@@ -98,7 +98,8 @@ def test_random_is_by_the_seed() -> None:
 @pytest.mark.parametrize("score", ["l1", "taylor", "salience", "random"])
 def test_a_share_of_all_parameters(score: str) -> None:
     model = vit()
-    engine = prune(model, parameter_sparsity=0.4, score=score, start="2st", gradients=2)
+    window = {"gradients": 2} if score in ("taylor", "salience") else {}
+    engine = prune(model, parameter_sparsity=0.4, score=score, start="2st", **window)
     total = sum(parameter.numel() for parameter in model.parameters())
     gone = sum(int((~site.gate).sum()) * site.parameters for site in installed(model))
     assert 0.4 * total - 2 * 24 - 1 < gone <= 0.4 * total  # as far as whole units go
@@ -150,10 +151,19 @@ def test_gradual_pruning_never_brings_back() -> None:
 
 def test_gradients_are_recorded_before_a_pruning_step_alone() -> None:
     model = vit()
-    text = with_options(head_sparsity="{3st: 0.25, 4st: 0.5, 9st: 0.75}", gradients=2)
+    text = with_options(head_sparsity="{3st: 0.25, 5st: 0.5, 9st: 0.75}", gradients=2)
     recording = []
     train(model, engine_for(model, text), 10, each=lambda step: recording.append(is_recording(installed(model)[0])))
-    assert [step for step, on in enumerate(recording) if on] == [1, 2, 3, 7, 8]
+    assert [step for step, on in enumerate(recording) if on] == [1, 2, 3, 4, 7, 8]
+
+
+def test_gradients_that_nobody_asked_for_are_as_many_as_there_are() -> None:
+    model = vit()
+    text = with_options(head_sparsity="{11st: 0.25, 12st: 0.5}")
+    recording = []
+    engine = engine_for(model, text, 13)
+    train(model, engine, 13, each=lambda step: recording.append(is_recording(installed(model)[0])))
+    assert [step for step, on in enumerate(recording) if on] == list(range(1, 12))
 
 
 def test_no_score_by_gradient_is_recorded_for_others() -> None:
@@ -219,6 +229,10 @@ def test_an_average_follows_and_a_resumed_run_is_the_same() -> None:
         ({"head_sparsity": 0.5, "end": "3st"}, "'end' and 'every' go with a sparsity range"),
         ({"head_sparsity": "{2st: 0.5}", "start": "3st"}, "'start' does not go with a sparsity for each time"),
         ({"head_sparsity": 50}, r"sparsity 50 is not in \[0, 1\): did you mean 0.5"),
+        ({"head_sparsity": 0.5, "score": "l1", "gradients": 2}, "'gradients' does not go with score 'l1', which takes"),
+        ({"head_sparsity": 0.5, "score": "random", "gradients": 2}, "'gradients' does not go with score 'random'"),
+        ({"head_sparsity": 0.5, "score": "l1", "seed": 0}, "'seed' does not go with score 'l1', in which nothing is"),
+        ({"head_sparsity": 0.5, "seed": 1}, "'seed' does not go with score 'taylor'"),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], words: str) -> None:
@@ -236,6 +250,22 @@ def test_options_that_make_no_sense(options: dict[str, Any], words: str) -> None
         (
             {"parameter_sparsity": 0.95, "start": "1st"},
             r"parameter_sparsity: 0.95 is out of reach: with one head and one unit left in each block 0\.\d+ of",
+        ),
+        (
+            {"head_sparsity": 0.95, "start": "1st", "scope": "layer"},
+            r"head_sparsity: 0.95 is out of reach: with one left in each block 0.7500 of the 4 heads",
+        ),
+        (
+            {"head_sparsity": 0.85, "start": "1st"},
+            r"head_sparsity: 0.85 is out of reach: with one left in each block 0.7500 of the 8 heads",
+        ),
+        (
+            {"head_sparsity": 0.5, "start": "3st", "gradients": 4},
+            r"gradients: 4 gradients are more than the 3 steps before the pruning step 3",
+        ),
+        (
+            {"head_sparsity": "{3st: 0.25, 8st: 0.5}", "unit_sparsity": "{6st: 0.25}", "gradients": 3},
+            r"gradients: 3 gradients are more than the 2 steps before the pruning step 8",
         ),
     ],
 )

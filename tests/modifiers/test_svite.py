@@ -529,13 +529,14 @@ def test_updates_that_skipped_steps_left_out_are_not_made_up_for() -> None:
 
 ERRORS = [
     ("every: 0.01ep", "svite.every: '0.01ep' is less than a step of 24 steps an epoch"),
-    ("every: 20st", "svite.every: no update comes before the end at '80%', step 19: move more often"),
+    ("every: 20st", "svite.every: no update comes before the end at '80%', step 19: update more often"),
     ("every: 2st, end: 3ep", "svite.end: '3ep' is step 72, past the end of training at step 24"),
     ("every: 2st, gradients: 3", "svite.gradients: 3 gradients are more than the 2 steps between updates"),
     ("every: 2st, drop: 0.1, drop_end: 0.2", "svite: the share that moves falls: 'drop' is 0.1, 'drop_end' 0.2"),
     ("every: 2st, drop: 1.5", "svite.drop"),
     ("every: 2st, grow: random, gradients: 2", "svite: 'gradients' does not go with 'grow: random', which takes none"),
     ("every: 2st, grow: magic", "svite.grow"),
+    ("every: 2st, init: magnitude, seed: 1", "svite: 'seed' does not go with 'init: magnitude' and 'grow: gradient'"),
     ("every: 2st, pattern: '1:4'", "svite: pattern 1:4 is a sparsity of 0.75: sparsity 0.5 contradicts it"),
     ("end: 2ep", "svite"),
 ]

@@ -1,0 +1,40 @@
+"""When sparse training moves what is part of the model, and how much of it: the times that SViTE and S2ViTE share."""
+
+from pydantic import Field, PositiveInt, model_validator
+
+from ovit_engine.modifier import Modifier, Time
+from ovit_engine.schedule import Clock, Schedule
+
+
+class UpdatingModifier(Modifier):
+    """Moves a share of what is on at each update, less and less along a cosine, until `end`."""
+
+    every: Time = Field(description="time between two updates, in which a share of what is on changes places")
+    end: Time = Field("80%", description="time from which it stays")
+    drop: float = Field(0.5, gt=0, le=1, description="share of what is on that an update moves, at the start")
+    drop_end: float = Field(
+        0.005, ge=0, le=1, description="the same at the end of training, to which a cosine leads; end may come before"
+    )
+    gradients: PositiveInt = Field(1, description="steps before an update whose gradients count")
+
+    @model_validator(mode="after")
+    def _falling(self) -> "UpdatingModifier":
+        if self.drop_end > self.drop:
+            raise ValueError(f"the share that moves falls: 'drop' is {self.drop:g}, 'drop_end' {self.drop_end:g}")
+        return self
+
+    def updates(self, clock: Clock) -> range:
+        """The steps at whose end something moves; RecipeError where there is none, or too little time before one."""
+        every, end = clock.steps(self.every), clock.steps(self.end)
+        self.check_end(clock, end, "end")
+        if every < 1:
+            raise self.error(f"{self.every!r} is less than a step of {clock.steps_per_epoch} steps an epoch", "every")
+        if every >= end:
+            raise self.error(f"no update comes before the end at {self.end!r}, step {end}: update more often", "every")
+        if self.gradients > every:
+            raise self.error(f"{self.gradients} gradients are more than the {every} steps between updates", "gradients")
+        return range(every, end, every)
+
+    def share(self, step: int, clock: Clock) -> float:
+        """Which share of what is on moves in an update at `step`."""
+        return Schedule(self.drop, self.drop_end, "cosine").value(step / clock.total_steps)

@@ -1,0 +1,179 @@
+"""Heads and units that a pattern of the weights beside them holds together go together, and so can really leave."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from ovit_engine import Calibration, Engine, RecipeError
+from ovit_engine.gate_groups import Groups, joined, tile_of
+from ovit_engine.gate_ranking import RANKERS, register_ranker
+from ovit_engine.gates import GateSite, find_sites, install, installed
+from ovit_engine.pattern import parse_pattern
+from tests.loops import recipe
+from tests.modifiers.gated import IMAGES, LABELS, engine_for, gates_of, train, vit
+
+CALIBRATION = Calibration(TensorDataset(IMAGES, LABELS), nn.functional.cross_entropy)
+GATES = [
+    "s2vite: {unit_sparsity: 0.3, every: 1st, end: 3st}",
+    "structured_prune: {unit_sparsity: 0.3, start: 3st}",
+    "structured_prune: {unit_sparsity: 0.3, start: 1st, score: l1, scope: layer}",
+    "structured_prune: {parameter_sparsity: 0.3, start: 3st}",
+    "gohsp: {unit_sparsity: 0.3, end: 3st, every: 1st}",
+    "gohsp: {parameter_sparsity: 0.3, end: 3st, every: 1st}",
+]
+
+
+def pattern(spelling: str = "'2:4'", targets: str = "re:.*(fc1|fc2|proj)\\.weight", sparsity: str = "") -> str:
+    return f"magnitude_prune: {{start: 4st, pattern: {spelling}, {sparsity}targets: ['{targets}']}}"
+
+
+def trained(*modifiers: str, **options: Any) -> tuple[Any, Engine]:
+    model = vit(**options)
+    engine = Engine(model, recipe(*modifiers), steps_per_epoch=6, epochs=1).prepare()
+    train(model, engine, 6, calibration=CALIBRATION)
+    return model, engine
+
+
+def fours_of(gate: Tensor) -> set[int]:
+    return {int(four.sum()) for four in gate.view(-1, 4)}
+
+
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("last", [True, False])
+def test_every_unit_that_is_off_leaves_a_file_of_two_in_four(gates: str, last: bool, tmp_path: Path) -> None:
+    """Whichever line stands first: patterns are known once all have prepared."""
+    lines = [gates, pattern()]
+    model, engine = trained(*(lines if last else lines[::-1]))
+    engine.detach()
+    units = [site for site in installed(model) if site.kind == "units"]
+    off = sum(int((~site.gate).sum()) for site in units)
+    assert off >= 24  # of 192
+    for site in units:
+        assert fours_of(site.gate) <= {0, 4}
+    certificate = engine.export(tmp_path / "model.onnx", IMAGES[:1])
+    left = sum(len(part.kept) for part in certificate.manifest.parts if part.kind == "units")
+    whole = sum(part.of for part in certificate.manifest.parts if part.kind == "units")
+    assert whole - left == off
+    layers = {layer.name: layer for layer in certificate.promise.layers}
+    assert layers["blocks.0.mlp.fc2.weight"].pattern == "2:4"
+
+
+def test_units_of_s2vite_move_by_fours() -> None:
+    model = vit()
+    text = ["s2vite: {unit_sparsity: 0.5, every: 1st, end: 5st, seed: 3}", pattern().replace("4st", "6st")]
+    engine = Engine(model, recipe(*text), steps_per_epoch=8, epochs=1).prepare()
+    seen = []
+
+    def check(step: int) -> None:
+        for site in installed(model):
+            assert fours_of(site.gate) == {0, 4}
+            assert int(site.gate.sum()) == 48
+        seen.append(gates_of(model))
+
+    train(model, engine, 8, each=check)
+    assert len({str(each) for each in seen}) > 2
+
+
+def by_index(site: GateSite, known: object) -> Tensor:
+    """Unit 0 of each four is the worst of all, its neighbours the best: a four is worth its mean."""
+    four = torch.arange(site.count) // 4
+    return torch.where(torch.arange(site.count) % 4 == 0, 0.0, 10.0 + four)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_group_is_worth_the_mean_of_its_units(scope: str) -> None:
+    register_ranker("by index", needs="nothing", seeded=False)(by_index)
+    try:
+        gates = f"structured_prune: {{unit_sparsity: 0.25, score: by index, scope: {scope}}}"
+        grouped, _ = trained(gates, pattern())
+        single, _ = trained(gates)
+    finally:
+        del RANKERS["by index"]
+    for site in installed(grouped):
+        assert (~site.gate).nonzero().flatten().tolist() == list(range(24))
+    for site in installed(single):
+        assert (~site.gate).nonzero().flatten().tolist() == list(range(0, 96, 4))
+
+
+def test_only_the_weights_that_have_the_pattern_count() -> None:
+    for targets, grouped in (
+        ("re:.*fc1\\.weight", [False, False]),  # its columns are not those of units
+        ("re:blocks\\.1\\.mlp\\.fc2\\.weight", [False, True]),
+        ("re:.*qkv\\.weight", [False, False]),
+    ):
+        model, _ = trained("structured_prune: {unit_sparsity: 0.3, score: l1}", pattern(targets=targets))
+        assert [fours_of(site.gate) <= {0, 4} for site in installed(model)] == grouped, targets
+    model, _ = trained("structured_prune: {unit_sparsity: 0.3, score: l1}", pattern("unstructured", sparsity="sparsity: 0.5, "))
+    assert [fours_of(site.gate) <= {0, 4} for site in installed(model)] == [False, False]
+
+
+def test_heads_narrower_than_a_group_go_together() -> None:
+    """Four features in a head of 6: the groups of two heads are three fours."""
+    model, _ = trained("structured_prune: {head_sparsity: 0.5, score: l1}", pattern())
+    for site in installed(model):
+        pairs = site.gate.view(-1, 2)
+        assert torch.equal(pairs[:, 0], pairs[:, 1])
+    model, _ = trained("structured_prune: {head_sparsity: 0.5, score: l1}", pattern(), num_heads=6)
+    assert {site.width for site in installed(model)} == {4}
+    assert [int(site.gate.sum()) % 2 for site in installed(model)] != [0, 0]
+
+
+@pytest.mark.parametrize(
+    "gates",
+    [
+        "s2vite: {unit_sparsity: 0.98, every: 1st, end: 3st}",
+        "structured_prune: {unit_sparsity: 0.98, score: l1}",
+        "structured_prune: {unit_sparsity: 0.98, score: l1, scope: layer}",
+        "gohsp: {unit_sparsity: 0.98, end: 3st}",
+    ],
+)
+def test_what_groups_put_out_of_reach_is_told_at_prepare(gates: str) -> None:
+    engine_for(vit(), gates)  # two of 96 stay
+    with pytest.raises(
+        RecipeError,
+        match=r"^r.yaml:2:\d+: .*unit_sparsity: 0.98 is out of reach: with one group of 4 left, which a pattern holds "
+        r"together, in each block 0.9583 of the (96|192) units are gone",
+    ):
+        Engine(vit(), recipe(gates, pattern()), steps_per_epoch=6, epochs=1).prepare()
+
+
+def test_tiles_of_patterns() -> None:
+    spelled = ["unstructured", "2:4", "1:8", {"block": [2, 3]}]
+    assert [tile_of(parse_pattern(each)) for each in spelled] == [(1, 1), (1, 4), (1, 8), (2, 3)]
+    assert joined((1, 4), (2, 6)) == (2, 12)
+
+
+def test_groups_by_hand() -> None:
+    heads, units = find_sites(vit(depth=1))
+    install([heads, units])
+    tiles = {"blocks.0.mlp.fc1.weight": (2, 4), "blocks.0.mlp.fc2.weight": (1, 6), "blocks.0.attn.qkv.weight": (4, 1)}
+    assert Groups.of(units, tiles) == (96, 6)
+    assert Groups.of(heads, tiles) == (4, 2)
+    assert Groups.of(units, {}) == (96, 1)
+    last_is_smaller = Groups(5, 2)
+    assert last_is_smaller.number == 3
+    assert last_is_smaller.of_scores(torch.tensor([1.0, 3.0, 5.0, 5.0, 7.0])).tolist() == [2, 5, 7]
+    gate = last_is_smaller.of_gate(torch.tensor([False, True, False, False, True]))
+    assert gate.tolist() == [True, False, True]
+    assert last_is_smaller.spread(gate).tolist() == [True, True, False, False, True]
+
+
+def test_gohsp_keeps_the_groups_of_largest_norm() -> None:
+    """The Euclidean projection: by sums of squares, not by the mean of norms."""
+    model = vit()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.fc1.weight.zero_()
+            block.mlp.fc2.weight.zero_()
+            block.mlp.fc2.weight[0] = 1.0
+            block.mlp.fc2.weight[0, :48] = torch.tensor([1.9, 0.0, 0.0, 0.0]).repeat(12)  # squares 3.6, mean 0.475
+            block.mlp.fc2.weight[0, 48:] = 0.9  # squares 3.2, mean 0.9
+    lines = ("gohsp: {unit_sparsity: 0.5, end: 3st}", pattern())
+    engine = Engine(model, recipe(*lines), steps_per_epoch=6, epochs=1).prepare()
+    engine.attach(torch.optim.SGD(model.parameters(), 0.1))
+    for keep in engine.modifiers[0]._soft_phase.plan.values():  # type: ignore[attr-defined]
+        assert keep.nonzero().flatten().tolist() == list(range(48))
