@@ -120,15 +120,18 @@ def smaller(model: nn.Module, masks: Masks, *, dead: bool) -> Promise:
     hold_ranges(model)  # the range of a weight belongs to the whole weight, as the trained model rounds it
     if installed(model):
         shrink(model, masks=own)
+    gated = {name: _size(own, name) for name in own.names()}
     if dead:
         harvest(model, masks=own)
-    return promise_of(model, own, before=masks)
+    return promise_of(model, own, whole={name: _size(masks, name) for name in masks.names()}, gated=gated)
 
 
-def promise_of(model: nn.Module, masks: Masks, *, before: Masks | None = None) -> Promise:
+def promise_of(
+    model: nn.Module, masks: Masks, *, whole: Mapping[str, int] | None = None, gated: Mapping[str, int] | None = None
+) -> Promise:
     """What a file of `model` must hold: the zeros and patterns of `masks`, int8 in each layer quantized by now.
 
-    `before` are the masks of the model before heads and units were removed.
+    `whole` are the sizes of masked weights before heads and units were removed, `gated` those once gates had had theirs.
     """
     quantized = {
         clean_name(f"{name}.weight")
@@ -137,14 +140,21 @@ def promise_of(model: nn.Module, masks: Masks, *, before: Masks | None = None) -
     }
     layers = []
     for name in dict.fromkeys([*masks.names(), *sorted(quantized)]):
-        mask, whole = masks.get(name), None if before is None else before.get(name)
+        mask = masks.get(name)
+        size = 0 if mask is None else mask.numel()
         layers.append(
             PromisedLayer(
                 name=name,
                 zeros=0 if mask is None else int((~mask).sum()),
                 pattern="unstructured" if mask is None else masks.pattern(name),
-                removed=0 if mask is None or whole is None else whole.numel() - mask.numel(),
+                removed=(whole or {}).get(name, size) - size,
+                dead=(gated or {}).get(name, size) - size,
                 quantized=name in quantized,
             )
         )
     return Promise(layers=tuple(layers))
+
+
+def _size(masks: Masks, name: str) -> int:
+    mask = masks.get(name)
+    return 0 if mask is None else mask.numel()

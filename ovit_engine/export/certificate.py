@@ -174,17 +174,17 @@ class Certificate(_Facts):
         return sum(layer.zeros for layer in self.pruned) / total if total else 0.0
 
     @property
-    def removed(self) -> int:
-        """Weights that left the promised layers with whole heads and units."""
-        return sum(layer.removed for layer in self.promise.layers)
+    def dead(self) -> int:
+        """Weights that left the promised layers with heads and units that zeros had left without effect."""
+        return sum(layer.dead for layer in self.promise.layers)
 
     @property
-    def sparsity_with_removed(self) -> float:
-        """`sparsity` with what left those weights counted as zeros: what a recipe's sparsity is held against."""
-        names = {layer.name for layer in self.promise.layers if layer.zeros or layer.removed}
+    def sparsity_with_dead(self) -> float:
+        """`sparsity` with dead weights that left counted as zeros: what a recipe's sparsity is held against."""
+        names = {layer.name for layer in self.promise.layers if layer.zeros or layer.dead}
         left = [layer for layer in self.layers if layer.name in names]
-        total = self.removed + sum(layer.numel for layer in left)
-        return (self.removed + sum(layer.zeros for layer in left)) / total if total else 0.0
+        total = self.dead + sum(layer.numel for layer in left)
+        return (self.dead + sum(layer.zeros for layer in left)) / total if total else 0.0
 
     @property
     def quantized(self) -> tuple[LayerFacts, ...]:

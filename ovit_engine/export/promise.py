@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 if TYPE_CHECKING:
     from ovit_engine.export.certificate import Certificate, LayerFacts, Parity
@@ -31,6 +31,9 @@ class PromisedLayer(BaseModel):
         default="unstructured", description='as recipes spell it: "unstructured", "2:4", {"block": [1, 4]}'
     )
     removed: int = Field(default=0, ge=0, description="so many weights left with whole heads and units")
+    dead: int = Field(
+        default=0, ge=0, description="so many of those that zeros had left without effect; the others were gated off"
+    )
     quantized: bool = Field(default=False, description="the weight is stored as 8-bit integers")
 
     @field_validator("pattern")
@@ -38,6 +41,12 @@ class PromisedLayer(BaseModel):
     def _readable(cls, pattern: str | dict[str, list[int]]) -> str | dict[str, list[int]]:
         read_pattern(pattern)
         return pattern
+
+    @model_validator(mode="after")
+    def _part_of_removed(self) -> PromisedLayer:
+        if self.dead > self.removed:
+            raise ValueError(f"{self.name}: {self.dead} dead weights are more than the {self.removed} removed ones")
+        return self
 
 
 class Promise(BaseModel):

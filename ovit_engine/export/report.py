@@ -35,8 +35,8 @@ def describe(certificate: Certificate) -> RenderableType:
 def fact_rows(certificate: Certificate) -> list[tuple[str, str]]:
     """What holds for the file as a whole: name and value."""
     left = ""
-    if certificate.removed:
-        left = f"; {certificate.sparsity_with_removed:.2%} counting what was removed from them"
+    if certificate.dead:
+        left = f"; {certificate.sparsity_with_dead:.2%} counting the dead heads and units that left them"
     rows = [
         ("file", f"{certificate.file}  sha256 {certificate.sha256[:16]}  opset {certificate.opset}"),
         ("recipe", recipe_text(certificate)),

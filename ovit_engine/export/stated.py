@@ -20,7 +20,8 @@ _PRESET = "preset:"
 _REGEX = "re:"
 _NEITHER = ("cyclic_lr", "distill", "dynamic_vit", "svite_tokens", "evit", "tome")
 # they remove heads and units, or let what is dead be removed
-_REMOVERS = ("structured_prune", "s2vite", "gohsp", "shrink")
+_HARVEST = "shrink"
+_REMOVERS = ("structured_prune", "s2vite", "gohsp", _HARVEST)
 # constants of the graph that are no parameter of the model
 _UNNAMED = re.compile(r"val_\d+")
 # rounding: each layer prunes a whole number of weights, N:M whole groups
@@ -89,6 +90,9 @@ def contradictions(recipe_text: str, promise: Promise, layers: Sequence[LayerFac
         if not any(step.name in _REMOVERS for step in steps):
             gone = [layer for layer in promise.layers if layer.removed]
             found += [f"{layer.name}: {layer.removed} weights removed, the recipe removes none" for layer in gone]
+        elif not any(step.name == _HARVEST for step in steps):
+            gone = [layer for layer in promise.layers if layer.dead]
+            found += [f"{layer.name}: {layer.dead} weights left as dead, the recipe has no shrink" for layer in gone]
     found += _patterns(pruners, promised.values())
     # a sweep keeps models of before the end: nothing else of the recipe need have begun by then
     sweeping = [step for step in pruners if step.options.get("sweep")]
@@ -133,7 +137,7 @@ def _missing(
             yield f"{facts.name}: the recipe prunes it, the file promises nothing"
         if any(step.takes(facts.name) for step in quantizers) and (layer is None or not layer.quantized):
             yield f"{facts.name}: the recipe quantizes it, the file does not promise int8"
-    if any(map(_final, pruners)) and not any(layer.zeros or layer.removed for layer in promised.values()):
+    if any(map(_final, pruners)) and not any(layer.zeros or layer.dead for layer in promised.values()):
         yield "the recipe prunes, the file promises zeros nowhere"
     if quantizers and not any(layer.quantized for layer in promised.values()):
         yield "the recipe quantizes, the file promises int8 nowhere"
@@ -152,14 +156,14 @@ def _tied(
 def _amount(step: _Step, promised: Mapping[str, PromisedLayer], layers: Iterable[LayerFacts]) -> Iterable[str]:
     """Sparsity over all that a modifier may have pruned, against what it states; a file can have more.
 
-    Weights that left with whole heads and units count as zeros: the recipe speaks of the model that was trained.
+    It is a share of the weights that gates leave. Of these, what left with dead heads and units counts as zeros.
     """
     asked = _final(step)
-    zeros = {name for name, layer in promised.items() if layer.zeros or layer.removed}
-    removed = {name: layer.removed for name, layer in promised.items()}
+    zeros = {name for name, layer in promised.items() if layer.zeros or layer.dead}
+    dead = {name: layer.dead for name, layer in promised.items()}
     taken = [facts for facts in layers if facts.name in promised]
     taken = [facts for facts in taken if step.takes(facts.name) or (facts.name in zeros and step.may_take(facts.name))]
-    gone = sum(removed[facts.name] for facts in taken)
+    gone = sum(dead[facts.name] for facts in taken)
     total = gone + sum(facts.numel for facts in taken)
     if asked is None or not total:
         return

@@ -101,7 +101,8 @@ def test_a_stacked_file_is_small_and_keeps_its_patterns(stacked: Any) -> None:
     smaller(small, engine.run.masks, dead=False)
     assert (small(IMAGES) - gated(IMAGES)).abs().max() < 1e-5
     assert "left of   4 of 8 heads, 16 of 64 units" in str(certificate)
-    assert "counting what was removed" in str(certificate)
+    assert "counting the dead" not in str(certificate)  # what gates removed is no zero
+    assert {layer.dead for layer in certificate.promise.layers} == {0}
     assert verify_file(path).manifest == certificate.manifest
 
 
@@ -155,10 +156,13 @@ def test_the_recipe_line_removes_what_pruning_left_dead(harvested: Any) -> None:
         assert facts[name].shape == tuple(mask.shape)
         assert promised[name].zeros == int((~mask).sum())
         assert promised[name].removed == (64 - len(left)) * 32
-    wanted = sum(layer.zeros + layer.removed for layer in promised.values()) / sum(
-        facts[name].numel + layer.removed for name, layer in promised.items()
+        assert promised[name].dead == len(gone) * 32
+    wanted = sum(layer.zeros + layer.dead for layer in promised.values()) / sum(
+        facts[name].numel + layer.dead for name, layer in promised.items()
     )
-    assert certificate.sparsity_with_removed == pytest.approx(wanted)
+    assert certificate.sparsity_with_dead == pytest.approx(wanted)
+    assert certificate.sparsity_with_dead > certificate.sparsity
+    assert f"{wanted:.2%} counting the dead heads and units that left them" in str(certificate)
     kept_dead = smaller(copy.deepcopy(engine.model), engine.run.masks, dead=False)
     assert {layer.name: layer.removed for layer in kept_dead.layers}[name] == 32 * 32
 
@@ -212,17 +216,29 @@ def test_more_removed_than_the_recipe_removes(stacked: Any, tmp_path: Any) -> No
         verify_file(path)
 
 
-def test_sparsity_is_held_against_the_model_that_was_trained() -> None:
+def test_sparsity_is_a_share_of_what_gates_leave() -> None:
     options = {"op": "Gemm", "shape": (5, 10), "dtype": "FLOAT", "quantized": False, "numel": 50}
     facts = [LayerFacts(name="a.weight", zeros=20, **options)]
     text = "modifiers: [{magnitude_prune: {sparsity: 0.7, targets: [a.weight]}}, {shrink: {}}]"
-    assert contradictions(text, Promise(layers=(PromisedLayer(name="a.weight", zeros=20, removed=50),)), facts) == []
-    (line,) = contradictions(text, Promise(layers=(PromisedLayer(name="a.weight", zeros=20, removed=10),)), facts)
+
+    def layer(removed: int, dead: int, zeros: int = 20) -> Promise:
+        return Promise(layers=(PromisedLayer(name="a.weight", zeros=zeros, removed=removed, dead=dead),))
+
+    assert contradictions(text, layer(50, 50), facts) == []
+    (line,) = contradictions(text, layer(10, 10), facts)
     assert "all it can have pruned has 50.00%" in line
-    all_gone = Promise(layers=(PromisedLayer(name="a.weight", removed=150),))
-    assert contradictions(text, all_gone, [LayerFacts(name="a.weight", zeros=0, **options)]) == []
+    (line,) = contradictions(text, layer(500, 10), facts)  # what gates removed is no part of the share
+    assert "all it can have pruned has 50.00%" in line
+    none_left = [LayerFacts(name="a.weight", zeros=0, **options)]
+    assert contradictions(text, layer(150, 150, zeros=0), none_left) == []
     structured = "modifiers: [{structured_prune: {sparsity: 0.7}}]"  # no pruner of single weights
     assert contradictions(structured, Promise(), facts) == []
+    both = "modifiers: [{structured_prune: {unit_sparsity: 0.5}}, {magnitude_prune: {sparsity: 0.4, targets: [a.weight]}}]"
+    assert contradictions(both, layer(50, 0), facts) == []
+    (line,) = contradictions(both, layer(50, 5), facts)
+    assert line == "a.weight: 5 weights left as dead, the recipe has no shrink"
+    with pytest.raises(ValueError, match="a.weight: 6 dead weights are more than the 5 removed ones"):
+        layer(5, 6)
 
 
 def test_a_file_whose_shapes_are_not_the_manifest_is_not_written(stacked: Any, tmp_path: Any) -> None:

@@ -13,6 +13,7 @@ from ovit_engine.gate_groups import Groups, joined, tile_of
 from ovit_engine.gate_ranking import RANKERS, register_ranker
 from ovit_engine.gates import GateSite, find_sites, install, installed
 from ovit_engine.pattern import parse_pattern
+from ovit_engine.shrink import shrink
 from tests.loops import recipe
 from tests.modifiers.gated import IMAGES, LABELS, engine_for, gates_of, train, vit
 
@@ -27,7 +28,7 @@ GATES = [
 ]
 
 
-def pattern(spelling: str = "'2:4'", targets: str = "re:.*(fc1|fc2|proj)\\.weight", sparsity: str = "") -> str:
+def pattern(spelling: str = "'2:4'", targets: str = "re:.*(fc1|fc2|attn.proj)\\.weight", sparsity: str = "") -> str:
     return f"magnitude_prune: {{start: 4st, pattern: {spelling}, {sparsity}targets: ['{targets}']}}"
 
 
@@ -43,23 +44,27 @@ def fours_of(gate: Tensor) -> set[int]:
 
 
 @pytest.mark.parametrize("gates", GATES)
-@pytest.mark.parametrize("last", [True, False])
-def test_every_unit_that_is_off_leaves_a_file_of_two_in_four(gates: str, last: bool, tmp_path: Path) -> None:
-    """Whichever line stands first: patterns are known once all have prepared."""
-    lines = [gates, pattern()]
-    model, engine = trained(*(lines if last else lines[::-1]))
+def test_every_unit_that_is_off_leaves_where_two_of_four_stay(gates: str) -> None:
+    model, engine = trained(gates, pattern())
     engine.detach()
     units = [site for site in installed(model) if site.kind == "units"]
     off = sum(int((~site.gate).sum()) for site in units)
     assert off >= 24  # of 192
     for site in units:
         assert fours_of(site.gate) <= {0, 4}
+    manifest = shrink(model, masks=engine.run.masks)
+    assert sum(part.of - len(part.kept) for part in manifest.parts if part.kind == "units") == off
+    for block in model.blocks:
+        fours = block.mlp.fc2.weight.view(24, -1, 4)
+        assert ((fours != 0).sum(-1) == 2).all()
+
+
+def test_patterns_are_known_whichever_line_stands_first(tmp_path: Path) -> None:
+    model, engine = trained(pattern(), GATES[1])
+    engine.detach()
     certificate = engine.export(tmp_path / "model.onnx", IMAGES[:1])
-    left = sum(len(part.kept) for part in certificate.manifest.parts if part.kind == "units")
-    whole = sum(part.of for part in certificate.manifest.parts if part.kind == "units")
-    assert whole - left == off
-    layers = {layer.name: layer for layer in certificate.promise.layers}
-    assert layers["blocks.0.mlp.fc2.weight"].pattern == "2:4"
+    assert str(certificate.manifest) == f"{sum(map(len, gates_of(model).values()))} of 192 units"
+    assert [fours_of(site.gate) for site in installed(model)] == [{0, 4}] * 2
 
 
 def test_units_of_s2vite_move_by_fours() -> None:
