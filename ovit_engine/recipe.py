@@ -304,9 +304,10 @@ def _explained(error: ValidationError, node: Located, what: str) -> RecipeError:
 def _known(node: Located, allowed: Any, what: str) -> None:
     for key in node.value:
         if key not in allowed:
-            raise RecipeError(
-                f"{node.key_origin(key)}: {what} has no option {key!r}{_nearest(str(key), list(allowed))}"
-            )
+            sparsity = str(key).replace("density", "sparsity")
+            is_density = sparsity != key and sparsity in allowed  # the papers' word
+            hint = f"; write {sparsity!r}, which is 1 - density" if is_density else _nearest(str(key), list(allowed))
+            raise RecipeError(f"{node.key_origin(key)}: {what} has no option {key!r}{hint}")
 
 
 def _nearest(word: str, known: list[str]) -> str:

@@ -95,13 +95,19 @@ class Teacher:
         """Have lessons hold tokens too. At PREPARE.
 
         Raises:
-            ValueError: a model without a module `norm`, whose outputs they are.
+            ValueError: a model without a module `norm`, whose outputs they are, or one that norms their mean instead.
         """
         if self._tokens is not None:
             return
         for model, whose in ((self._student, "the model"), (unwrapped(self.module), "the teacher")):
-            if not isinstance(getattr(model, TOKENS, None), nn.Module):
+            norm = getattr(model, TOKENS, None)
+            if not isinstance(norm, nn.Module):
                 raise ValueError(f"{whose} ({type(model).__name__}) has no final norm {TOKENS!r} to read tokens from")
+            if isinstance(norm, nn.Identity):
+                raise ValueError(
+                    f"{whose} ({type(model).__name__}) norms the mean of its tokens (fc_norm) and not each of them, so "
+                    "there are none after a norm to learn: leave 'tokens' out"
+                )
         norm: nn.Module = self._student.get_submodule(TOKENS)
         self._handles.append(norm.register_forward_hook(self._watch.on_tokens))
         self._tokens = TOKENS

@@ -53,6 +53,9 @@ BAD = {
     "modifiers:\n  - magnitude_prune: [a]\n": "r.yaml:2:22: the options of magnitude_prune are a mapping, not a list",
     "modifiers:\n  - magnitude_prune: {sparsity: 0.5}\n": "r.yaml:2:22: magnitude_prune.targets is missing",
     # options
+    "modifiers:\n  - svite: {density: 0.5, every: 1ep, targets: [a]}\n": "r.yaml:2:13: svite has no option 'density'; write 'sparsity', which is 1 - density",
+    "modifiers:\n  - s2vite: {head_density: 0.5, every: 1ep}\n": "r.yaml:2:14: s2vite has no option 'head_density'; write 'head_sparsity', which is 1 - density",
+    "modifiers:\n  - quantize: {density: 0.5}\n": "r.yaml:2:16: quantize has no option 'density'; there are",
     PRUNE % "target: [b]": "r.yaml:2:52: magnitude_prune has no option 'target'; did you mean 'targets'?",
     PRUNE % "sparsity: 0.6": "r.yaml:2:52: duplicate key 'sparsity', first at line 2",
     PRUNE % "pattern: 2:4": 'r.yaml:2:61: an unquoted 2:4 is a number in base 60 to YAML: write it in quotes, "2:4"',

@@ -180,6 +180,8 @@ def test_options_that_make_no_sense() -> None:
     for options, message in [
         ("{logits: 0}", "r.yaml:2:14: distill: 'logits' and 'tokens' are both 0: nothing would be learned"),
         ("{hard: true, temperature: 2}", "'temperature' 2 softens probabilities, and 'hard' uses none"),
+        ("{logits: 0, tokens: 1, hard: true}", "distill: 'hard' is of the logits' term, and 'logits' is 0: leave it out"),
+        ("{logits: 0, tokens: 1, temperature: 2}", "distill: 'temperature' is of the logits' term, and 'logits' is 0"),
         ("{temperature: 0}", "distill.temperature: input should be greater than 0: 0"),
         ("{logits: -1}", "distill.logits: input should be greater than or equal to 0: -1"),
         ("{start: 3st, end: 3st}", "distill.end: '3st' does not come after the start at '3st'"),
@@ -192,6 +194,36 @@ def test_options_that_make_no_sense() -> None:
         RecipeError, match=r"r.yaml:2:23: distill.tokens: the model \(Sequential\) has no final norm 'no"
     ):
         engine_for(nn.Sequential(nn.Linear(2, 2)), "{tokens: 1}").prepare()
+
+
+@pytest.mark.parametrize("pooled", ["the model", "the teacher"])
+def test_tokens_that_no_norm_sees_are_refused(pooled: str) -> None:
+    """With global_pool avg timm's `norm` is nothing, and `fc_norm` sees the mean: such tokens differ in scale."""
+    model = vit(0, global_pool="avg", class_token=False) if pooled == "the model" else vit(0)
+    teacher = vit(1) if pooled == "the model" else vit(1, global_pool="avg", class_token=False)
+    with pytest.raises(
+        RecipeError, match=rf"r.yaml:2:23: distill.tokens: {pooled} \(VisionTransformer\) norms the mean of its tokens"
+    ):
+        engine_for(model, "{tokens: 1}", teacher).prepare()
+    engine_for(model, "{logits: 1}", teacher).prepare()
+
+
+def test_training_that_ends_before_the_start_is_told() -> None:
+    model = vit(0)
+    engine, optimizer = attached(model, "{start: 3st}", vit(1))
+    train(engine, model, optimizer)
+    train(engine, model, optimizer)
+    with pytest.raises(RuntimeError, match="distill: training ended before the teacher's term at step 3: the optimizer"):
+        engine.detach()
+    model = vit(0)
+    engine, optimizer = attached(model, "{start: 5st}", vit(1))
+    for _ in range(5):  # of six: no step with the term was made
+        train(engine, model, optimizer)
+    with (
+        pytest.warns(UserWarning, match="the optimizer applied 5 of 6 steps"),
+        pytest.raises(RecipeError, match="distill.start: training ended before a step with the teacher's term was made"),
+    ):
+        engine.detach()
 
 
 def test_the_timeline_tells_the_terms() -> None:

@@ -107,6 +107,36 @@ def test_a_share_of_all_parameters(score: str) -> None:
     assert logged["structured_prune/parameters_off"] == gone / total
 
 
+def test_parameters_that_score_tokens_are_none_of_the_model() -> None:
+    """In whichever order the lines stand: predictors come with the recipe."""
+    plain = vit(embed_dim=24, img_size=16)
+    wanted = sum(parameter.numel() for parameter in plain.parameters())
+    lines = ("dynamic_vit: {keep: 0.5, blocks: [1]}", with_options(parameter_sparsity=0.3, score="l1"))
+    for each in (lines, lines[::-1]):
+        engine = Engine(vit(embed_dim=24, img_size=16), recipe(*each), steps_per_epoch=4, epochs=1).prepare()
+        assert {m.name: getattr(m, "_total", None) for m in engine.modifiers} == {
+            "dynamic_vit": None,
+            "structured_prune": wanted,
+        }
+    soft = "gohsp: {parameter_sparsity: 0.3, end: 3st}"
+    kept = []
+    for each in ((soft,), (lines[0], soft), (soft, lines[0])):
+        engine = Engine(vit(embed_dim=24, img_size=16), recipe(*each), steps_per_epoch=4, epochs=1).prepare()
+        (modifier,) = [m for m in engine.modifiers if m.name == "gohsp"]
+        kept.append(modifier._soft_phase._kept)  # type: ignore[attr-defined]
+    assert kept[0] == kept[1] == kept[2]
+
+
+def test_a_ranker_of_another_shape_is_told_with_its_place() -> None:
+    register_ranker("all alike", needs="nothing")(lambda site, known: torch.zeros(()))
+    try:
+        engine = engine_for(vit(), with_options(head_sparsity=0.5, score="all alike", seed=3))
+        with pytest.raises(RecipeError, match=r"^r.yaml:2:\d+: structured_prune.score: ranker 'all alike' must give"):
+            engine.attach(torch.optim.SGD(engine.model.parameters(), 0.1))
+    finally:
+        del RANKERS["all alike"]
+
+
 def test_random_takes_heads_as_often_as_units() -> None:
     """Scores that do not grow with size are not compared by size: heads, which are large, would all go first."""
     off = []
