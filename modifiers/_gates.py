@@ -84,7 +84,8 @@ class GateModifier(Modifier):
             most, what = 1 - sum(sizes) / total, sites[0].kind
             left = "one left" if max(sizes) == 1 else f"one group of {max(sizes)} left, which a pattern holds together,"
             raise self.error(
-                f"{share:g} is out of reach: with {left} in each block {most:.4f} of the {total} {what} are gone", option
+                f"{share:g} is out of reach: with {left} in each block {most:.4f} of the {total} {what} are gone",
+                option,
             )
 
     def attach(self, run: Run) -> None:

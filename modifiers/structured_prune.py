@@ -207,6 +207,4 @@ class StructuredPrune(ScheduledModifier, GateModifier):
                 keep_best([gate], [score], kept_count(each.number, share))[0]
                 for gate, score, each in zip(gates, ranked, groups, strict=True)
             ]
-        return {
-            site.name: site.gate & each.spread(keep) for site, each, keep in zip(sites, groups, after, strict=True)
-        }
+        return {site.name: site.gate & each.spread(keep) for site, each, keep in zip(sites, groups, after, strict=True)}

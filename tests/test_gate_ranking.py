@@ -85,7 +85,9 @@ def test_a_name_is_registered_once() -> None:
 
 
 def test_what_a_ranker_of_yours_gets_wrong() -> None:
-    with pytest.raises(ValueError, match=r"^ranker 'x': there is no 'gradiens': did you mean 'gradients'\? there are no"):
+    with pytest.raises(
+        ValueError, match=r"^ranker 'x': there is no 'gradiens': did you mean 'gradients'\? there are no"
+    ):
         register_ranker("x", needs="gradiens")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^ranker 'x': there is no 'head': did you mean 'heads'\?"):
         register_ranker("x", needs="nothing", kinds=["head"])  # type: ignore[list-item]
@@ -103,5 +105,7 @@ def test_what_a_ranker_of_yours_gets_wrong() -> None:
 )
 def test_scores_of_another_shape_are_told(found: object, words: str) -> None:
     ranker = Ranker("mine", lambda site, known: found, "nothing", ("heads",), True, False)  # type: ignore[arg-type,return-value]
-    with pytest.raises(ValueError, match=rf"^ranker 'mine' must give '0.proj' a tensor of \[3\] scores, .*not {words}$"):
+    with pytest.raises(
+        ValueError, match=rf"^ranker 'mine' must give '0.proj' a tensor of \[3\] scores, .*not {words}$"
+    ):
         ranker.scores(HEADS, Statistics())

@@ -233,11 +233,13 @@ def test_sparsity_is_a_share_of_what_gates_leave() -> None:
     assert contradictions(text, layer(150, 150, zeros=0), none_left) == []
     structured = "modifiers: [{structured_prune: {sparsity: 0.7}}]"  # no pruner of single weights
     assert contradictions(structured, Promise(), facts) == []
-    both = "modifiers: [{structured_prune: {unit_sparsity: 0.5}}, {magnitude_prune: {sparsity: 0.4, targets: [a.weight]}}]"
+    both = (
+        "modifiers: [{structured_prune: {unit_sparsity: 0.5}}, {magnitude_prune: {sparsity: 0.4, targets: [a.weight]}}]"
+    )
     assert contradictions(both, layer(50, 0), facts) == []
     (line,) = contradictions(both, layer(50, 5), facts)
     assert line == "a.weight: 5 weights left as dead, the recipe has no shrink"
-    with pytest.raises(ValueError, match="a.weight: 6 dead weights are more than the 5 removed ones"):
+    with pytest.raises(ValueError, match=r"a.weight: 6 dead weights are more than the 5 removed ones"):
         layer(5, 6)
 
 

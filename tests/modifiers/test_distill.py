@@ -180,7 +180,10 @@ def test_options_that_make_no_sense() -> None:
     for options, message in [
         ("{logits: 0}", "r.yaml:2:14: distill: 'logits' and 'tokens' are both 0: nothing would be learned"),
         ("{hard: true, temperature: 2}", "'temperature' 2 softens probabilities, and 'hard' uses none"),
-        ("{logits: 0, tokens: 1, hard: true}", "distill: 'hard' is of the logits' term, and 'logits' is 0: leave it out"),
+        (
+            "{logits: 0, tokens: 1, hard: true}",
+            "distill: 'hard' is of the logits' term, and 'logits' is 0: leave it out",
+        ),
         ("{logits: 0, tokens: 1, temperature: 2}", "distill: 'temperature' is of the logits' term, and 'logits' is 0"),
         ("{temperature: 0}", "distill.temperature: input should be greater than 0: 0"),
         ("{logits: -1}", "distill.logits: input should be greater than or equal to 0: -1"),
@@ -213,7 +216,9 @@ def test_training_that_ends_before_the_start_is_told() -> None:
     engine, optimizer = attached(model, "{start: 3st}", vit(1))
     train(engine, model, optimizer)
     train(engine, model, optimizer)
-    with pytest.raises(RuntimeError, match="distill: training ended before the teacher's term at step 3: the optimizer"):
+    with pytest.raises(
+        RuntimeError, match="distill: training ended before the teacher's term at step 3: the optimizer"
+    ):
         engine.detach()
     model = vit(0)
     engine, optimizer = attached(model, "{start: 5st}", vit(1))
@@ -221,7 +226,9 @@ def test_training_that_ends_before_the_start_is_told() -> None:
         train(engine, model, optimizer)
     with (
         pytest.warns(UserWarning, match="the optimizer applied 5 of 6 steps"),
-        pytest.raises(RecipeError, match="distill.start: training ended before a step with the teacher's term was made"),
+        pytest.raises(
+            RecipeError, match=r"distill.start: training ended before a step with the teacher's term was made"
+        ),
     ):
         engine.detach()
 

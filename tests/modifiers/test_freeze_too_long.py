@@ -28,11 +28,15 @@ def test_a_freeze_to_the_end_is_refused_at_once() -> None:
 
 
 def test_training_that_ends_in_the_freeze_is_told() -> None:
-    with pytest.raises(RuntimeError, match="dynamic_vit: training ended before the end of freeze at step 5: .* 4 of 10"):
+    with pytest.raises(
+        RuntimeError, match=r"dynamic_vit: training ended before the end of freeze at step 5: .* 4 of 10"
+    ):
         trained("5st", 4, 10)
     with (
         pytest.warns(UserWarning, match="the optimizer applied 9 of 10 steps"),
-        pytest.raises(RecipeError, match="dynamic_vit.freeze: training ended before a step was made in which more than"),
+        pytest.raises(
+            RecipeError, match=r"dynamic_vit.freeze: training ended before a step was made in which more than"
+        ),
     ):
         trained("9st", 9, 10)
 

@@ -112,7 +112,9 @@ def test_only_the_weights_that_have_the_pattern_count() -> None:
     ):
         model, _ = trained("structured_prune: {unit_sparsity: 0.3, score: l1}", pattern(targets=targets))
         assert [fours_of(site.gate) <= {0, 4} for site in installed(model)] == grouped, targets
-    model, _ = trained("structured_prune: {unit_sparsity: 0.3, score: l1}", pattern("unstructured", sparsity="sparsity: 0.5, "))
+    model, _ = trained(
+        "structured_prune: {unit_sparsity: 0.3, score: l1}", pattern("unstructured", sparsity="sparsity: 0.5, ")
+    )
     assert [fours_of(site.gate) <= {0, 4} for site in installed(model)] == [False, False]
 
 
