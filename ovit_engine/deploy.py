@@ -131,7 +131,8 @@ def promise_of(
 ) -> Promise:
     """What a file of `model` must hold: the zeros and patterns of `masks`, int8 in each layer quantized by now.
 
-    `whole` are the sizes of masked weights before heads and units were removed, `gated` those without what gates had off.
+    `whole` are the sizes of masked weights before heads and units were removed, `gated` those once gates had
+    had theirs.
     """
     quantized = {
         clean_name(f"{name}.weight")

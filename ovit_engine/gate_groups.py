@@ -6,7 +6,7 @@ units are chosen by fours, and every one that is off can really leave.
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,7 +30,8 @@ def joined(one: Tile, other: Tile) -> Tile:
     return math.lcm(one[0], other[0]), math.lcm(one[1], other[1])
 
 
-class Groups(NamedTuple):
+@dataclass(frozen=True)
+class Groups:
     """How `count` heads or units fall into groups of `size` neighbours; the last may be smaller."""
 
     count: int
@@ -49,11 +50,11 @@ class Groups(NamedTuple):
 
     def of_scores(self, scores: Tensor) -> Tensor:
         """Scores of groups [number] from those of heads or units [count]: their means."""
-        return scores if self.size == 1 else torch.stack([part.mean() for part in scores.split(self.size)])
+        return scores if self.size == 1 else torch.stack([part.mean() for part in torch.split(scores, self.size)])
 
     def of_gate(self, gate: Tensor) -> Tensor:
         """Which groups are on, bool [number], from a gate [count]: those of which anything is."""
-        return gate if self.size == 1 else torch.stack([part.any() for part in gate.split(self.size)])
+        return gate if self.size == 1 else torch.stack([part.any() for part in torch.split(gate, self.size)])
 
     def spread(self, keep: Tensor) -> Tensor:
         """The gate [count] of groups [number] that are kept."""

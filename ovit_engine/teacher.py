@@ -100,10 +100,10 @@ class Teacher:
         if self._tokens is not None:
             return
         for model, whose in ((self._student, "the model"), (unwrapped(self.module), "the teacher")):
-            norm = getattr(model, TOKENS, None)
-            if not isinstance(norm, nn.Module):
+            last = getattr(model, TOKENS, None)
+            if not isinstance(last, nn.Module):
                 raise ValueError(f"{whose} ({type(model).__name__}) has no final norm {TOKENS!r} to read tokens from")
-            if isinstance(norm, nn.Identity):
+            if isinstance(last, nn.Identity):
                 raise ValueError(
                     f"{whose} ({type(model).__name__}) norms the mean of its tokens (fc_norm) and not each of them, so "
                     "there are none after a norm to learn: leave 'tokens' out"

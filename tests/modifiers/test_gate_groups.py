@@ -158,9 +158,9 @@ def test_groups_by_hand() -> None:
     heads, units = find_sites(vit(depth=1))
     install([heads, units])
     tiles = {"blocks.0.mlp.fc1.weight": (2, 4), "blocks.0.mlp.fc2.weight": (1, 6), "blocks.0.attn.qkv.weight": (4, 1)}
-    assert Groups.of(units, tiles) == (96, 6)
-    assert Groups.of(heads, tiles) == (4, 2)
-    assert Groups.of(units, {}) == (96, 1)
+    assert Groups.of(units, tiles) == Groups(96, 6)
+    assert Groups.of(heads, tiles) == Groups(4, 2)
+    assert Groups.of(units, {}) == Groups(96, 1)
     last_is_smaller = Groups(5, 2)
     assert last_is_smaller.number == 3
     assert last_is_smaller.of_scores(torch.tensor([1.0, 3.0, 5.0, 5.0, 7.0])).tolist() == [2, 5, 7]
