@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from ovit_engine.deploy import smaller
 from ovit_engine.gate_groups import Groups
 from ovit_engine.masks import Masks
 from ovit_engine.quant import prepare_quantization, set_enabled, set_observing
@@ -204,3 +205,12 @@ def test_ranges_of_rows_are_cut_along(observing: bool) -> None:
     assert bool(model.blocks[0].mlp.fc2.weight_quantizer.observing) is observing
     error = (model(IMAGES) - gated(IMAGES)).abs().max()
     assert (error < 1e-5) != observing  # live ranges follow the smaller weights
+
+
+def test_ranges_of_weights_that_are_still_watched_stay_those_of_the_whole_model() -> None:
+    """What is exported rounds as the model that was trained, whose largest weights may be among those that leave."""
+    model = quantized(switch(vit()), observing=True)
+    gated = copy.deepcopy(model)
+    smaller(model, Masks(), dead=False)
+    assert model.blocks[1].attn.num_heads == 1
+    assert (model(IMAGES) - gated(IMAGES)).abs().max() < 1e-5
