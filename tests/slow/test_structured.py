@@ -25,7 +25,7 @@ def trained(seed: int) -> nn.Module:
 def pruned(model: nn.Module, options: str) -> float:
     """Accuracy after one pruning step and no training: the steps before it have a learning rate of zero."""
     model = copy.deepcopy(model)
-    recipe = Recipe.parse(f"modifiers: [structured_prune: {{start: {STEPS}st, gradients: {STEPS}, {options}}}]")
+    recipe = Recipe.parse(f"modifiers: [structured_prune: {{start: {STEPS}st, {options}}}]")
     engine = Engine(model, recipe, steps_per_epoch=STEPS, epochs=1).prepare()
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     engine.attach(optimizer)
@@ -41,8 +41,8 @@ def pruned(model: nn.Module, options: str) -> float:
 
 def mean_accuracy(options: str, score: str) -> float:
     """Over the seeds, and for random scores over several draws."""
-    draws = range(DRAWS) if score == "random" else range(1)
-    found = [pruned(trained(s), f"{options}, score: {score}, seed: {draw}") for s in SEEDS for draw in draws]
+    ways = [f"seed: {draw}" for draw in range(DRAWS)] if score == "random" else [f"gradients: {STEPS}"]
+    found = [pruned(trained(s), f"{options}, score: {score}, {way}") for s in SEEDS for way in ways]
     print(f"{options} {score}: {sum(found) / len(found):.4f}, {[round(each, 3) for each in found]}")
     return sum(found) / len(found)
 
