@@ -36,7 +36,7 @@ class Distill(Modifier):
     end: Time | None = Field(None, description="time until which it has; to the end of training if left out")
 
     _times: tuple[int, int] = PrivateAttr(default=(0, 0))
-    _learned: bool = PrivateAttr(default=False)
+    _learned: bool = PrivateAttr(default=False)  # since the last step
 
     @model_validator(mode="after")
     def _consistent(self) -> "Distill":
@@ -101,7 +101,8 @@ class Distill(Modifier):
 
     def step_end(self, run: Run) -> None:
         start, end = self._times
-        if start < run.step <= end and not self._learned:
+        learned, self._learned = self._learned, False
+        if start < run.step <= end and not learned:
             raise RuntimeError(
                 f"{self.name}: a step was made, and no forward pass of the model was seen: the loop must call the "
                 "model itself, not parts of it, in training mode and with gradients (reentrant checkpointing of all "

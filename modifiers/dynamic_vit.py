@@ -46,6 +46,7 @@ class DynamicViT(TokenPruning):
     _targets: list[float] = PrivateAttr(default_factory=list)  # share of all patches kept after each stage
     _frozen_until: int = PrivateAttr(default=0)
     _backbone: list[dict[str, Any]] = PrivateAttr(default_factory=list)  # groups of the optimizers
+    _told: bool = PrivateAttr(default=False)  # whether a loss had the term since the last step
     _rates: ScaledRates = PrivateAttr(default_factory=ScaledRates)
 
     def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
@@ -93,6 +94,7 @@ class DynamicViT(TokenPruning):
         decisions = self.selector.take_decisions()
         if decisions is None:
             return None
+        self._told = True
         return self.ratio_weight * ratio_loss(decisions, self._targets)
 
     @property
@@ -116,6 +118,12 @@ class DynamicViT(TokenPruning):
 
     def step_end(self, run: Run) -> None:
         self._rates.restore()
+        told, self._told = self._told, False
+        if not told:
+            raise RuntimeError(
+                f"{self.name}: a step was made, and its loss had no term for the share of tokens kept: no forward pass "
+                "in training mode, with gradients, came before engine.loss(loss)"
+            )
         if run.step % run.steps_per_epoch == 0:
             for number, kept in enumerate(self.selector.kept_shares()):
                 run.log(f"{self.name}/kept_{number + 1}", kept)

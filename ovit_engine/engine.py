@@ -229,7 +229,7 @@ class Engine:
                     modifier.abandon(self.run)
 
     def loss(self, loss: Tensor) -> Tensor:
-        """The loss to differentiate: `loss` plus the terms of modifiers that have any; in evaluation it stays."""
+        """The loss to differentiate: `loss` plus the terms of modifiers, if any; in evaluation, and once detached, it stays."""
         return self._terms.add(loss)
 
     def metric(self, name: str, value: float) -> None:
@@ -385,6 +385,7 @@ class Engine:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._terms.end()
         if self.run.teacher is not None:
             self.run.teacher.release()
             self.run.teacher = None

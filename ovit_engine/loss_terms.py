@@ -14,7 +14,7 @@ class LossTerms:
 
     def __init__(self, modifiers: Sequence[Modifier], run: Run) -> None:
         self._modifiers, self._run = modifiers, run
-        self._is_asked = False
+        self._is_asked = False  # since the last step
 
     def add(self, loss: Tensor) -> Tensor:
         """`loss` plus the terms; nothing is added in evaluation (the model's eval mode, or no gradients)."""
@@ -35,12 +35,15 @@ class LossTerms:
                 self._run.teacher.forget()
         return loss
 
+    def end(self) -> None:
+        """Add nothing any more: training under the recipe is over."""
+        self._modifiers = ()
+
     def check_step(self) -> None:
-        """After a step: raise RuntimeError where a modifier has a term, and no loss had it yet."""
-        if self._is_asked:
-            return
+        """After a step: raise RuntimeError where a modifier has a term, and no loss since the step before had it."""
+        is_asked, self._is_asked = self._is_asked, False
         names = self._names()
-        if names:
+        if names and not is_asked:
             raise RuntimeError(
                 f"a step was made and the loss had no term of {names[0]}: write loss = engine.loss(loss) before "
                 "loss.backward(), or give the loss module to engine.attach(optimizer, criterion=...); the model must "

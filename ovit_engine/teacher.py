@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from ovit_engine.processes import digest
+from ovit_engine.recomputation import is_recomputed
 from ovit_engine.targets import clean_name, parameter_slots, unwrapped
 
 TOKENS = "norm"  # of timm's vision transformers: the last layer that sees all tokens
@@ -218,7 +219,7 @@ class _Watch:
         return {"seen": None}
 
     def on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _is_recomputed() or not _is_training(module):  # an evaluation between a forward and its loss changes nothing
+        if is_recomputed() or not _is_training(module):  # an evaluation between a forward and its loss changes nothing
             return
         self.seen = None
         device = next((leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), "cpu")
@@ -226,14 +227,14 @@ class _Watch:
         self.seen = _Seen(args, kwargs, device, autocast, versions=_versions(args, kwargs))
 
     def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.seen is not None and _is_training(module) and not _is_recomputed():
+        if self.seen is not None and _is_training(module) and not is_recomputed():
             self.seen.output, self.seen.is_answered = output, True
 
     def on_tokens(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         # grad is off where reentrant checkpointing runs the first time: those tokens would teach nothing
         if self.seen is None or self.seen.is_answered:
             return
-        if torch.is_grad_enabled() and not _is_recomputed():
+        if torch.is_grad_enabled() and not is_recomputed():
             self.seen.tokens = output
 
 
@@ -253,11 +254,6 @@ def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
     if torch.compiler.is_compiling():
         return ()
     return tuple(leaf._version for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-
-
-def _is_recomputed() -> bool:
-    """Whether this is a part of a backward pass, as where activations are checkpointed."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # Each layer may import from itself only where it is a package, and from any layer above it.
 LAYERS = [
+    ["recomputation"],
     [
         "event",
         "schedule",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ovit_engine.quant.functional import IntegerGrid, choose_qparams, fake_quantize
 from ovit_engine.quant.observers import Observer
+from ovit_engine.recomputation import is_recomputed
 
 
 class FakeQuantize(nn.Module):
@@ -54,7 +55,8 @@ class FakeQuantize(nn.Module):
         """``x`` rounded to the grid, same shape and dtype."""
         # On the CPU a flag costs nothing to read; on CUDA it would wait for the device, in a compiled graph break it.
         readable = not torch.compiler.is_compiling() and self.enabled.device.type == "cpu"
-        watching = (self.training or not self.observer.only_in_training) and not _is_recomputing()
+        # what is recomputed must come out as before: an observer that followed a tensor twice would have moved on
+        watching = (self.training or not self.observer.only_in_training) and not is_recomputed()
         if watching and not (readable and not self.observing):
             self.observe(x)
         if readable and not (self.enabled and self.observed):
@@ -108,11 +110,3 @@ class FakeQuantize(nn.Module):
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
-
-
-def _is_recomputing() -> bool:
-    """Whether this forward is gradient checkpointing's second one, inside backward.
-
-    It must compute what the first did: an observer that followed the same tensor twice would have moved on.
-    """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ovit_engine.recomputation import is_recomputed
 from ovit_engine.schedule import Schedule
-from ovit_engine.tokens.between import BetweenHooks, is_recomputed
+from ovit_engine.tokens.between import BetweenHooks
 from ovit_engine.tokens.class_attention import ceil_counts, class_attention, keep_attended
 from ovit_engine.tokens.gather import Survivors
 from ovit_engine.tokens.layout import Layout

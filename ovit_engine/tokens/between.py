@@ -4,7 +4,6 @@ from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -87,11 +86,6 @@ def _names(module: nn.Module) -> Iterable[str]:
     return (f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__)
 
 
-def is_recomputed() -> bool:
-    """Whether this runs in a backward pass, as where activations are checkpointed."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
 class _Middle:
     """The forward of one block."""
 
@@ -125,7 +119,7 @@ class _Middle:
         """As timm's Block, with fewer tokens after attention."""
         if attn_mask is not None or is_causal:
             raise ValueError("the model was called with an attn_mask of its own, and its tokens are reduced")
-        block, hooks, training = self._block, self._hooks, self._block.training
+        block, hooks, training = self._block, self._hooks, self._hooks.is_training
         if self._number == 0:
             hooks.begin(x, training=training)
         bias = hooks.bias(self._number, x, training=training)

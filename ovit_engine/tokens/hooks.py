@@ -17,18 +17,25 @@ class TokenHooks(ABC):
     """Reduces tokens by hooks on a model's blocks. It lies on the model, and is copied with it.
 
     Hooks are bound methods of this object or of small ones that it holds, and reach parameters through their `module`
-    argument: so an EMA copy, or a pickled one, uses what is its own. Whether to train or to infer they read from
-    `module.training` alone. In eval mode tokens are really gone, by operations of constant size.
+    argument: so an EMA copy, or a pickled one, uses what is its own. Whether to train or to infer the transformer says
+    for all its blocks: some may be frozen by `eval()`. In eval mode tokens are really gone, by operations of constant
+    size.
     """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.survivors: Survivors | None = None  # of the last forward pass in training; None where all are left
+        self._vit: Any = None  # the transformer it lies on
         self._handles: list[RemovableHandle] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or a pickle, starts without what a forward pass left: tensors with a history can't be copied."""
         return {**vars(self), "survivors": None}
+
+    @property
+    def is_training(self) -> bool:
+        """Whether a forward pass is one of training: the mode of the transformer, whatever its blocks are in."""
+        return bool(self._vit.training)
 
     def install(self, model: nn.Module) -> None:
         """Hang the hooks on the vision transformer in `model`.
@@ -39,6 +46,7 @@ class TokenHooks(ABC):
         vit = find_transformer(model)
         if hooks_of(model) is not None:
             raise ValueError(f"tokens of {type(vit).__name__} are reduced already, by another recipe or modifier")
+        self._vit = vit
         self._handles = list(self.register(vit))
         setattr(vit, ATTRIBUTE, self)
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ovit_engine.tokens.between import BetweenHooks, is_recomputed
+from ovit_engine.recomputation import is_recomputed
+from ovit_engine.tokens.between import BetweenHooks
 from ovit_engine.tokens.gather import Survivors
 from ovit_engine.tokens.heads import mean_of_heads
 from ovit_engine.tokens.layout import Layout
@@ -28,10 +29,11 @@ class MergingHooks(BetweenHooks):
         self._sizes: Tensor | None = None
         # in training the same by block, of what came to it: gradient checkpointing asks again
         self._kept: dict[int, Tensor | None] = {}
-        self._open = 0  # forward passes in training whose backward pass is not known to have come to its end
+        self._open = 0  # forward passes in training whose backward pass is not known to have begun
+        self._with_gradient = False  # whether the last forward pass is one of training that has a backward pass
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_sizes": None, "_kept": {}, "_open": 0}
+        return {**super().__getstate__(), "_sizes": None, "_kept": {}, "_open": 0, "_with_gradient": False}
 
     def end_step(self, step: int) -> None:
         super().end_step(step)
@@ -40,12 +42,13 @@ class MergingHooks(BetweenHooks):
     def begin(self, x: Tensor, *, training: bool) -> None:
         super().begin(x, training=training)
         if is_recomputed():
-            self._open = 0
             return
         self._sizes = None
+        # grad is off where reentrant checkpointing runs the first time, and what comes to it requires a gradient
+        self._with_gradient = training and (torch.is_grad_enabled() or x.requires_grad)
         if training:
             self.survivors = None
-            self._open += 1
+            self._open += self._with_gradient
 
     def bias(self, number: int, x: Tensor, *, training: bool) -> Tensor | None:
         if is_recomputed():
@@ -53,7 +56,8 @@ class MergingHooks(BetweenHooks):
                 raise RuntimeError(
                     "gradient checkpointing of merged tokens needs backward after each forward pass in training mode"
                 )
-        elif training:
+            self._open = 0
+        elif self._with_gradient:
             self._kept[number] = self._sizes
         sizes = self._incoming(number)
         return sizes.log()[:, None, None, :].to(x.dtype) if self.proportional and sizes is not None else None

@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ovit_engine.processes import process_group
 from ovit_engine.random_states import mixed
+from ovit_engine.recomputation import is_recomputed
 from ovit_engine.targets import SCORER
 from ovit_engine.tokens.gather import Survivors, gather_tokens, top_tokens
 from ovit_engine.tokens.hooks import TokenHooks
@@ -53,15 +54,15 @@ class SelectorHooks(TokenHooks):
         self.stages, self.sampler, self.seed, self.masking = stages, sampler, seed, masking
         self._step = 0
         self._calls = 0  # forward passes in training since the step began
-        self._open = 0  # of them, those whose backward pass is not known to have come to its end
+        self._open = 0  # of them, those with gradients whose backward pass is not known to have begun
         self._with_gradient = False  # whether the last one had gradients
-        self._untaken = False  # whether nobody asked yet what it decided
+        self._untaken: dict[int, Tensor] = {}  # decisions by stage of the last one that had, until somebody asks
         self._decisions: dict[int, Tensor] = {}  # by stage: [images, patches], those of earlier stages multiplied in
         self._biases: dict[int, Tensor] = {}
         self._training_only: list[RemovableHandle] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_decisions": {}, "_biases": {}, "_untaken": False}
+        return {**super().__getstate__(), "_decisions": {}, "_biases": {}, "_untaken": {}}
 
     def register(self, vit: Any) -> list[RemovableHandle]:
         handles = []
@@ -86,15 +87,15 @@ class SelectorHooks(TokenHooks):
 
     def end_step(self, step: int) -> None:
         super().end_step(step)
-        self._step, self._calls, self._open, self._untaken = step, 0, 0, False
-        self._decisions, self._biases = {}, {}
+        self._step, self._calls, self._open = step, 0, 0
+        self._decisions, self._biases, self._untaken = {}, {}, {}
 
     def take_decisions(self) -> list[Tensor] | None:
-        """The decisions [images, patches] of each stage in the last forward pass of training; once, then None."""
+        """The decisions [images, patches] of each stage in the last forward in training, with gradients; only once."""
         if not self._untaken or not torch.is_grad_enabled():
             return None
-        self._untaken = False
-        return [self._decisions[number] for number in range(len(self.stages))]
+        taken, self._untaken = self._untaken, {}
+        return [taken[number] for number in range(len(self.stages))]
 
     def kept_shares(self) -> list[float]:
         """Mean share of all patches that each stage kept in the last forward pass in training; none after a step."""
@@ -125,6 +126,8 @@ class SelectorHooks(TokenHooks):
         if before is not None:
             decided = decided * before
         self._decisions[number] = decided
+        if torch.is_grad_enabled() and not is_recomputed():
+            self._untaken[number] = decided
         policy = torch.cat([decided.new_ones(len(x), self.layout.prefix), decided], dim=1)
         self._biases[number] = policy_bias(policy, compute_epsilon(x)) if self.masking == "attention" else policy
         places = torch.arange(self.layout.patches, device=x.device).expand(len(x), -1)
@@ -139,25 +142,33 @@ class SelectorHooks(TokenHooks):
         return x, {**kwargs, "attn_mask": self._biases[number].to(x.dtype)}
 
     def _begin(self, number: int) -> None:
-        """Note that a stage of training begins, perhaps a second time, in the backward pass."""
-        if torch._C._current_graph_task_id() == -1:  # no backward pass runs: so torch.utils.checkpoint tells it too
-            if number == 0:
-                self._calls += 1
-                self._open += 1
-                self._decisions, self._biases = {}, {}
-                self._untaken = self._with_gradient = torch.is_grad_enabled()
+        """Note that a stage of training begins."""
+        if number or is_recomputed():
             return
+        self._calls += 1
+        self._decisions, self._biases = {}, {}
+        self._with_gradient = torch.is_grad_enabled()
+        if self._with_gradient:
+            self._open += 1
+            self._untaken = {}
+
+    def check_again(self) -> None:
+        """A block runs a second time, in backward.
+
+        Raises:
+            RuntimeError: the decisions that it was run with are gone.
+        """
         if not self._with_gradient:
             raise RuntimeError(
-                "reentrant gradient checkpointing takes the gradient of token decisions away: call "
-                "torch.utils.checkpoint with use_reentrant=False (timm's default)"
+                "gradient checkpointing runs a block again whose token decisions had no gradient: call "
+                "torch.utils.checkpoint with use_reentrant=False (timm's default), and make no forward pass in "
+                "training mode under torch.no_grad() between a forward pass and its backward"
             )
         if self._open > 1:  # the decisions of the passes before are gone, and theirs can't be told from the last one's
             raise RuntimeError(
                 "gradient checkpointing of token decisions needs backward after each forward pass in training mode"
             )
-        if number == 0:
-            self._open = 0
+        self._open = 0
 
 
 class _BlockHook:
@@ -169,7 +180,9 @@ class _BlockHook:
     def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """The forward pre-hook."""
         x, *others = args
-        if block.training:
+        if self._hooks.is_training:
+            if is_recomputed():
+                self._hooks.check_again()
             if self._begins:
                 self._hooks.decide(self._number, block, x)
             x, kwargs = self._hooks.mask(self._number, self._begins, x, kwargs)
