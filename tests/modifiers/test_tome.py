@@ -1,33 +1,26 @@
-"""ToMe: what merges, against a reference that shares no code with it; sizes, copies, checkpointing."""
+"""ToMe: what merges, against a reference that shares no code with it; options."""
 
-import copy
-import pickle
 from typing import Any
 
 import pytest
 import torch
 from timm.models import VisionTransformer
-from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from ovit_engine import Calibration, Clock, Engine, Recipe, RecipeError
+from ovit_engine import Clock, Engine, Recipe, RecipeError
 from ovit_engine.flops import count_flops
 from ovit_engine.modifiers.tome import ToMe
-from ovit_engine.targets import parameter_slots
-from ovit_engine.tokens import hooks_of
 from ovit_engine.tokens.merger import MergingHooks
 from tests.loops import recipe
-from tests.modifiers.test_evit import LABELS, train, widths
+from tests.tokens import training
 from tests.tokens.models import IMAGES, KINDS, logits, vit
 from tests.tokens.reference import reference_logits
 from tests.tokens.test_merging import merged
+from tests.tokens.training import coming, widths
 
 
 def prepared(options: str = "r: 3", *, steps: int = 8, **model: Any) -> tuple[Any, Engine, MergingHooks]:
-    built = vit(**model)
-    engine = Engine(built, recipe(f"tome: {{{options}}}"), steps_per_epoch=steps, epochs=1).prepare()
-    hooks = hooks_of(built)
+    built, engine, hooks = training.prepared(f"tome: {{{options}}}", steps=steps, **model)
     assert isinstance(hooks, MergingHooks)
     return built, engine, hooks
 
@@ -86,16 +79,6 @@ def test_nothing_merged_is_the_dense_model(kind: str) -> None:
         assert torch.equal(model.train()(IMAGES), logits(vit(**KINDS[kind])))
 
 
-def test_inference_is_the_same_every_time_and_for_any_batch() -> None:
-    model, _, hooks = prepared()
-    whole = logits(model)
-    assert torch.equal(whole, logits(model))
-    singles = torch.cat([logits(model, IMAGES[i : i + 1]) for i in range(6)])
-    assert torch.allclose(whole, singles, atol=1e-5)
-    assert hooks._sizes is None  # nothing of it is left
-    assert hooks._kept == {}
-
-
 def test_operations_are_counted_and_those_of_the_paper() -> None:
     """Table 4 there: 2.7 GMACs of 4.6 for DeiT-Small with r = 13; and counted by hand."""
     with torch.device("meta"):
@@ -113,132 +96,19 @@ def test_operations_are_counted_and_those_of_the_paper() -> None:
     assert counted == pytest.approx(total / 1e9, rel=1e-6)
 
 
-# --- training
-
-
 def test_survivors_say_which_patch_each_token_is() -> None:
     model, _, hooks = prepared("r: [5, 3, 0, 2]", init_values=1.0, reg_tokens=1)
-    for block in model.blocks:  # so small a scale that blocks add nothing
-        block.ls1.gamma.data.fill_(0.0)
-        block.ls2.gamma.data.fill_(0.0)
-    coming: list[Tensor] = []
-    model.blocks[0].register_forward_pre_hook(lambda _, args: coming.append(args[0]))
-    model.norm.register_forward_pre_hook(lambda _, args: coming.append(args[0]))
+    seen = coming(model)
     model.train()(IMAGES)
     left = hooks.survivors
     assert left is not None
-    first, last = (tokens[:, 2:].detach() for tokens in coming)
+    first, last = seen
     assert left.origin.shape == left.weight.shape == last.shape[:2] == (6, 6)
     whole = left.weight > 0
     assert 0 < int(whole.sum()) < whole.numel()
     same = first.gather(1, left.origin.unsqueeze(-1).expand(-1, -1, 24))
     assert torch.allclose(same[whole], last[whole], atol=1e-6)
     assert not torch.isclose(same[~whole], last[~whole], atol=1e-4).all(-1).any()
-
-
-def test_checkpointing_changes_nothing() -> None:
-    found = []
-    for checkpointing in (False, True):
-        model, engine, hooks = prepared("r: 3")
-        model.set_grad_checkpointing(checkpointing)
-        optimizer = torch.optim.SGD(model.parameters(), 1e-2)
-        engine.attach(optimizer)
-        train(engine, optimizer, 2)
-        model.zero_grad()
-        for part in (IMAGES[:4], IMAGES[4:]):  # accumulated, with inference in between
-            output = model.train()(part)
-            left = hooks.survivors
-            logits(model)
-            model.train()
-            cross_entropy(output, LABELS[: len(part)]).backward()  # type: ignore[no-untyped-call]
-            assert hooks.survivors is left
-        found.append([parameter.grad for parameter in model.parameters()])
-    for plain, checkpointed in zip(*found, strict=True):
-        assert torch.allclose(plain, checkpointed, atol=1e-6)
-
-
-def test_two_passes_before_backward_are_refused_under_checkpointing_alone() -> None:
-    for checkpointing in (False, True):
-        model, _, _ = prepared()
-        model.set_grad_checkpointing(checkpointing)
-        model.train()
-        loss = cross_entropy(model(IMAGES), LABELS) + cross_entropy(model(IMAGES[:3]), LABELS[:3])
-        if not checkpointing:
-            loss.backward()  # type: ignore[no-untyped-call]
-            continue
-        with pytest.raises(RuntimeError, match="needs backward after each forward pass"):
-            loss.backward()  # type: ignore[no-untyped-call]
-
-
-def test_a_resumed_run_is_the_same() -> None:
-    results = []
-    for cut in (None, 3):
-        model, engine, _ = prepared(depth=2)
-        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
-        engine.attach(optimizer)
-        train(engine, optimizer, 8 if cut is None else cut)
-        if cut is not None:
-            states = [copy.deepcopy(part.state_dict()) for part in (model, optimizer, engine)]
-            model, engine, _ = prepared(depth=2, seed=9)
-            optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
-            for part, state in zip((model, optimizer, engine), states, strict=True):
-                part.load_state_dict(state)
-            engine.attach(optimizer)
-            train(engine, optimizer, 8 - cut)
-        engine.detach()
-        results.append(model.state_dict())
-    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
-
-
-def test_gradients_for_pruners_are_those_of_inference() -> None:
-    model, _, hooks = prepared()
-    slots = [slot for slot in parameter_slots(model) if slot.name.endswith(("qkv.weight", "fc1.weight"))]
-    data = torch.utils.data.TensorDataset(IMAGES, LABELS)
-    model.train()
-    (found,) = Calibration(data, cross_entropy).gradients(model, slots, count=1, images_per_gradient=6, chunk=1)
-    assert hooks.survivors is None
-    expected = torch.autograd.grad(cross_entropy(model.eval()(IMAGES), LABELS), [slot.tensor for slot in slots])
-    for ours, theirs in zip(found, expected, strict=True):
-        assert torch.allclose(ours[0], theirs, atol=1e-5)
-
-
-# --- copies and stacks
-
-
-def test_a_copy_merges_by_its_own_weights() -> None:
-    model, _, hooks = prepared()
-    for other in (copy.deepcopy(model), ModelEmaV3(model).module, pickle.loads(pickle.dumps(model))):
-        before = logits(model)
-        assert torch.equal(logits(other), before)
-        theirs = hooks_of(other)
-        assert isinstance(theirs, MergingHooks)
-        assert theirs is not hooks
-        other.load_state_dict(vit(seed=4).state_dict())
-        fresh, _, _ = prepared(seed=4)
-        assert torch.equal(logits(other), logits(fresh))
-        theirs.amounts = [0, 0, 0, 0]
-        assert torch.equal(logits(other), logits(vit(seed=4)))
-        assert torch.equal(logits(model), before)
-    model.train()(IMAGES)
-    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
-    hooks.remove()
-    assert torch.equal(logits(model), logits(vit()))
-
-
-def test_quantizers_and_pruners_stack_on_it() -> None:
-    model = vit(depth=2)
-    lines = (
-        "tome: {r: 4}",
-        "magnitude_prune: {start: 1st, sparsity: 0.5, targets: ['preset:vit']}",
-        "quantize: {start: 2st, groups: [linear, conv, attention]}",
-    )
-    engine = Engine(model, recipe(*lines), steps_per_epoch=4, epochs=1).prepare()
-    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-    engine.attach(optimizer)
-    train(engine, optimizer, 4)
-    engine.detach()
-    assert widths(model.eval()) == [17, 13, 13, 9]
-    assert torch.isfinite(logits(model)).all()
 
 
 # --- options
