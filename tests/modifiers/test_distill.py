@@ -255,3 +255,23 @@ def test_after_training_the_loss_is_as_it_is() -> None:
     engine.detach()
     loss = nn.functional.cross_entropy(model(IMAGES), LABELS)
     assert engine.loss(loss) is loss
+
+
+def test_every_step_must_have_its_term() -> None:
+    """Not the first alone: a loop may lose the line, or its forward, later on."""
+    model = vit()
+    engine, optimizer = attached(model, "{}", None)
+    train(engine, model, optimizer, 2)
+    nn.functional.cross_entropy(model(IMAGES), LABELS).backward()  # type: ignore[no-untyped-call]
+    with pytest.raises(RuntimeError, match="the loss had no term of distill"):
+        optimizer.step()
+
+
+def test_every_step_must_have_its_forward() -> None:
+    model = vit()
+    engine, optimizer = attached(model, "{}", None)
+    train(engine, model, optimizer, 2)
+    output = model.forward_head(model.forward_features(IMAGES))  # parts of the model, which no hook sees
+    engine.loss(nn.functional.cross_entropy(output, LABELS)).backward()  # type: ignore[no-untyped-call]
+    with pytest.raises(RuntimeError, match="distill: a step was made, and no forward pass of the model was seen"):
+        optimizer.step()

@@ -5,9 +5,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from ovit_engine import Engine
 from ovit_engine.tokens.samplers import KeepOrDrop, Sampler, gumbel, ratio_loss
 from ovit_engine.tokens.scorers import LinearScorer, Predictor, make_scorer
-from tests.tokens.models import IMAGES, logits
+from tests.loops import recipe
+from tests.tokens.models import IMAGES, logits, vit
 from tests.tokens.selecting import predictors, prepared
 from tests.tokens.training import LABELS, train
 
@@ -180,3 +182,52 @@ def test_an_image_that_loses_all_its_tokens_is_no_disaster() -> None:
     loss.backward()  # type: ignore[no-untyped-call]
     assert torch.isfinite(loss)
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_pass_between_a_forward_and_its_loss_changes_nothing(training: bool) -> None:
+    """One of inference, or of training without gradients."""
+    terms = []
+    for between in (False, True):
+        model, engine, _ = prepared()
+        model.train()(IMAGES)
+        if between:
+            model.train(training)
+            with torch.no_grad():
+                model(IMAGES[:3])
+            model.train()
+        terms.append(float(engine.loss(torch.zeros(())).detach()))
+    assert terms[0] == terms[1] > 0
+
+
+def test_every_step_must_have_its_term() -> None:
+    model, engine, _ = prepared()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    engine.attach(optimizer)
+    train(engine, optimizer, 2)
+    cross_entropy(model(IMAGES), LABELS).backward()  # type: ignore[no-untyped-call]
+    with pytest.raises(RuntimeError, match="the loss had no term of dynamic_vit"):
+        optimizer.step()
+
+
+def test_a_step_whose_forward_decided_nothing_is_told() -> None:
+    """As with a transformer that is frozen by eval() inside a model that trains."""
+    outer = nn.Sequential(vit(), nn.Linear(5, 5))
+    engine = Engine(outer, recipe("dynamic_vit: {keep: 0.7}"), steps_per_epoch=4, epochs=1).prepare()
+    optimizer = torch.optim.SGD(outer.parameters(), 1e-3)
+    engine.attach(optimizer)
+    train(engine, optimizer, 2)
+    outer[0].eval()
+    engine.loss(cross_entropy(outer(IMAGES), LABELS)).backward()  # type: ignore[no-untyped-call]
+    with pytest.raises(RuntimeError, match="dynamic_vit: a step was made, and its loss had no term for the share"):
+        optimizer.step()
+
+
+def test_nothing_is_added_once_training_is_over() -> None:
+    model, engine, _ = prepared()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    engine.attach(optimizer)
+    train(engine, optimizer, 4)
+    engine.detach()
+    loss = cross_entropy(model.train()(IMAGES), LABELS)
+    assert engine.loss(loss) is loss
