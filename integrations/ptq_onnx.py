@@ -142,20 +142,33 @@ def classes_of(source: Path) -> int | None:
 
 
 def weighted_nodes(model: onnx.ModelProto) -> list[str]:
-    """Nodes to quantize, by name: those that read a weight, but for the patch embedding and the last one.
+    """Nodes to quantize, by name: those that read a weight, but for the patch embedding, scorers and the last one.
 
-    A patch embedding is a convolution of the input image whose stride is its kernel.
+    A patch embedding is a convolution of the input image whose stride is its kernel; a scorer does nothing but choose.
     """
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    image = model.graph.input[0].name
+    image, computed = model.graph.input[0].name, _computed(model)
     found = []
     for node in model.graph.node:
-        if node.op_type not in _WEIGHTED or node.input[1] not in initializers:
+        if not computed.intersection(node.output) or node.op_type not in _WEIGHTED or node.input[1] not in initializers:
             continue
         if len(initializers[node.input[1]].dims) < 2 or (node.input[0] == image and _is_patch_embedding(node)):
             continue
         found.append(node)
     return [node.name for node in found[:-1]]
+
+
+def _computed(model: onnx.ModelProto) -> set[str]:
+    """The values that an output is computed from, other than by what TopK chooses (the tokens that stay, say).
+
+    Rounded scores are often equal, and then other tokens are chosen.
+    """
+    found = {output.name for output in model.graph.output}
+    for node in reversed(model.graph.node):  # which stand in an order of computation
+        chooses = node.op_type == "TopK" and node.output[0] not in found
+        if not chooses and found.intersection(node.output):
+            found.update(node.input)
+    return found
 
 
 def _is_patch_embedding(node: onnx.NodeProto) -> bool:

@@ -1,7 +1,7 @@
 """ONNX files with fewer tokens: constant counts, any batch, the same tokens as PyTorch keeps."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -10,35 +10,53 @@ import pytest
 import torch
 from onnx import helper, numpy_helper, shape_inference
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from ovit_engine import Engine
-from ovit_engine.tokens import selector
-from tests.loops import recipe
-from tests.tokens.models import IMAGES, logits, randomised, vit
+from ovit_engine.tokens import attended, merger, selector
+from tests.tokens.models import IMAGES, logits
+from tests.tokens.training import attached, train
 
-CASES: dict[str, tuple[str, list[int], dict[str, Any]]] = {
-    "dynamic_vit": ("dynamic_vit: {keep: 0.7, blocks: [0, 1]}", [11, 7], {"distilled": True, "depth": 2}),
-    "svite_tokens": ("svite_tokens: {keep: 0.6}", [9], {"reg_tokens": 2, "depth": 1}),
+
+class Case(NamedTuple):
+    """A line of a recipe, the counts of the file's TopK nodes, those of them that choose tokens, and the model."""
+
+    line: str
+    counts: list[int]
+    choosing: list[int]
+    model: dict[str, Any]
+
+
+CASES = {
+    "dynamic_vit": Case("dynamic_vit: {keep: 0.7, blocks: [0, 1]}", [11, 7], [0, 1], {"distilled": True, "depth": 2}),
+    "svite_tokens": Case("svite_tokens: {keep: 0.6}", [9], [0], {"reg_tokens": 2, "depth": 1}),
+    "evit": Case(
+        "evit: {keep: 0.5, blocks: [0, 1], fuse: true, start: 1st}",
+        [16, 9],  # all are put in order, of which the first stay
+        [0, 1],
+        {"distilled": True, "qk_norm": True, "depth": 2},
+    ),
+    # in each block those of A are put in order, of which the first go; then the places of the rest
+    "tome": Case("tome: {r: 3}", [8, 5, 6, 3], [0, 2], {"init_values": 0.5, "depth": 2}),
 }
 
 
-def exported(path: Path, *modifiers: str, **model: Any) -> tuple[Any, onnx.ModelProto]:
+def exported(path: Path, *lines: str, **options: Any) -> tuple[Any, onnx.ModelProto]:
     """A model trained for two steps, and its file."""
-    built = vit(**model)
-    engine = Engine(built, recipe(*modifiers), steps_per_epoch=2, epochs=1).prepare()
-    randomised(built, seed=1)
-    optimizer = torch.optim.SGD(built.parameters(), 1e-3)
-    engine.attach(optimizer)
-    built.train()
-    for _ in range(2):
-        optimizer.zero_grad()
-        engine.loss(cross_entropy(built(IMAGES), torch.arange(6) % 5)).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+    model, engine, optimizer = attached(*lines, steps=2, drawn="evit" not in lines[0], **options)
+    train(engine, optimizer, 2)
     engine.detach()
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
     engine.export(path, IMAGES[:1])
-    assert built.blocks[-1]._forward_pre_hooks  # the model that was trained stays in training form
-    return built, onnx.load(path)
+    # the model that was trained stays in training form
+    assert hooks == [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    return model, onnx.load(path)
+
+
+def constants(proto: onnx.ModelProto) -> dict[str, np.ndarray]:
+    return {each.name: numpy_helper.to_array(each) for each in proto.graph.initializer}
+
+
+def tops(proto: onnx.ModelProto) -> list[onnx.NodeProto]:
+    return [node for node in proto.graph.node if node.op_type == "TopK"]
 
 
 def run(proto: onnx.ModelProto, images: Tensor) -> list[np.ndarray]:
@@ -62,37 +80,53 @@ def check_shapes(proto: onnx.ModelProto) -> None:
     assert [name for name, dims in known.items() if not all(dim.HasField("dim_value") for dim in dims)] == []
 
 
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Places of the tokens that PyTorch chooses from here on: those that stay, or of tome those that go."""
+    found: list[Tensor] = []
+
+    def top(scores: Tensor, keep: int) -> Tensor:
+        found.append(scores.topk(keep, dim=1).indices)
+        return found[-1]
+
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        tokens, index = attend(*args, **kwargs)
+        found.append(index)
+        return tokens, index
+
+    def match(*args: Any) -> Any:
+        matching = pair(*args)
+        found.append(matching.sources)
+        return matching
+
+    attend, pair = attended.keep_attended, merger.match_tokens
+    monkeypatch.setattr(selector, "top_tokens", top)
+    monkeypatch.setattr(attended, "keep_attended", keep)
+    monkeypatch.setattr(merger, "match_tokens", match)
+    return found
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_the_file_keeps_the_tokens_that_pytorch_keeps(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    modifier, counts, options = CASES[case]
-    model, proto = exported(tmp_path / "m.onnx", modifier, **options)
-    tops = [node for node in proto.graph.node if node.op_type == "TopK"]
-    constants = {each.name: numpy_helper.to_array(each) for each in proto.graph.initializer}
-    assert [int(constants[node.input[1]].item()) for node in tops] == counts
-    assert not {node.op_type for node in proto.graph.node} & {"If", "Loop", "Scan", "NonZero"}
-    if case == "dynamic_vit":
+def test_the_file_keeps_the_tokens_that_pytorch_keeps(case: str, tmp_path: Path, chosen: list[Tensor]) -> None:
+    line, counts, choosing, options = CASES[case]
+    model, proto = exported(tmp_path / "m.onnx", line, **options)
+    assert [int(constants(proto)[node.input[1]].item()) for node in tops(proto)] == counts
+    assert not {node.op_type for node in proto.graph.node} & {"If", "Loop", "Scan", "NonZero", "ScatterElements"}
+    if case != "svite_tokens":
         check_shapes(proto)
-    kept: list[Tensor] = []
-
-    def spy(scores: Tensor, keep: int) -> Tensor:
-        kept.append(scores.topk(keep, dim=1).indices)
-        return kept[-1]
-
-    monkeypatch.setattr(selector, "top_tokens", spy)
-    # a debug output: the places that each TopK gives
-    for node in tops:
-        proto.graph.output.append(helper.make_tensor_value_info(node.output[1], onnx.TensorProto.INT64, None))
+    for place in choosing:  # a debug output: the places that each TopK gives
+        output = tops(proto)[place].output[1]
+        proto.graph.output.append(helper.make_tensor_value_info(output, onnx.TensorProto.INT64, None))
     images = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(8))
     for batch in (1, 3, 64):
-        kept.clear()
+        chosen.clear()
         expected = logits(model, images[:batch])
         found, *places = run(proto, images[:batch])
         assert np.abs(found - expected.numpy()).max() < 1e-4
-        assert len(kept) == len(places) == len(counts)
-        for ours, theirs in zip(kept, places, strict=True):
-            assert np.array_equal(np.sort(ours.numpy(), 1), np.sort(theirs, 1))
+        assert len(chosen) == len(places) == len(choosing)
+        for ours, theirs in zip(chosen, places, strict=True):
+            assert 0 < ours.shape[1] <= theirs.shape[1]
+            assert np.array_equal(np.sort(ours.numpy(), 1), np.sort(theirs[:, : ours.shape[1]], 1))
 
 
 def test_the_scorer_stays_float_in_an_int8_file(tmp_path: Path) -> None:
@@ -115,3 +149,11 @@ def test_the_scorer_stays_float_in_an_int8_file(tmp_path: Path) -> None:
             waiting += [name for name in node.input if name in producers]
         assert node.op_type not in ("QuantizeLinear", "DequantizeLinear"), node.name
     assert len(seen) > 8
+
+
+def test_an_int8_file_has_fewer_tokens_too(tmp_path: Path) -> None:
+    _, proto = exported(tmp_path / "m.onnx", "evit: {keep: 0.6, blocks: [0], fuse: false}", "quantize: {}", depth=1)
+    kinds = {each.data_type for each in proto.graph.initializer if len(each.dims) == 2}
+    assert onnx.TensorProto.INT8 in kinds
+    (top,) = tops(proto)
+    assert int(constants(proto)[top.input[1]].item()) == 10
