@@ -9,6 +9,7 @@ from torch import Tensor
 from ovit_engine import tokens
 from ovit_engine.modifier import Run, Time
 from ovit_engine.modifiers._tokens import TokenPruning, check_blocks
+from ovit_engine.processes import ranks
 from ovit_engine.registry import register
 from ovit_engine.schedule import Clock
 from ovit_engine.targets import SCORER
@@ -125,6 +126,7 @@ class DynamicViT(TokenPruning):
                 "in training mode, with gradients, came before engine.loss(loss)"
             )
         if run.step % run.steps_per_epoch == 0:
-            for number, kept in enumerate(self.selector.kept_shares()):
-                run.log(f"{self.name}/kept_{number + 1}", kept)
+            of_ranks = ranks().gather(self.selector.kept_shares())
+            for number, kept in enumerate(zip(*of_ranks, strict=True), 1):
+                run.log(f"{self.name}/kept_{number}", sum(kept) / len(kept))
         super().step_end(run)

@@ -36,7 +36,7 @@ from ovit_engine.schedule import make_clock
 from ovit_engine.sharding import reshard, sharded_modules
 from ovit_engine.state import check_state, make_state, restore_state, whole_state_dict
 from ovit_engine.sweep import Evaluate, find_sweep
-from ovit_engine.targets import unwrapped
+from ovit_engine.targets import Slot, parameter_slots, unwrapped
 from ovit_engine.teacher import Teacher
 from ovit_engine.training_length import warn_of_a_late_end, warn_of_an_early_end
 from ovit_engine.watch import StepWatch
@@ -84,7 +84,7 @@ class Engine:
         self._handles: list[RemovableHandle | StepWatch] = []
         self._stage: Event | None = None
         self._finished = False
-        self._new: list[nn.Parameter] = []  # parameters that PREPARE made
+        self._new: list[Slot] = []  # parameters that PREPARE made
         self._ema: nn.Module | None = None
         self._watch: StepWatch | None = None
         self._sharded: list[nn.Module] = []  # what fully_shard was called on
@@ -126,7 +126,7 @@ class Engine:
         self._fire(Event.PREPARE)
         for modifier in self.modifiers:
             modifier.settle(self.run)
-        self._new = [p for p in self.model.parameters() if id(p) not in before]
+        self._new = [slot for slot in parameter_slots(self.model) if id(slot.tensor) not in before]
         check_claims([(m, claim) for m in self.modifiers for claim in m.claims(self.run)])
         self._stage = Event.PREPARE
         return self
@@ -229,7 +229,7 @@ class Engine:
                     modifier.abandon(self.run)
 
     def loss(self, loss: Tensor) -> Tensor:
-        """The loss to differentiate: `loss` plus the terms of modifiers, if any; in evaluation, and once detached, it stays."""
+        """The loss to differentiate: `loss` plus the terms of modifiers; as it is in evaluation and after detach."""
         return self._terms.add(loss)
 
     def metric(self, name: str, value: float) -> None:

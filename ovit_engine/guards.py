@@ -14,7 +14,7 @@ from ovit_engine.calibration import Calibration
 from ovit_engine.modifier import Claim, Modifier
 from ovit_engine.recipe import Recipe
 from ovit_engine.sharding import is_sharded, sharded_modules
-from ovit_engine.targets import clean_name, unwrapped
+from ovit_engine.targets import Slot, clean_name, unwrapped
 
 
 def check_made(model: object, recipe: object) -> None:
@@ -81,7 +81,7 @@ def check_supported(model: nn.Module) -> None:
         raise TypeError(f"the model is in {found}, where no weight can be masked: {_INSTEAD}")
 
 
-def check_parameters(model: nn.Module, optimizers: Iterable[Optimizer], new: Iterable[nn.Parameter]) -> None:
+def check_parameters(model: nn.Module, optimizers: Iterable[Optimizer], new: Iterable[Slot]) -> None:
     """Raise where no optimizer trains this model, or none has the parameters that PREPARE made."""
     held = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
     if not any(id(parameter) in held for parameter in model.parameters()):
@@ -91,7 +91,7 @@ def check_parameters(model: nn.Module, optimizers: Iterable[Optimizer], new: Ite
             else "was it made for a copy of it?"
         )
         raise ValueError(f"the optimizer holds no parameter of this model: {why}")
-    if any(id(parameter) not in held for parameter in new):
+    if any(id(slot.tensor) not in held for slot in new):  # as they are now: fully_shard replaces them
         raise RuntimeError(
             "the recipe adds parameters that the optimizer lacks: call engine.prepare() before making it"
         )

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ovit_engine import Calibration, Engine
 from ovit_engine.state import whole_state_dict
 from tests.loops import X, Y, mlp, recipe
+from tests.tokens.models import RowVit
 
 TARGETS = "targets: ['re:.*weight']"
 STEPS = 8
@@ -41,7 +42,13 @@ RECIPES = {
         "cyclic_lr: {max: 0.1, min: 0.01, period: 3st}",
         "quantize: {start_observers: 3st, start: 4st, freeze_observers: 6st}",
     ],
+    "predicted": ["dynamic_vit: {keep: 0.6, blocks: [0, 1]}"],
+    "selected": ["svite_tokens: {keep: 0.6}"],
+    "attended": ["evit: {keep: 0.6, blocks: [0, 1], start: 1st, end: 6st}"],
+    "merged": ["tome: {r: 2}"],
 }
+TOKENS = ["predicted", "selected", "attended", "merged"]
+DRAWN = ["predicted", "selected"]  # noise is another on each rank
 GATED = ["gates", "soft", "soft of training"]
 AT_ATTACH = ["magnitude", "ovit", "in parts", "2:4", "stacked", "svite"]  # they prune from equal weights
 # (kind, recipe)
@@ -50,6 +57,8 @@ CASES = [(kind, name) for kind in ("ddp", "fsdp2") for name in RECIPES] + [
     ("ddp, compiled", "gates"),
     ("fsdp2, fp16", "gates"),
     ("fsdp2, fp16", "svite"),
+    *(("ddp, fp16", name) for name in TOKENS[1:3]),
+    *(("fsdp2, fp16", name) for name in (TOKENS[0], TOKENS[3])),
     *((kind, "stacked") for kind in ("ddp, compiled", "fsdp2, compiled", "ddp, fp16", "fsdp2, fp16", "ddp, no_sync")),
     *(("zero", name) for name in ("stacked", "acdc", "of training", "svite")),
 ]
@@ -85,6 +94,9 @@ class Block(nn.Module):
 
 def model_for(name: str, device: str) -> nn.Sequential:
     model = sparse_mlp(device)
+    if name in TOKENS:
+        torch.manual_seed(0)
+        return nn.Sequential(RowVit(16), nn.Linear(16, 1)).to(device)
     if name in GATED:
         model[0] = Block().to(device)
     return model
@@ -103,7 +115,8 @@ def spread(kind: str, model: nn.Sequential, device: str) -> nn.Module:
     loop: Any = model
     if kind.startswith("fsdp2"):
         mesh = dist.init_device_mesh(device, (dist.get_world_size(),))
-        for layer in (model[0], model):  # the last layer is the root's own, and stays whole after an evaluation
+        # the last layer is the root's own, and stays whole after an evaluation
+        for layer in (*getattr(model[0], "blocks", ()), model[0], model):
             fully_shard(layer, mesh=mesh)
     elif kind != "alone":
         with warnings.catch_warnings():
@@ -149,7 +162,7 @@ def train(kind: str, name: str, device: str = "cpu", before: Callable[[Engine, i
             quiet = isinstance(loop, DistributedDataParallel) and part < micro - 1
             with loop.no_sync() if quiet else nullcontext():
                 with torch.autocast(device, torch.float16, enabled=kind.endswith("fp16")):
-                    loss = loss_fn(loop(x[part::micro]), y[part::micro]) / micro
+                    loss = engine.loss(loss_fn(loop(x[part::micro]), y[part::micro])) / micro
                 is_overflow = kind.endswith("fp16") and number == 2 and rank == ranks - 1  # on one rank alone
                 scaler.scale(loss * (float("inf") if is_overflow else 1.0)).backward()
         scaler.step(optimizer)

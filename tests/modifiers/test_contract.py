@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import BaseModel
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from ovit_engine import Calibration, Clock, Engine, Modifier, Recipe, RecipeError, register
 from ovit_engine.gate_scores import is_recording
@@ -17,6 +16,7 @@ from ovit_engine.quant.prepare import quantizers
 from ovit_engine.registry import modifiers
 from ovit_engine.tokens import TokenHooks, hooks_of
 from tests.loops import X, Y, hooks_on, loss_of, mlp, recipe
+from tests.tokens.models import RowVit
 
 # options with which each does something to the model of tests/loops.py in ten steps
 SETTINGS = {
@@ -46,19 +46,11 @@ NAMES = sorted(modifiers())
 ON_VIT = {"dynamic_vit", "evit", "gohsp", "s2vite", "shrink", "structured_prune", "svite_tokens", "tome"}
 
 
-class RowVit(VisionTransformer):
-    """A vision transformer that takes the rows of tests/loops.py as images of eight pixels."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = super().forward(x.view(-1, 1, 2, 4))
-        return output
-
-
 def model_for(name: str) -> nn.Module:
     if name not in ON_VIT:
         return with_zeros()
     torch.manual_seed(0)
-    return RowVit((2, 4), 1, 1, 1, embed_dim=16, depth=2, num_heads=4)
+    return RowVit(1)
 
 
 def with_zeros() -> nn.Sequential:

@@ -73,7 +73,7 @@ def trained(*lines: str, steps: int, cut: int | None = None, **options: Any) -> 
     return found
 
 
-def widths(model: Any) -> list[int]:
+def widths(model: Any, images: Tensor = IMAGES) -> list[int]:
     """Tokens that come into the attention and into the MLP of each block, prefix and all."""
     seen: list[int] = []
     handles = [
@@ -81,7 +81,7 @@ def widths(model: Any) -> list[int]:
         for block in model.blocks
         for norm in (block.norm1, block.norm2)
     ]
-    model(IMAGES)
+    model(images)
     for handle in handles:
         handle.remove()
     return seen
