@@ -2,18 +2,17 @@
 
 Weights are random (no download): latency and operations do not depend on them. The ratio of latencies stands beside
 that of multiply-adds (MACs): what is removed is gone from the file, so the two should be close. Run as
-`python benchmarks/shrink_speed.py`; `--batch-size 8` or `--repeats 40` for other settings. A few minutes.
+`python benchmarks/shrink_speed.py`; `--batch-sizes 8` or `--repeats 40` for other settings. A few minutes.
 """
 
-import argparse
 import copy
 import tempfile
 from pathlib import Path
 
 import timm
 import torch
+from paired import arguments, compare
 
-from ovit_engine.export.bench import bench
 from ovit_engine.export.writer import write_onnx
 from ovit_engine.flops import count_flops
 from ovit_engine.gates import find_sites, install, installed, set_gate
@@ -24,11 +23,7 @@ KEEP = {"heads": 0.5, "units": 0.6}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--repeats", type=int, default=20)
-    arguments = parser.parse_args()
+    settings = arguments(__doc__)
     torch.manual_seed(0)
     model = timm.create_model("deit_small_patch16_224").eval()
     small = copy.deepcopy(model)
@@ -47,20 +42,7 @@ def main() -> None:
         for each, file in zip((model, small), files, strict=True):
             write_onnx(each, IMAGE, file)
         print(f"file: {files[0].stat().st_size / files[1].stat().st_size:.2f}x smaller")
-        report = bench(
-            files[1:],
-            baseline=files[0],
-            batch_sizes=arguments.batch_size,
-            threads=arguments.threads,
-            repeats=arguments.repeats,
-        )
-        report.render()
-        for row in report.rows:
-            if row.ratio is not None:
-                print(
-                    f"batch of {row.batch_size}: latency ratio {row.ratio.median:.2f} ({row.ratio.verdict}), "
-                    f"MAC ratio {macs[0] / macs[1]:.2f}"
-                )
+        compare(dict(zip(files, macs, strict=True)), settings)
 
 
 if __name__ == "__main__":
