@@ -63,10 +63,8 @@ class AttendedHooks(BetweenHooks):
         keep, prefix = (self.training_counts if training else self.counts)[number], self.layout.prefix
         if keep == x.shape[1] - prefix:
             return x
-        readers = queries[:, :, : self.readers]
-        if not self.fuse:  # then attention says which tokens stay, and no more
-            readers, keys = readers.detach(), keys.detach()
-        x, index = keep_attended(x, class_attention(readers, keys, prefix, gate), keep, prefix, fuse=self.fuse)
+        attention = class_attention(queries[:, :, : self.readers], keys, prefix, gate)
+        x, index = keep_attended(x, attention, keep, prefix, fuse=self.fuse)
         if training and not is_recomputed():
             self._follow(index)
         return x

@@ -35,6 +35,10 @@ class MergingHooks(BetweenHooks):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_sizes": None, "_kept": {}, "_open": 0, "_with_gradient": False}
 
+    def finish(self, vit: Any) -> None:
+        super().finish(vit)
+        self.end_step(0)
+
     def end_step(self, step: int) -> None:
         super().end_step(step)
         self._kept, self._open = {}, 0

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from ovit_engine.tokens import TokenHooks, find_layout, gather_tokens, hooks_of
 from ovit_engine.tokens.layout import Layout
 from tests.tokens.models import IMAGES, logits, vit
+from tests.tokens.training import prepared
 
 
 class FirstTokens(TokenHooks):
@@ -103,3 +104,26 @@ def test_other_blocks_are_refused() -> None:
     model.blocks[2] = Block()
     with pytest.raises(ValueError, match=r"block 2 \(Block\) takes no attn_mask"):
         find_layout(model)
+
+
+@pytest.mark.parametrize(
+    ("line", "hooks"),
+    [
+        ("dynamic_vit: {keep: 0.7, blocks: [0, 2]}", [1, 0, 1, 0]),
+        ("svite_tokens: {keep: 0.6}", [1, 0, 0, 0]),
+        ("evit: {keep: 0.5, blocks: [1]}", [0, 0, 0, 0]),
+        ("tome: {r: 2}", [0, 0, 0, 0]),
+    ],
+)
+def test_what_is_deployed_has_nothing_of_training(line: str, hooks: list[int]) -> None:
+    model, engine, _ = prepared(line, drawn=True)
+    before = [len(block._forward_pre_hooks) for block in model.blocks]
+    baked = copy.deepcopy(model)
+    baked.train()(IMAGES)
+    (modifier,) = engine.modifiers
+    modifier.bake(baked)
+    assert [len(block._forward_pre_hooks) for block in baked.blocks] == hooks
+    left = vars(baked._token_hooks)
+    assert not any(left.get(name) for name in ("survivors", "_decisions", "_biases", "_untaken", "_kept"))
+    assert torch.equal(logits(baked), logits(model))
+    assert [len(block._forward_pre_hooks) for block in model.blocks] == before
