@@ -19,6 +19,7 @@ from ovit_engine.shrink import harvest, manifest_of, shrink
 from ovit_engine.shrink_proof import hold_ranges
 from ovit_engine.targets import clean_name, unwrapped
 from ovit_engine.teacher import forget_teacher
+from ovit_engine.tokens import hooks_of
 
 if TYPE_CHECKING:
     from ovit_engine.engine import Engine
@@ -129,7 +130,7 @@ def smaller(model: nn.Module, masks: Masks, *, dead: bool) -> Promise:
 def promise_of(
     model: nn.Module, masks: Masks, *, whole: Mapping[str, int] | None = None, gated: Mapping[str, int] | None = None
 ) -> Promise:
-    """What a file of `model` must hold: the zeros and patterns of `masks`, int8 in each layer quantized by now.
+    """What a file of `model` must hold: the zeros and patterns of `masks`, int8 in each layer quantized by now, tokens.
 
     `whole` are the sizes of masked weights before heads and units were removed, `gated` those once gates had
     had theirs.
@@ -153,7 +154,8 @@ def promise_of(
                 quantized=name in quantized,
             )
         )
-    return Promise(layers=tuple(layers))
+    hooks = hooks_of(model)
+    return Promise(layers=tuple(layers), tokens=None if hooks is None else hooks.token_counts())
 
 
 def _size(masks: Masks, name: str) -> int:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Part(BaseModel):
-    """One attention or MLP module that lost heads or hidden units."""
+    """One attention or MLP module from which heads or hidden units could be removed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -39,7 +39,7 @@ class Part(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The parts of a model that are smaller than in the model as it was made, in the model's order."""
+    """The parts of a model that could lose heads or units, in the model's order; those that lost none as well."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -47,16 +47,18 @@ class Manifest(BaseModel):
 
     def __bool__(self) -> bool:
         """Whether anything was removed."""
-        return bool(self.parts)
+        return any(len(part.kept) < part.of for part in self.parts)
 
     def __str__(self) -> str:
-        """How many heads and units are left, e.g. "12 of 24 heads, 614 of 1536 units" of the modules that lost any."""
+        """How many heads and units are left, e.g. "12 of 24 heads, 614 of 1536 units"."""
+        if not self:
+            return "nothing removed"
         counts = []
         for kind in ("heads", "units"):
             parts = [part for part in self.parts if part.kind == kind]
             if parts:
                 counts.append(f"{sum(len(part.kept) for part in parts)} of {sum(part.of for part in parts)} {kind}")
-        return ", ".join(counts) or "nothing removed"
+        return ", ".join(counts)
 
     def contradictions(self, shapes: dict[str, tuple[int, ...]]) -> list[str]:
         """Where weights of these shapes [out, in] are not those of such a model, a line each."""

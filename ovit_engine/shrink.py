@@ -75,13 +75,7 @@ def harvest(model: nn.Module, *, optimizer: Optimizer | None = None, masks: Mask
     _check_plain(model)
     if installed(model):
         raise ValueError("the model has gates: shrink(model) first")
-    removals = []
-    for site in known_sites(model):
-        removal = dead(site, copied(site), masks, probe(site))
-        if not removal.keep.all():
-            removals.append(removal)
-    if removals:
-        _remove(model, removals, optimizer, masks)
+    _remove(model, [dead(site, copied(site), masks, probe(site)) for site in known_sites(model)], optimizer, masks)
     return manifest_of(model)
 
 
@@ -97,7 +91,7 @@ def rebuild(model: nn.Module, manifest: Manifest) -> nn.Module:
     _check_plain(model)
     if manifest_of(model) or installed(model):
         raise ValueError("the model has gates or was shrunk already: rebuild one as timm.create_model makes it")
-    sites = {(site.owner_name, site.kind): site for site in (known_sites(model) if manifest else ())}
+    sites = {(site.owner_name, site.kind): site for site in (known_sites(model) if manifest.parts else ())}
     for part in manifest.parts:
         site = sites.get((part.name, part.kind))
         if site is None or (site.count, site.width) != (part.of, part.width):
@@ -149,7 +143,7 @@ def _remove(model: nn.Module, removals: Sequence[Removal], optimizer: Optimizer 
     if optimizer is not None and any(not removal.keep.all() for removal in changing):
         check_optimizer(optimizer, [entry for removal in changing for entry in _targets(removal)])
     pruned = {} if masks is None else {name: masks.get(name) for name in masks.names()}
-    cuts = [cut for removal in changing for cut in _cut(removal)]
+    cuts = [cut for removal in removals for cut in _cut(removal)]
     if optimizer is not None:
         transplant(optimizer, cuts)
     if masks is not None:
@@ -196,6 +190,7 @@ def _cut(removal: Removal) -> list[Cut]:
     if removal.bias is not None:
         site.linear.bias.copy_(removal.bias)
     if removal.keep.all():
+        _keep_books(site, removal.keep)
         return []
     before = _targets(removal)
     rows, columns = removal.rows, removal.columns

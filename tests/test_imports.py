@@ -26,6 +26,7 @@ LAYERS = [
         "distillation",
         "console",
         "manifest",
+        "token_counts",
     ],
     ["second_order", "presets", "plots", "samples", "torch_files", "head_graph", "soft_pruning"],
     ["targets", "processes", "gate_choice", "topology"],

@@ -233,7 +233,8 @@ def test_a_block_shared_by_two_places_shrinks_once() -> None:
     gated = copy.deepcopy(model)
     manifest = shrink(model)
     assert (model(IMAGES) - gated(IMAGES)).abs().max() < 1e-5
-    assert [part.name for part in manifest.parts] == ["blocks.0.attn", "blocks.0.mlp"]
+    lost = [part.name for part in manifest.parts if len(part.kept) < part.of]
+    assert lost == ["blocks.0.attn", "blocks.0.mlp"]
 
 
 def test_an_averaged_copy_shrinks_by_its_own_gates() -> None:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from ovit_engine.console import table_console
 from ovit_engine.export.promise import Promise
 from ovit_engine.manifest import Manifest
+from ovit_engine.token_counts import TokenCounts
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,7 +110,8 @@ class Machine(_Facts):
 class Certificate(_Facts):
     """Everything measured about one file. ``verify`` measures it again from the file alone."""
 
-    format: int = 2
+    # 3: macs and tokens, which older certificates leave out
+    format: int = 3
     file: str
     sha256: str
     bytes: int
@@ -124,6 +126,10 @@ class Certificate(_Facts):
     # name -> shape, a free dimension by its name
     inputs: dict[str, tuple[int | str, ...]]
     outputs: dict[str, tuple[int | str, ...]]
+    # multiply-adds of products and convolutions for one image, zeros in full (None: a note says why)
+    macs: int | None = None
+    # tokens along the blocks (None: not the graph of a plain transformer)
+    tokens: TokenCounts | None = None
 
     recipe_name: str
     recipe_sha256: str

@@ -117,7 +117,7 @@ def publish(proto: onnx.ModelProto, path: Path, origin: Origin, sample: Sample, 
             raise ExportError(error.summary, error.violations) from error
         violations = [
             *check(certificate, promise),
-            *contradictions(origin.recipe_text, promise, certificate.layers),
+            *contradictions(origin.recipe_text, promise, certificate.layers, certificate.tokens),
             *origin.manifest.contradictions({layer.name: layer.shape for layer in certificate.layers}),
         ]
         if violations:

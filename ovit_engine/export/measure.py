@@ -21,6 +21,7 @@ from ovit_engine.export.parity import WANTED_IMAGES
 from ovit_engine.export.promise import Promise
 from ovit_engine.export.runtime import INTEGER_KERNELS, count_ops, integer_kernels, runtime_graph
 from ovit_engine.export.sizes import gzip_size, weight_bytes, zstd_size
+from ovit_engine.export.work import measure_work
 from ovit_engine.manifest import Manifest
 
 _FORMAT = "1"
@@ -123,6 +124,10 @@ def measure_file(
     fused = {name: kernels[initializer] for name, initializer in stored.items() if initializer in kernels}
     machine = this_machine()
     stored_bytes, bound = weight_bytes(model)
+    work = measure_work(model)
+    notes = _notes(layers, fused, parity, machine, [value.name for value in model.graph.output])
+    if work.unknown:
+        notes = (*notes, f"multiply-adds are not counted: {work.unknown}")
     return Certificate(
         file=path.name,
         sha256=hashlib.sha256(content).hexdigest(),
@@ -134,6 +139,8 @@ def measure_file(
         opset=next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0),
         inputs=input_shapes(model),
         outputs={value.name: _shape(value) for value in model.graph.output},
+        macs=work.macs,
+        tokens=work.tokens,
         recipe_name=origin.recipe_name,
         recipe_sha256=origin.recipe_sha256,
         promise=origin.promise,
@@ -151,7 +158,7 @@ def measure_file(
         accuracy=accuracy,
         machine=machine,
         versions=versions(),
-        notes=_notes(layers, fused, parity, machine, [value.name for value in model.graph.output]),
+        notes=notes,
     )
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from ovit_engine.token_counts import TokenCounts
+
 if TYPE_CHECKING:
     from ovit_engine.export.certificate import Certificate, LayerFacts, Parity
 
@@ -50,11 +52,13 @@ class PromisedLayer(BaseModel):
 
 
 class Promise(BaseModel):
-    """What a recipe promises about a file: one entry for each weight it worked on."""
+    """What a recipe promises about a file: one entry for each weight it worked on, and how many tokens are left."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     layers: tuple[PromisedLayer, ...] = ()
+    # of a model whose tokens are reduced
+    tokens: TokenCounts | None = None
 
 
 class GroupRule(NamedTuple):
@@ -96,6 +100,8 @@ def check(certificate: Certificate, promise: Promise) -> list[str]:
             violations.append(f"{layer.name}: no such weight in the file")
         else:
             violations += _check_layer(layer, facts)
+    if promise.tokens is not None and certificate.tokens != promise.tokens:
+        violations.append(f"tokens: promised {promise.tokens}, the file has {certificate.tokens or 'none to count'}")
     wanted = MIN_AGREEMENT_RANDOM if certificate.parity.source == "random" else MIN_AGREEMENT
     violations += _check_parity(certificate.parity, wanted)
     stored = certificate.parity_stored

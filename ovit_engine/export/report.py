@@ -53,6 +53,10 @@ def fact_rows(certificate: Certificate) -> list[tuple[str, str]]:
     ]
     if certificate.manifest:
         rows.insert(4, ("left of", str(certificate.manifest)))
+    if certificate.tokens is not None:
+        rows.insert(4, ("tokens", str(certificate.tokens)))
+    if certificate.macs is not None:
+        rows.insert(4, ("multiply-adds", f"{macs_text(certificate.macs)} an image, zeros counted in full"))
     if certificate.accuracy is not None:
         hits = certificate.accuracy
         rows.append(
@@ -180,6 +184,14 @@ def _kernels(certificate: Certificate) -> str:
 
     found = [f"{count} {op}" for op, count in certificate.runtime_ops.items() if op in INTEGER_KERNELS]
     return ", ".join(found) or "none"
+
+
+def macs_text(count: int) -> str:
+    """Multiply-adds as a reader takes them in."""
+    for scale, letter in ((1e9, "G"), (1e6, "M")):
+        if count >= scale:
+            return f"{count / scale:.2f} {letter}"
+    return f"{count:,}"
 
 
 def size_text(count: int) -> str:

@@ -1,4 +1,4 @@
-"""What a recipe's text says of a file, held against the file's weights. Needs neither PyTorch nor the model.
+"""What a recipe's text says of a file, held against the file's weights and tokens. Needs neither PyTorch nor the model.
 
 A recipe names its targets for a model that is not at hand here. Names and regular expressions are decided by the names
 of the weights; presets and modifiers of other packages are given the benefit of the doubt.
@@ -15,10 +15,12 @@ import yaml
 
 from ovit_engine.export.certificate import LayerFacts
 from ovit_engine.export.promise import Promise, PromisedLayer, read_pattern
+from ovit_engine.export.stated_tokens import REDUCERS, token_contradictions
+from ovit_engine.token_counts import TokenCounts
 
 _PRESET = "preset:"
 _REGEX = "re:"
-_NEITHER = ("cyclic_lr", "distill", "dynamic_vit", "svite_tokens", "evit", "tome")
+_NEITHER = ("cyclic_lr", "distill", *REDUCERS)
 # they remove heads and units, or let what is dead be removed
 _HARVEST = "shrink"
 _REMOVERS = ("structured_prune", "s2vite", "gohsp", _HARVEST)
@@ -71,8 +73,13 @@ class _Step:
         return any(_matches(target, name) for name in names)
 
 
-def contradictions(recipe_text: str, promise: Promise, layers: Sequence[LayerFacts]) -> list[str]:
-    """Where the recipe denies the file's promise or its weights, a line each. An empty text says nothing."""
+def contradictions(
+    recipe_text: str, promise: Promise, layers: Sequence[LayerFacts], tokens: TokenCounts | None = None
+) -> list[str]:
+    """Where the recipe denies the file's promise, weights or tokens, a line each. An empty text says nothing.
+
+    `tokens` is None where the file's graph has none to count.
+    """
     if not recipe_text.strip():
         return []
     try:
@@ -100,7 +107,10 @@ def contradictions(recipe_text: str, promise: Promise, layers: Sequence[LayerFac
     found += _missing(certain, [] if sweeping else quantizers, promised, layers)
     for step in certain:
         found += _amount(step, promised, layers)
-    return found
+    try:
+        return found + token_contradictions([(step.name, step.options) for step in steps], tokens)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        return [*found, f"the recipe in the metadata says of tokens what can't be read: {error}"]
 
 
 def _unasked(

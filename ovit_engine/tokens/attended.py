@@ -8,7 +8,7 @@ from torch import Tensor
 from ovit_engine.recomputation import is_recomputed
 from ovit_engine.schedule import Schedule
 from ovit_engine.tokens.between import BetweenHooks
-from ovit_engine.tokens.class_attention import ceil_counts, class_attention, keep_attended
+from ovit_engine.tokens.class_attention import after_stage, ceil_counts, class_attention, keep_attended
 from ovit_engine.tokens.gather import Survivors
 from ovit_engine.tokens.layout import Layout
 
@@ -46,6 +46,13 @@ class AttendedHooks(BetweenHooks):
         self.counts = ceil_counts(layout.patches, shares, fuse=fuse)
         self.training_counts: list[int] = []  # of the step that comes
         self.end_step(0)
+
+    def patches_left(self) -> list[tuple[int, int]]:
+        left, now = [], self.layout.patches
+        for place, keep in zip(self.places, self.counts, strict=True):
+            now = after_stage(now, keep, fuse=self.fuse)
+            left.append((place, now))
+        return left
 
     def end_step(self, step: int) -> None:
         super().end_step(step)

@@ -24,6 +24,8 @@ class BetweenHooks(TokenHooks):
     Tokens are really gone, in training as in inference.
     """
 
+    within = True
+
     def __init__(self, layout: Layout, places: Iterable[int]) -> None:
         super().__init__(layout)
         self.places = list(places)

@@ -1,12 +1,13 @@
 """The object behind the hooks that reduce the tokens of one copy of a model."""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ovit_engine.targets import unwrapped
+from ovit_engine.token_counts import TokenCounts, counts_after
 from ovit_engine.tokens.gather import Survivors
 from ovit_engine.tokens.layout import Layout, find_transformer
 
@@ -21,6 +22,8 @@ class TokenHooks(ABC):
     for all its blocks: some may be frozen by `eval()`. In eval mode tokens are really gone, by operations of constant
     size.
     """
+
+    within: ClassVar[bool] = False  # whether tokens go between attention and MLP of a block, and not before it
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
@@ -53,6 +56,15 @@ class TokenHooks(ABC):
     @abstractmethod
     def register(self, vit: Any) -> list[RemovableHandle]:
         """Hang hooks on `vit.blocks` and return their handles."""
+
+    @abstractmethod
+    def patches_left(self) -> list[tuple[int, int]]:
+        """(block, patch tokens left by it in inference), blocks rising."""
+
+    def token_counts(self) -> TokenCounts:
+        """Tokens along the blocks in inference, which an exported file must have."""
+        left = [(block, self.layout.prefix + count) for block, count in self.patches_left()]
+        return counts_after(self.layout.prefix + self.layout.patches, self.layout.depth, left, within=self.within)
 
     def finish(self, vit: Any) -> None:
         """Take off what only training needs: called on the copy that is exported."""

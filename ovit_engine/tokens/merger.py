@@ -11,7 +11,7 @@ from ovit_engine.tokens.between import BetweenHooks
 from ovit_engine.tokens.gather import Survivors
 from ovit_engine.tokens.heads import mean_of_heads
 from ovit_engine.tokens.layout import Layout
-from ovit_engine.tokens.merging import Matching, follow_places, match_tokens, merge_tokens
+from ovit_engine.tokens.merging import Matching, follow_places, match_tokens, merge_tokens, merged_counts
 
 
 class MergingHooks(BetweenHooks):
@@ -38,6 +38,9 @@ class MergingHooks(BetweenHooks):
     def finish(self, vit: Any) -> None:
         super().finish(vit)
         self.end_step(0)
+
+    def patches_left(self) -> list[tuple[int, int]]:
+        return list(enumerate(merged_counts(self.layout.patches, self.amounts)))
 
     def end_step(self, step: int) -> None:
         super().end_step(step)

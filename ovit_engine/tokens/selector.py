@@ -78,6 +78,9 @@ class SelectorHooks(TokenHooks):
                 self._training_only.append(handles[-1])
         return handles
 
+    def patches_left(self) -> list[tuple[int, int]]:
+        return [(stage.block, stage.keep) for stage in self.stages]
+
     def finish(self, vit: Any) -> None:
         super().finish(vit)
         self.end_step(self._step)
