@@ -51,8 +51,8 @@ def measure_work(model: onnx.ModelProto) -> Work:
     """The work of one image in a file; half of the operations that `flops.count_flops` counts in PyTorch."""
     try:
         shapes, batch = infer_shapes(model)
-    except (shape_inference.InferenceError, ValueError) as error:
-        return Work(None, None, f"its shapes contradict each other: {' '.join(str(error).split())[:200]}")
+    except shape_inference.InferenceError as error:
+        return Work(None, None, f"onnx can't infer its shapes: {' '.join(str(error).split())[:200]}")
     tokens = _tokens(model.graph, shapes, batch)
     try:
         return Work(round(_multiply_adds(model.graph, shapes) / batch), tokens)

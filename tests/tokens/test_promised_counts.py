@@ -1,0 +1,103 @@
+"""What modifiers say of tokens is what their models do, and what the check of recipes' texts expects."""
+
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+
+from ovit_engine import Engine
+from ovit_engine.export.stated import contradictions
+from ovit_engine.export.stated_tokens import token_contradictions
+from ovit_engine.export.promise import Promise
+from ovit_engine.token_counts import TokenCounts
+from ovit_engine.tokens import hooks_of
+from tests.loops import recipe
+from tests.tokens.models import IMAGES, logits, vit
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("dynamic_vit: {keep: 0.7}", {}),
+    ("dynamic_vit: {prune: 0.3, blocks: [0, 3]}", {"distilled": True}),
+    ("dynamic_vit: {keep_tokens: [16, 9, 9]}", {}),
+    ("dynamic_vit: {keep: 0.29, blocks: [1]}", {"reg_tokens": 4}),
+    ("dynamic_vit: {keep: 0.5}", {"depth": 1, "img_size": 40}),
+    ("svite_tokens: {keep: 0.6}", {"reg_tokens": 2}),
+    ("svite_tokens: {keep_tokens: [16]}", {}),
+    ("evit: {keep: 0.7}", {}),
+    ("evit: {keep: 0.7, fuse: false, blocks: [0, 3]}", {"distilled": True}),
+    ("evit: {keep_tokens: [16, 8, 3]}", {}),
+    ("tome: {r: 3}", {"qk_norm": True}),
+    ("tome: {r: 99}", {}),
+    ("tome: {r: 2, curve: decreasing}", {}),
+    ("tome: {r: [8, 0, 1, 1]}", {"distilled": True}),
+]
+
+
+def seen_by(model: Any) -> TokenCounts:
+    """Counts that a forward pass in eval mode comes by, of a model and its hooks."""
+    counts: list[int] = []
+
+    def note(module: nn.Module, args: tuple[Tensor, ...], kwargs: Any) -> None:
+        counts.append(args[0].shape[1])
+
+    modules = [*(block.attn for block in model.blocks), model.norm]
+    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
+    logits(model)
+    for handle in handles:
+        handle.remove()
+    entering = model.patch_embed.num_patches + model.num_prefix_tokens
+    return TokenCounts(entering=entering, attention=tuple(counts[:-1]), leaving=counts[-1])
+
+
+def steps(text: str) -> list[tuple[str, dict[str, Any]]]:
+    return [(name, options) for entry in yaml.safe_load(text)["modifiers"] for name, options in entry.items()]
+
+
+@pytest.mark.parametrize(("line", "options"), CASES, ids=[line for line, _ in CASES])
+def test_the_promise_is_what_the_model_does_and_what_the_recipe_says(line: str, options: dict[str, Any]) -> None:
+    images = options.get("img_size", 32)
+    model = vit(**options)
+    given = recipe(line)
+    Engine(model, given, steps_per_epoch=1, epochs=1).prepare()
+    hooks = hooks_of(model)
+    assert hooks is not None
+    promised = hooks.token_counts()
+    if images == 32:
+        assert promised == seen_by(model)
+    else:
+        assert promised.entering == 26
+    assert token_contradictions(steps(given.dump()), promised) == []
+    if promised.leaving > 1 and promised.reduced:
+        less = promised.model_copy(update={"leaving": promised.leaving - 1})
+        (found,) = token_contradictions(steps(given.dump()), less)
+        assert found.startswith(f"tokens: the recipe's {line.partition(':')[0]} asks for {promised.entering} -> ")
+        assert found.endswith(f"the file has {less}")
+
+
+def test_training_that_keeps_more_promises_what_inference_keeps() -> None:
+    model = vit()
+    engine = Engine(model, recipe("evit: {keep: 0.5, start: 1ep, end: 2ep}"), steps_per_epoch=2, epochs=3).prepare()
+    engine.attach(torch.optim.SGD(model.parameters(), 0.0))
+    hooks = hooks_of(model)
+    assert hooks is not None
+    assert hooks.token_counts() == seen_by(model)
+    assert hooks.token_counts().leaving < 10
+
+
+def test_a_file_without_attention_denies_a_recipe_of_tokens() -> None:
+    text = "modifiers: [{tome: {r: 3}}]"
+    assert contradictions(text, Promise(), [], None) == [
+        "tokens: the recipe's tome reduces them, the file has none to count"
+    ]
+    assert contradictions("modifiers: [{distill: {}}]", Promise(), [], None) == []
+    many = TokenCounts(entering=1, attention=(1,), leaving=1)
+    (found,) = contradictions(text, Promise(), [], many)
+    assert found == "tokens: the recipe's tome asks for more, the file has 1 in all 1 blocks"
+
+
+@pytest.mark.parametrize("line", ["evit: {keep: many}", "tome: {}", "dynamic_vit: {keep_tokens: [20]}", "tome: {r: x}"])
+def test_options_that_make_no_sense_are_a_finding(line: str) -> None:
+    tokens = TokenCounts(entering=17, attention=(17, 12), leaving=12)
+    (found,) = contradictions(f"modifiers: [{{{line}}}]", Promise(), [], tokens)
+    assert "asks for" in found or "what can't be read" in found
