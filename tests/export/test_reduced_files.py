@@ -1,6 +1,5 @@
 """Files with fewer tokens: counts are measured, promised, held against the recipe, and shown."""
 
-import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -14,7 +13,7 @@ import torch
 from onnx import numpy_helper
 
 from ovit_engine import Engine, Recipe
-from ovit_engine.export import ExportError, VerificationError
+from ovit_engine.export import ExportError
 from ovit_engine.export.certificate import Certificate, certificate_path, page_path, reference_path
 from ovit_engine.export.exporter import publish
 from ovit_engine.export.measure import Origin
