@@ -167,10 +167,14 @@ def test_large_counts_in_words() -> None:
 def attention(*counts: int, width: int = 8, heads: int = 2, leaving: int = 0) -> Any:
     """Blocks that do nothing but look like attention on so many tokens: scores from slices of constants."""
     nodes, arrays = [], {"start": np.array([0]), "axis": np.array([1])}
-    current = "x"
+    current, before = "x", 0
     for i, count in enumerate([*counts, leaving or counts[-1]]):
         arrays |= {f"n{i}": np.array([count]), f"s{i}": np.array([0, 0, heads, width // heads])}
-        nodes.append(helper.make_node("Slice", [current, "start", f"n{i}", "axis"], [f"t{i}"]))
+        if current == "x" or count <= before:
+            nodes.append(helper.make_node("Slice", [current, "start", f"n{i}", "axis"], [f"t{i}"]))
+        else:
+            nodes.append(helper.make_node("Concat", [current, current], [f"t{i}"], axis=1))
+        before = count
         if i < len(counts):
             nodes += [
                 helper.make_node("Reshape", [f"t{i}", f"s{i}"], [f"h{i}"]),
@@ -181,7 +185,7 @@ def attention(*counts: int, width: int = 8, heads: int = 2, leaving: int = 0) ->
             ]
         nodes.append(helper.make_node("Add", [f"t{i}", f"t{i}"], [f"r{i}"]))
         current = f"r{i}"
-    nodes.append(helper.make_node("Relu", [current], ["y"]))
+    nodes.append(helper.make_node("Slice", [current, "start", "axis", "axis"], ["y"]))  # the class token
     return graph(nodes, ["batch", counts[0], width], arrays)
 
 
@@ -190,6 +194,12 @@ def test_tokens_of_a_graph() -> None:
     assert measure_work(attention(9, 7, leaving=3)).tokens == TokenCounts(entering=9, attention=(9, 7), leaving=3)
     work = measure_work(attention(9, 5))
     assert work.macs == 8 * (9 * 9 + 5 * 5)
+
+
+def test_tokens_that_grow_are_no_count() -> None:
+    work = measure_work(attention(5, 10))
+    assert work.macs == 8 * (5 * 5 + 10 * 10)
+    assert work.tokens is None
 
 
 def test_attention_in_windows_is_no_count_of_tokens() -> None:
