@@ -101,7 +101,7 @@ def test_a_stacked_file_is_small_and_keeps_its_patterns(stacked: Any) -> None:
     small = copy.deepcopy(gated)
     smaller(small, engine.run.masks, dead=False)
     assert (small(IMAGES) - gated(IMAGES)).abs().max() < 1e-5
-    assert re.search(r"left of +4 of 8 heads, 16 of 64 units", str(certificate))
+    assert re.search(r"left of +4 of 8 heads, 80 of 128 units", str(certificate))
     assert "counting the dead" not in str(certificate)  # what gates removed is no zero
     assert {layer.dead for layer in certificate.promise.layers} == {0}
     assert verify_file(path).manifest == certificate.manifest

@@ -25,6 +25,9 @@ class FirstTokens(TokenHooks):
     def register(self, vit: Any) -> list[RemovableHandle]:
         return [vit.blocks[1].register_forward_pre_hook(self.drop)]
 
+    def patches_left(self) -> list[tuple[int, int]]:
+        return [(1, self.keep)]
+
     def drop(self, module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
         index = torch.arange(self.keep).expand(args[0].shape[0], -1)
         return gather_tokens(args[0], index, self.layout.prefix)
