@@ -101,3 +101,23 @@ def test_options_that_make_no_sense_are_a_finding(line: str) -> None:
     tokens = TokenCounts(entering=17, attention=(17, 12), leaving=12)
     (found,) = contradictions(f"modifiers: [{{{line}}}]", Promise(), [], tokens)
     assert "asks for" in found or "what can't be read" in found
+
+
+@pytest.mark.parametrize(
+    ("line", "asked"),
+    [
+        ("dynamic_vit: {keep: 0.7}", "138, 97, 68 before the attention of blocks 3, 6, 9"),
+        ("dynamic_vit: {prune: 0.2}", "157, 126, 101 before the attention of blocks 3, 6, 9"),
+        ("svite_tokens: {keep: 0.9}", "177 before the attention of block 0"),
+        ("evit: {keep: 0.7}", "140, 100, 72 before the attention of blocks 4, 7, 10"),  # 138, 98, 70 kept, one fused
+        ("evit: {keep: 0.7, fuse: false}", "139, 98, 69 before the attention of blocks 4, 7, 10"),
+        (
+            "tome: {r: [98, 60, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9]}",
+            "99, 50 before the attention of blocks 1, 2; 41 out of the last",
+        ),
+    ],
+)
+def test_published_counts_of_deit_small(line: str, asked: str) -> None:
+    dense = TokenCounts(entering=197, attention=(197,) * 12, leaving=197)
+    (found,) = token_contradictions(steps(f"modifiers: [{{{line}}}]"), dense)
+    assert f"asks for 197 -> {asked}, the file has 197 in all 12 blocks" in found
