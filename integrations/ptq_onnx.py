@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 IMAGES = 256  # that ranges are taken from
 _SUFFIX = "_quantized"
+# outputs that hold values, and places of values
+_CHOOSING = {"TopK": (0, 1), "ArgMax": (None, 0), "ArgMin": (None, 0)}
 _WEIGHTED = ("MatMul", "Gemm", "Conv")
 
 
@@ -159,16 +161,22 @@ def weighted_nodes(model: onnx.ModelProto) -> list[str]:
 
 
 def _computed(model: onnx.ModelProto) -> set[str]:
-    """The values that an output is computed from, other than by what TopK chooses (the tokens that stay, say).
+    """The values that an output is computed from, other than by places that are chosen (of the tokens that stay, say).
 
     Rounded scores are often equal, and then other tokens are chosen.
     """
-    found = {output.name for output in model.graph.output}
+    outputs = {output.name for output in model.graph.output}
+    found = set(outputs)
     for node in reversed(model.graph.node):  # which stand in an order of computation
-        chooses = node.op_type == "TopK" and node.output[0] not in found
+        values, places = _CHOOSING.get(node.op_type, (None, None))
+        chooses = places is not None and node.output[places] not in outputs
+        if chooses and values is not None and node.output[values] in found:
+            chooses = False
         if not chooses and found.intersection(node.output):
-            found.update(node.input)
-    return found
+            found.update(name for name in node.input if name)  # an input that is left out has no name
+    if model.graph.input[0].name in found:
+        return found
+    return {name for node in model.graph.node for name in node.output}  # what is chosen is the result
 
 
 def _is_patch_embedding(node: onnx.NodeProto) -> bool:

@@ -5,12 +5,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import Field, PrivateAttr
+from torch import Tensor
 
+from ovit_engine.gate_groups import FREE, joined, tile_of
 from ovit_engine.modifier import Claim, Modifier, Run
 from ovit_engine.modifiers._base import Targets
+from ovit_engine.pattern import NM
 from ovit_engine.registry import register
 from ovit_engine.schedule import Clock
 from ovit_engine.targets import Slot, find_slots, parameter_slots
+
+_PATTERN = NM(2, 4)  # what hardware reads: units beside it leave by fours
 
 
 @register("constant_mask")
@@ -36,6 +41,9 @@ class ConstantMask(Modifier):
                 self._named = find_slots(run.model, self.targets)
             except ValueError as error:
                 raise self.error(str(error), "targets") from None
+        for slot in self._named or _sparse(run):
+            if not slot.tensor.is_meta and _is_2_4(slot.gather() != 0):
+                run.tiles[slot.name] = joined(run.tiles.get(slot.name, FREE), tile_of(_PATTERN))
 
     def claims(self, run: Run) -> Iterable[Claim]:
         for slot in self._named or _sparse(run):
@@ -48,6 +56,11 @@ class ConstantMask(Modifier):
             mask = slot.gather() != 0
             if bool(mask.all()):
                 raise self.error(f"{slot.name!r} has no zeros: load the sparse checkpoint before attach", "targets")
+            gated = getattr(slot.module, "input_gate", None) is not None
+            if gated and slot.name not in run.tiles and _is_2_4(mask):
+                raise self.error(
+                    f"{slot.name!r} is 2:4, which its gate was not told: load the sparse checkpoint before prepare"
+                )
             run.masks.set(slot, mask)
         self._held = True
         run.log(f"{self.name}/sparsity", run.masks.sparsity())
@@ -71,6 +84,15 @@ class ConstantMask(Modifier):
         if not slots:
             raise self.error("no matrix or convolution has zeros to hold: load the sparse checkpoint before attach")
         return slots
+
+
+def _is_2_4(mask: Tensor) -> bool:
+    """Whether zeros [out, in, ...] follow the pattern in every group."""
+    try:
+        _PATTERN.check(mask.shape)
+    except ValueError:
+        return False
+    return not bool((mask & ~_PATTERN.mask(mask.float())).any())
 
 
 def _sparse(run: Run) -> list[Slot]:

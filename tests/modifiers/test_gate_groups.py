@@ -67,6 +67,58 @@ def test_patterns_are_known_whichever_line_stands_first(tmp_path: Path) -> None:
     assert [fours_of(site.gate) for site in installed(model)] == [{0, 4}] * 2
 
 
+def in_twos_of_four(model: Any) -> None:
+    with torch.no_grad():
+        for block in model.blocks:
+            weight = block.mlp.fc2.weight
+            weight.mul_(parse_pattern("2:4").mask(weight.abs()))
+
+
+def test_zeros_that_a_checkpoint_has_in_fours_are_held_too() -> None:
+    model = vit()
+    in_twos_of_four(model)
+    engine = Engine(model, recipe(GATES[1], "constant_mask: {}"), steps_per_epoch=6, epochs=1).prepare()
+    train(model, engine, 6, calibration=CALIBRATION)
+    engine.detach()
+    assert [fours_of(site.gate) for site in installed(model)] == [{0, 4}] * 2
+    shrink(model, masks=engine.run.masks)
+    for block in model.blocks:
+        assert ((block.mlp.fc2.weight.view(24, -1, 4) != 0).sum(-1) <= 2).all()
+
+
+def test_a_checkpoint_in_fours_that_comes_after_the_gates_is_refused() -> None:
+    model = vit()
+    engine = Engine(model, recipe(GATES[1], "constant_mask: {}"), steps_per_epoch=6, epochs=1).prepare()
+    in_twos_of_four(model)
+    with pytest.raises(RecipeError, match=r"'blocks.0.mlp.fc2.weight' is 2:4, .*: load the sparse checkpoint before"):
+        train(model, engine, 6, calibration=CALIBRATION)
+
+
+def parameters_off(model: Any) -> int:
+    """Weights and biases of what is off, by hand: width 24, heads of 6."""
+    each = {"units": 2 * 24 + 1, "heads": 3 * 6 * (24 + 1) + 24 * 6}
+    return sum(int((~site.gate).sum()) * each[site.kind] for site in installed(model))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_a_budget_of_parameters_is_used_up_to_a_group(share: float) -> None:
+    gates = f"structured_prune: {{parameter_sparsity: {share}, start: 3st, score: l1}}"
+    model, _ = trained(gates, pattern(targets="re:.*fc2\\.weight"))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert share * total - 594 < parameters_off(model) <= share * total  # of a head, the largest that goes at once
+    assert any(not site.gate.all() for site in installed(model) if site.kind == "units")
+
+
+def test_a_budget_of_parameters_that_groups_put_out_of_reach() -> None:
+    lines = ("structured_prune: {parameter_sparsity: 0.97, score: l1}", pattern())
+    with pytest.raises(RecipeError, match="out of reach: with one head and one unit left") as at:
+        Engine(vit(), recipe(*lines), steps_per_epoch=6, epochs=1).prepare()
+    reach = float(str(at.value).rpartition("block ")[2].split()[0])
+    with pytest.raises(RecipeError, match="out of reach") as at:
+        Engine(vit(), recipe(lines[0]), steps_per_epoch=6, epochs=1).prepare()
+    assert reach < float(str(at.value).rpartition("block ")[2].split()[0])
+
+
 def test_units_of_s2vite_move_by_fours() -> None:
     model = vit()
     text = ["s2vite: {unit_sparsity: 0.5, every: 1st, end: 5st, seed: 3}", pattern().replace("4st", "6st")]

@@ -44,15 +44,18 @@ def test_an_int8_file_keeps_the_tokens_that_the_float_one_keeps(tmp_path: Path) 
     assert second > 0.98
 
 
-def graph(outputs: list[str]) -> onnx.ModelProto:
+def graph(outputs: list[str], top: onnx.NodeProto | None = None) -> onnx.ModelProto:
     """A network whose classes are also put in order, a scorer behind it that only chooses, and the head."""
+    top = top or helper.make_node("TopK", ["scores", "two"], ["best", "places"], name="top")
     weights = {name: np.ones((4, 4), np.float32) for name in ("body", "score", "head", "last")}
     nodes = [
         helper.make_node("MatMul", ["x", "body"], ["hidden"], name="body"),
         helper.make_node("MatMul", ["hidden", "score"], ["scores"], name="score"),
-        helper.make_node("TopK", ["scores", "two"], ["best", "places"], name="top"),
+        top,
+        helper.make_node("Identity", ["places"], ["labels"]),
+        helper.make_node("Clip", ["wide", "", "one"], ["held"]),
         helper.make_node("MatMul", ["hidden", "head"], ["wide"], name="head"),
-        helper.make_node("GatherElements", ["wide", "places"], ["chosen"], axis=1),
+        helper.make_node("GatherElements", ["held", "places"], ["chosen"], axis=1),
         helper.make_node("MatMul", ["wide", "last"], ["logits"], name="last"),
     ]
     return helper.make_model(
@@ -64,6 +67,7 @@ def graph(outputs: list[str]) -> onnx.ModelProto:
             [
                 *(numpy_helper.from_array(value, name) for name, value in weights.items()),
                 numpy_helper.from_array(np.array([2]), "two"),
+                numpy_helper.from_array(np.float32(1), "one"),
             ],
         )
     )
@@ -72,3 +76,18 @@ def graph(outputs: list[str]) -> onnx.ModelProto:
 def test_scores_whose_values_are_used_are_no_choice() -> None:
     assert weighted_nodes(graph(["logits", "chosen"])) == ["body", "head"]
     assert weighted_nodes(graph(["logits", "chosen", "best"])) == ["body", "score", "head"]
+
+
+def test_a_choice_without_values_is_one_too() -> None:
+    """Beside an operator whose optional input is left out: its name is that of the values, none."""
+    for node in (
+        helper.make_node("TopK", ["scores", "two"], ["", "places"], name="top"),
+        helper.make_node("ArgMax", ["scores"], ["places"], axis=1),
+    ):
+        assert weighted_nodes(graph(["logits", "chosen"], node)) == ["body", "head"]
+
+
+def test_where_the_choice_is_the_result_its_scores_are_rounded() -> None:
+    assert weighted_nodes(graph(["logits", "places"])) == ["body", "score", "head"]
+    assert weighted_nodes(graph(["places"])) == ["body"]
+    assert weighted_nodes(graph(["labels"])) == ["body", "score", "head"]
