@@ -6,7 +6,7 @@ from time import perf_counter
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, PlainSerializer, PrivateAttr, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -42,6 +42,13 @@ class MaskingModifier(Modifier):
     pattern: PatternField = Field(
         default_factory=Unstructured, description='unstructured, "keep:group" or {block: [r, c]}'
     )
+
+    @field_validator("scope", mode="before")
+    @classmethod
+    def _known_scope(cls, value: Any) -> Any:
+        if value == "uniform":  # the papers' word
+            raise ValueError("'uniform' is called 'layer' here: the same sparsity in each")
+        return value
 
     _slots: list[Slot] = PrivateAttr(default_factory=list)
     _done: int = PrivateAttr(default=-1)  # the last of its times at which it acted

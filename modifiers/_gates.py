@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,6 +87,17 @@ class GateModifier(Modifier):
                 f"{share:g} is out of reach: with {left} in each block {most:.4f} of the {total} {what} are gone",
                 option,
             )
+
+    def kept_each(self, run: Run) -> dict[str, int]:
+        """How many heads or units of each site will be on, by site name, where that does not depend on scores."""
+        return {}
+
+    def outcome(self, run: Run) -> Iterable[str]:
+        kept = self.kept_each(run)
+        for kind in self.kinds():
+            sites = [site for site in self.sites(kind) if site.name in kept]
+            if sites:
+                yield spell_kept(kind, [kept[site.name] for site in sites], [site.count for site in sites])
 
     def attach(self, run: Run) -> None:
         if self._loaded is not None:
@@ -177,8 +188,9 @@ class GateModifier(Modifier):
         for site in self._sites:
             if not bool((site.gate.cpu() == gates[site.name].cpu()).all()):
                 raise RuntimeError(
-                    f"{self.name}: at step {run.step} the gate of {site.name!r} is not that of the loaded state: call "
-                    "model.load_state_dict(...) between engine.load_state_dict(...) and attach"
+                    f"{self.name}: at step {run.step} the gate of {site.name!r} is not that of the loaded state: load "
+                    f"the model's state of that step, with its {f'{site.name}.input_gate'!r}, once "
+                    "engine.load_state_dict(...) has made the gates"
                 )
 
     def _begin(self, step: int) -> int | None:
@@ -209,6 +221,15 @@ class GateModifier(Modifier):
     def window_start(self, event: int) -> int:
         """The step from which the first event at `event` needs the gates for itself: its scores are recorded there."""
         return max(0, event - self._window) if self._scored else event
+
+
+def spell_kept(kind: Kind, kept: Sequence[int], counts: Sequence[int]) -> str:
+    """What stays, `kept` of `counts` in each block, in words: "1 of 3 heads left in each block, 66.67% off"."""
+    off = f"{1 - sum(kept) / sum(counts):.2%} off"
+    if len(set(counts)) > 1:
+        return f"{sum(kept)} of {sum(counts)} {kind} left in all blocks together, {off}"
+    each = f"{min(kept)}" if len(set(kept)) == 1 else f"{min(kept)} to {max(kept)}"
+    return f"{each} of {counts[0]} {kind} left in each block, {off}"
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -2,9 +2,9 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 from torch import nn
 
 from ovit_engine import tokens
@@ -12,6 +12,21 @@ from ovit_engine.modifier import Claim, Modifier, Run
 from ovit_engine.schedule import Clock
 from ovit_engine.tokens.counts import check_counts
 from ovit_engine.tokens.hooks import finish
+
+
+def _check_share(value: Any) -> Any:
+    """Explain a percentage, which pydantic would only call too large or no number."""
+    text = str(value).strip()
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        return value
+    if text.endswith("%") or 2 <= number <= 100:
+        raise ValueError(f"{value} is no share of the tokens: did you mean {number / 100:g}?")
+    return value
+
+
+Share = Annotated[float, BeforeValidator(_check_share)]
 
 
 class TokenReduction(Modifier):
@@ -34,21 +49,39 @@ class TokenReduction(Modifier):
     def prepare(self, run: Run) -> None:
         try:
             layout = tokens.find_layout(run.model)
-            if tokens.hooks_of(run.model) is not None:
-                raise ValueError("the model's tokens are reduced already, by another recipe or modifier")
+            if (others := tokens.hooks_of(run.model)) is not None:
+                raise ValueError(f"the model's tokens are reduced already, by {others.made_by}")
         except ValueError as error:
             raise self.error(str(error)) from None
         self._hooks = self.make_hooks(run, layout)
+        self._hooks.made_by = f"{self.name} ({self._origins.get('', 'another recipe')})"
         self._hooks.install(run.model)
+
+    def outcome(self, run: Run) -> Iterable[str]:
+        yield f"tokens {self.hooks.token_counts()}"
 
     def claims(self, run: Run) -> Iterable[Claim]:
         yield Claim("the tokens", 0, run.total_steps)
 
     def attach(self, run: Run) -> None:
         self.hooks.end_step(run.step)
+        self._log_kept(run)
 
     def step_end(self, run: Run) -> None:
         self.hooks.end_step(run.step)
+        if run.step % run.steps_per_epoch == 0:
+            self._log_kept(run)
+
+    def kept(self) -> dict[str, float]:
+        """Shares of the patch tokens that training keeps at present, by the name under which they are logged."""
+        return {}
+
+    def _log_kept(self, run: Run) -> None:
+        """Log the shares that are not what they were when last logged."""
+        before = {name: value for _, name, value in run.history}
+        for name, share in self.kept().items():
+            if before.get(f"{self.name}/{name}") != share:
+                run.log(f"{self.name}/{name}", share)
 
     def apply_to(self, model: nn.Module) -> None:
         if tokens.hooks_of(model) is None:
@@ -63,10 +96,10 @@ class TokenReduction(Modifier):
 class TokenPruning(TokenReduction):
     """A reduction that drops tokens before some blocks, to counts that a share or a list gives."""
 
-    keep: float | None = Field(
+    keep: Share | None = Field(
         None, gt=0, le=1, description="share of the patch tokens that each stage keeps of those before it"
     )
-    prune: float | None = Field(None, ge=0, lt=1, description="the same as 1 - keep: the share that each stage drops")
+    prune: Share | None = Field(None, ge=0, lt=1, description="the same as 1 - keep: the share that each stage drops")
     keep_tokens: list[int] | None = Field(
         None, min_length=1, description="patch tokens left after each stage, in place of a share"
     )

@@ -68,8 +68,8 @@ class CyclicLR(Modifier):
         for step in range(start, end, cyclic.period):
             last = min(step + cyclic.period, end) - 1
             first = step + (cyclic.warmup if step == start else 0)
-            rates = f"{cyclic.value(first - start):.3g} -> {cyclic.value(last - start):.3g}"
-            yield first, "learning rate", f"{rates} ({self.curve})"
+            high, low = f"{cyclic.value(first - start):.3g}", f"{cyclic.value(last - start):.3g}"
+            yield first, "learning rate", f"{high} -> {low} ({self.curve})" if high != low else high
 
     def prepare(self, run: Run) -> None:
         self._cyclic, *span = self._resolve(run.clock)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ovit_engine.distillation import hard_loss, soft_loss, token_loss
 from ovit_engine.modifier import Modifier, Run, Time
+from ovit_engine.processes import ranks
 from ovit_engine.registry import register
 from ovit_engine.schedule import Clock
 from ovit_engine.teacher import Lesson, Teacher, logits_of
@@ -36,7 +37,7 @@ class Distill(Modifier):
     end: Time | None = Field(None, description="time until which it has; to the end of training if left out")
 
     _times: tuple[int, int] = PrivateAttr(default=(0, 0))
-    _learned: bool = PrivateAttr(default=False)  # since the last step
+    _term: Tensor | None = PrivateAttr(default=None)  # the last one since the last step
 
     @model_validator(mode="after")
     def _consistent(self) -> "Distill":
@@ -91,23 +92,27 @@ class Distill(Modifier):
         lesson = _teacher(run).lesson() if is_taught else None
         if lesson is None:
             return None
-        self._learned = True
         terms = []
         if self.logits:
             terms.append(self.logits * self._of_logits(lesson))
         if self.tokens:
             terms.append(self.tokens * self._of_tokens(run, lesson))
-        return sum(terms[1:], start=terms[0])
+        term = sum(terms[1:], start=terms[0])
+        self._term = term.detach()
+        return term
 
     def step_end(self, run: Run) -> None:
         start, end = self._times
-        learned, self._learned = self._learned, False
-        if start < run.step <= end and not learned:
+        term, self._term = self._term, None
+        if start < run.step <= end and term is None:
             raise RuntimeError(
                 f"{self.name}: a step was made, and no forward pass of the model was seen: the loop must call the "
                 "model itself, not parts of it, in training mode and with gradients (reentrant checkpointing of all "
                 "of it has none)"
             )
+        if term is not None and run.step % run.steps_per_epoch == 0:
+            of_ranks = ranks().gather(float(term))
+            run.log(f"{self.name}/loss", sum(of_ranks) / len(of_ranks))
 
     def detach(self, run: Run) -> None:
         start, _ = self._times

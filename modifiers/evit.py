@@ -36,10 +36,12 @@ class EViT(TokenPruning):
     )
 
     def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
-        _, end = self._resolve(clock)
+        start, end = self._resolve(clock)
         (_, what, spelled), *_ = super().timeline(clock)
-        if end:
+        if start:
             yield 0, what, f"all in training ({self.name})"
+        if end > start:
+            yield start, what, f"fewer with each step of training, along half a cosine ({self.name})"
         yield end, what, spelled
 
     def _resolve(self, clock: Clock) -> tuple[int, int]:
@@ -66,6 +68,12 @@ class EViT(TokenPruning):
         shares = [share] * len(places) if share is not None else shares_of(layout.patches, counts, fuse=self.fuse)
         readers = 1 if getattr(vit, "dist_token", None) is None else 2
         return AttendedHooks(layout, places, shares, fuse=self.fuse, readers=readers, shrink=shrink)
+
+    def kept(self) -> dict[str, float]:
+        hooks = self.hooks
+        assert isinstance(hooks, AttendedHooks)
+        counts = enumerate(hooks.training_counts, 1)
+        return {f"kept_{stage}": count / hooks.layout.patches for stage, count in counts}
 
     def share_counts(self, patches: int, keep: float, stages: int) -> list[int]:
         """Patch tokens that each stage keeps."""

@@ -149,6 +149,10 @@ class Gohsp(GateModifier):
             share = self.parameter_sparsity
             raise self.error(f"{share:g} of {total} is out of reach: {error}", "parameter_sparsity") from None
 
+    def kept_each(self, run: Run) -> dict[str, int]:
+        counts = zip(self._sites, self._counts(run), strict=True)
+        return {site.name: self.groups(site).members(number) for site, number in counts}
+
     def claims(self, run: Run) -> Iterable[Claim]:
         for site in self._sites:
             yield Claim(f"the gate of {site.name}", self._times.start, self._times.end)

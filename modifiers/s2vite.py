@@ -82,6 +82,11 @@ class S2Vite(UpdatingModifier, GateModifier):
         for site in self._sites:
             self.check_reach([site], self._sparsity(site.kind), f"{site.kind[:-1]}_sparsity")
 
+    def kept_each(self, run: Run) -> dict[str, int]:
+        groups = {site.name: self.groups(site) for site in self._sites}
+        kept = {site.name: kept_count(groups[site.name].number, self._sparsity(site.kind)) for site in self._sites}
+        return {name: groups[name].members(number) for name, number in kept.items()}
+
     def claims(self, run: Run) -> Iterable[Claim]:
         for site in self._sites:
             yield Claim(f"the gate of {site.name}", 0, self._updates[-1])

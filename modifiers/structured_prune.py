@@ -153,6 +153,26 @@ class StructuredPrune(ScheduledModifier, GateModifier):
                 "parameter_sparsity",
             )
 
+    def kept_each(self, run: Run) -> dict[str, int]:
+        if self.scope != "layer":
+            return {}
+        sizes = {site.name: self.groups(site) for site in self._sites}
+        shares = {budget: max(spelled(amount)) for budget, amount in self._amounts().items()}
+        kept = {site.name: kept_count(sizes[site.name].number, shares[site.kind]) for site in self._sites}
+        return {name: sizes[name].members(number) for name, number in kept.items()}
+
+    def outcome(self, run: Run) -> Iterable[str]:
+        yield from super().outcome(run)
+        for budget, amount in self._amounts().items():
+            share = max(spelled(amount))
+            if budget == "parameters":
+                yield f"{int(share * self._total):,} of {self._total:,} parameters go at most"
+            elif self.scope == "global":
+                total, groups = sum(site.count for site in self.sites(budget)), map(self.groups, self.sites(budget))
+                least = "at least " * any(each.size > 1 for each in groups)
+                left = kept_count(total, share)
+                yield f"{least}{left} of {total} {budget} left in all blocks together, {1 - left / total:.2%} off"
+
     def claims(self, run: Run) -> Iterable[Claim]:
         for site in self._sites:
             yield Claim(f"the gate of {site.name}", self.window_start(self._steps[0]), self._steps[-1])

@@ -38,6 +38,16 @@ class SViTETokens(TokenPruning):
         stages = [Stage(0, count)]
         return SelectorHooks(layout, stages, TopTokens(WARM), seed=self.seed, masking=self.masking)
 
+    @property
+    def selector(self) -> SelectorHooks:
+        """The hooks of the model that is trained."""
+        hooks = self.hooks
+        assert isinstance(hooks, SelectorHooks)
+        return hooks
+
+    def kept(self) -> dict[str, float]:
+        return {"kept_1": self.selector.stages[0].keep / self.selector.layout.patches}
+
     def attach(self, run: Run) -> None:
         super().attach(run)
         self._cool(run)
@@ -47,10 +57,9 @@ class SViTETokens(TokenPruning):
         self._cool(run)
 
     def _cool(self, run: Run) -> None:
-        hooks = self.hooks
-        assert isinstance(hooks, SelectorHooks)
-        assert isinstance(hooks.sampler, TopTokens)
-        hooks.sampler.temperature.fill_(temperature(run.step / run.total_steps))
+        sampler = self.selector.sampler
+        assert isinstance(sampler, TopTokens)
+        sampler.temperature.fill_(temperature(run.step / run.total_steps))
 
 
 def temperature(progress: float) -> float:

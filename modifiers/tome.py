@@ -1,5 +1,6 @@
 """Token merging (ToMe, arXiv 2210.09461): tokens that are alike become one."""
 
+import logging
 from collections.abc import Iterable
 from typing import Literal
 
@@ -13,6 +14,8 @@ from ovit_engine.schedule import Clock
 from ovit_engine.tokens.between import check_blocks_open
 from ovit_engine.tokens.merger import MergingHooks
 from ovit_engine.tokens.merging import falling_amounts, merged_counts
+
+log = logging.getLogger(__name__)
 
 
 @register("tome")
@@ -53,6 +56,11 @@ class ToMe(TokenReduction):
             raise self.error(str(error)) from None
         return MergingHooks(layout, self.amounts(layout), proportional=self.proportional_attention)
 
+    def kept(self) -> dict[str, float]:
+        hooks = self.hooks
+        assert isinstance(hooks, MergingHooks)
+        return {"kept": 1 - sum(hooks.amounts) / hooks.layout.patches}
+
     def amounts(self, layout: tokens.Layout) -> list[int]:
         """Tokens that go in each block: at most half of the patch tokens that are there.
 
@@ -72,4 +80,6 @@ class ToMe(TokenReduction):
                 raise self.error(f"{amount} of {before} patch tokens can't go in block {place}: at most half", "r")
             found.append(before - after)
             before = after
+        if found != wanted:
+            log.warning("%s: at most half of the patch tokens merge in a block: r is %s here", self.name, found)
         return found

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ovit_engine.agreement import Agreement
+from ovit_engine.attached import Mark
 from ovit_engine.calibration import Calibration
 from ovit_engine.event import Event
 from ovit_engine.guards import (
@@ -20,6 +21,7 @@ from ovit_engine.guards import (
     check_claims,
     check_copy,
     check_device,
+    check_gates,
     check_made,
     check_parameters,
     check_supported,
@@ -81,7 +83,7 @@ class Engine:
         self._teacher = teacher
         self.run = Run(model, make_clock(steps_per_epoch, epochs, total_steps))
         self._rate_logs = RateLogs()
-        self._handles: list[RemovableHandle | StepWatch] = []
+        self._handles: list[RemovableHandle | StepWatch | Mark] = []
         self._stage: Event | None = None
         self._finished = False
         self._new: list[Slot] = []  # parameters that PREPARE made
@@ -128,6 +130,10 @@ class Engine:
             modifier.settle(self.run)
         self._new = [slot for slot in parameter_slots(self.model) if id(slot.tensor) not in before]
         check_claims([(m, claim) for m in self.modifiers for claim in m.claims(self.run)])
+        check_gates(self.run, self.modifiers)
+        for modifier in self.modifiers:
+            for line in modifier.outcome(self.run):
+                log.info("%s: %s", modifier.name, line)
         self._stage = Event.PREPARE
         return self
 
@@ -186,6 +192,7 @@ class Engine:
         (project,) = map(torch.compiler.disable, [self._after_other])  # as `hooks` does
         self._handles = [
             self._watch,
+            Mark(self.model),
             *hooks.register(optimizers[0]),
             *(other.register_step_post_hook(project) for other in (*optimizers[1:], *wrappers)),
         ]

@@ -48,6 +48,10 @@ class Groups:
         """How many groups there are."""
         return -(-self.count // self.size)
 
+    def members(self, kept: int) -> int:
+        """How many heads or units so many groups hold, if a smaller last one is not among those that go."""
+        return min(self.count, self.count - (self.number - kept) * self.size)
+
     def of_scores(self, scores: Tensor) -> Tensor:
         """Scores of groups [number] from those of heads or units [count]: their means."""
         return scores if self.size == 1 else torch.stack([part.mean() for part in torch.split(scores, self.size)])

@@ -1,6 +1,7 @@
 """What the engine refuses: surgery that comes too late, two writers of one thing."""
 
 import gc
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from types import MappingProxyType
@@ -11,10 +12,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ovit_engine.calibration import Calibration
-from ovit_engine.modifier import Claim, Modifier
+from ovit_engine.gate_groups import Groups
+from ovit_engine.gates import installed
+from ovit_engine.modifier import Claim, Modifier, Run
 from ovit_engine.recipe import Recipe
 from ovit_engine.sharding import is_sharded, sharded_modules
-from ovit_engine.targets import Slot, clean_name, unwrapped
+from ovit_engine.targets import Slot, clean_name, parameter_slots, unwrapped
 
 
 def check_made(model: object, recipe: object) -> None:
@@ -82,7 +85,7 @@ def check_supported(model: nn.Module) -> None:
 
 
 def check_parameters(model: nn.Module, optimizers: Iterable[Optimizer], new: Iterable[Slot]) -> None:
-    """Raise where no optimizer trains this model, or none has the parameters that PREPARE made."""
+    """Raise where no optimizer trains this model, or none has the parameters that PREPARE made; warn of old ones."""
     held = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
     if not any(id(parameter) in held for parameter in model.parameters()):
         why = (
@@ -95,6 +98,7 @@ def check_parameters(model: nn.Module, optimizers: Iterable[Optimizer], new: Ite
         raise RuntimeError(
             "the recipe adds parameters that the optimizer lacks: call engine.prepare() before making it"
         )
+    _warn_of_old_parameters(model, held)
 
 
 def check_device(model: nn.Module, device: torch.device | None) -> None:
@@ -107,12 +111,55 @@ def check_device(model: nn.Module, device: torch.device | None) -> None:
         )
 
 
+def _warn_of_old_parameters(model: nn.Module, held: set[int]) -> None:
+    """Warn where the model was shrunk and the optimizer, made before that, would step the old layers' weights."""
+    from ovit_engine.shrink import manifest_of
+
+    cut = {name for part in manifest_of(model).parts for name in part.axes()}
+    if not cut:
+        return
+    trained = [slot for slot in parameter_slots(model) if slot.name in cut and slot.tensor.requires_grad]
+    lost = [slot.name for slot in trained if id(slot.tensor) not in held]
+    if lost and held - {id(parameter) for parameter in model.parameters()}:
+        warnings.warn(
+            f"the optimizer does not train {lost[0]!r}, and holds parameters that are not the model's: was it made "
+            "before shrink(model)? Give it, shrink(model, optimizer=optimizer), or make it anew",
+            stacklevel=4,
+        )
+
+
 def check_surgery(model: nn.Module, modifiers: Iterable[Modifier]) -> None:
     """Raise where the recipe changes the model and that is wrapped already: the wrapper would not see it."""
     needs = [(m.name, "replaces layers" if m.surgery else "needs a teacher") for m in modifiers if _changes(m)]
     if needs and (late := _wrapper(model)):
         name, does = needs[0]
         raise RuntimeError(f"{name} {does}, and the model is {late} already: call engine.prepare() before that line")
+
+
+def check_gates(run: Run, modifiers: Iterable[Modifier]) -> None:
+    """Raise where the recipe prunes beside gates that are off from before, and so could not export what it trained.
+
+    An earlier recipe left them, or they were set by hand. Export removes what is off, which no modifier of this recipe
+    asked for.
+    """
+    sites = [site for site in installed(run.model) if not site.gate.is_meta]
+    leaving = [site for site in sites if not Groups.of(site, run.tiles).of_gate(site.gate).all()]
+    if not leaving:
+        return
+    from ovit_engine.export.stated import may_remove
+
+    modifiers = tuple(modifiers)
+    if may_remove(modifier.name for modifier in modifiers):
+        return
+    beside = {f"the mask of {name}.weight": site for site in leaving for name in (site.name, site.source_name)}
+    for modifier in modifiers:
+        for claim in modifier.claims(run):
+            if site := beside.get(claim.what):
+                off = int((~site.gate).sum())
+                raise modifier.error(
+                    f"{off} of {site.count} {site.kind} of {site.owner_name} are off from an earlier recipe, and export "
+                    "would remove them, which this recipe doesn't ask for: shrink(model) first (ovit_engine.shrink)"
+                )
 
 
 def _changes(modifier: Modifier) -> bool:

@@ -137,6 +137,7 @@ class Modifier(BaseModel):
     - `bake` turns the training form of a model copy into what is deployed.
     - `apply_to` brings another copy of the model (EMA) to the same state.
     - `timeline` lists what will happen, for `ovit show`.
+    - `outcome` tells what will be left of this model, in whole numbers, where shares are rounded.
     - `changes` says at which steps the model becomes another one (pruned further, quantized): a sweep keeps it before.
     - `loss_term` is added to each loss of training; `needs_teacher` says whether it compares with `run.teacher`.
     - `sweep_plan` says which of those steps leave a checkpoint.
@@ -184,6 +185,10 @@ class Modifier(BaseModel):
 
     def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
         """Rows of (step, quantity, value) for a training of this length."""
+        return ()
+
+    def outcome(self, run: Run) -> Iterable[str]:
+        """Lines on what is left of `run.model` in the end, once PREPARE is over."""
         return ()
 
     def changes(self, clock: Clock) -> Iterable[int]:

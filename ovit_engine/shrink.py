@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ovit_engine import quant
+from ovit_engine.attached import is_attached
 from ovit_engine.gates import KINDS, GateSite, find_sites, installed, uninstall
 from ovit_engine.manifest import Manifest, Part
 from ovit_engine.masks import Masks
@@ -42,12 +43,15 @@ def shrink(model: nn.Module, *, optimizer: Optimizer | None = None, masks: Masks
         masks: of unstructured pruning; they become those of the smaller weights.
 
     Raises:
-        ValueError: no gate, a wrapped, sharded or tied model, or an optimizer that can't follow.
+        ValueError: no gate, a wrapped, sharded or tied model, one that an engine is attached to, or an optimizer that
+            can't follow.
         RuntimeError: the smaller model would not compute the same. The model stays as it was, as with ValueError.
     """
     _check_plain(model)
     sites = installed(model)
     if not sites:
+        if left := manifest_of(model):
+            raise ValueError(f"{type(model).__name__} was shrunk already, and no gate was made since: left are {left}")
         raise ValueError(f"{type(model).__name__} has no gates: harvest(model) removes what pruning left dead")
     removals = [gated(site, masks) for site in sites]
     _remove(model, removals, optimizer, masks)
@@ -130,6 +134,8 @@ def known_sites(model: nn.Module) -> list[GateSite]:
 def _check_plain(model: nn.Module) -> None:
     if unwrapped(model) is not model:
         raise ValueError(f"{type(model).__name__} is a wrapper: give the model inside, and wrap it again afterwards")
+    if is_attached(model):
+        raise ValueError("an engine is attached to the model: call engine.detach() first, or give a copy")
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError("the model is sharded: shrink it before fully_shard, or inside `with whole_model(model):`")
 

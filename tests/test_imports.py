@@ -30,7 +30,7 @@ LAYERS = [
     ],
     ["second_order", "presets", "plots", "samples", "torch_files", "head_graph", "soft_pruning"],
     ["targets", "processes", "gate_choice", "topology"],
-    ["masks", "gradient_pass", "gates"],
+    ["masks", "gradient_pass", "gates", "attached"],
     [
         "calibration",
         "flops",

@@ -1,7 +1,5 @@
 """ovit recipes: what ships with us."""
 
-import difflib
-
 import click
 
 
@@ -12,7 +10,7 @@ def recipes(name: str | None) -> None:
     from rich.table import Table
 
     from ovit_engine.console import table_console
-    from ovit_engine.recipe import Recipe, shipped_recipes
+    from ovit_engine.recipe import Recipe, nearest_recipes, shipped_recipes
 
     shipped = shipped_recipes()
     if name is None:
@@ -25,7 +23,5 @@ def recipes(name: str | None) -> None:
         table_console().print(table)
         return
     if name not in shipped:
-        near = difflib.get_close_matches(name, list(shipped), n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(shipped)}"
-        raise ValueError(f"no recipe {name!r} of ours; {hint}")
+        raise ValueError(f"no recipe {name!r} of ours; {nearest_recipes(name)}")
     click.echo(shipped[name], nl=False)

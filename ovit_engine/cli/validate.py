@@ -120,6 +120,9 @@ def _print_matches(console: Any, engine: "Engine") -> None:
         table.add_row(*row)
     if table.row_count:
         console.print(table)
+    for modifier in engine.modifiers:
+        for line in modifier.outcome(engine.run):
+            console.print(f"{modifier.name}: {line}")
 
 
 def match_rows(engine: "Engine") -> Iterable[tuple[str, str, str, str]]:
@@ -130,7 +133,8 @@ def match_rows(engine: "Engine") -> Iterable[tuple[str, str, str, str]]:
     sizes = {slot.name: slot.tensor.numel() for slot in parameter_slots(engine.model)}
     sizes |= {name.removesuffix(".weight"): size for name, size in sizes.items() if name.endswith(".weight")}
     for modifier in engine.modifiers:
-        claimed = [claim.what.rpartition(" ")[2] for claim in modifier.claims(engine.run)]
+        claims = [claim.what for claim in modifier.claims(engine.run)]
+        claimed = [what.rpartition(" ")[2] for what in claims if not what.startswith("the gate of ")]  # of no weights
         # a layer and its weight are the same numbers
         claimed = [name for name in dict.fromkeys(claimed) if name in sizes and f"{name}.weight" not in claimed]
         targets = getattr(modifier, "targets", None) or []

@@ -24,6 +24,7 @@ _NEITHER = ("cyclic_lr", "distill", *REDUCERS)
 # they remove heads and units, or let what is dead be removed
 _HARVEST = "shrink"
 _REMOVERS = ("structured_prune", "s2vite", "gohsp", _HARVEST)
+_KNOWN = {"quantize", *_NEITHER, *_REMOVERS}  # besides pruners
 # constants of the graph that are no parameter of the model
 _UNNAMED = re.compile(r"val_\d+")
 # rounding: each layer prunes a whole number of weights, N:M whole groups
@@ -73,6 +74,12 @@ class _Step:
         return any(_matches(target, name) for name in names)
 
 
+def may_remove(modifiers: Iterable[str]) -> bool:
+    """Whether files of a recipe of these modifiers, by name, may lack heads and units: of unknown ones nobody knows."""
+    steps = [_Step(name, {}) for name in modifiers]
+    return any(step.name in _REMOVERS or not (step.prunes or step.name in _KNOWN) for step in steps)
+
+
 def contradictions(
     recipe_text: str, promise: Promise, layers: Sequence[LayerFacts], tokens: TokenCounts | None = None
 ) -> list[str]:
@@ -86,8 +93,7 @@ def contradictions(
         steps = _read(recipe_text)
     except (yaml.YAMLError, TypeError, ValueError, AttributeError) as error:
         return [f"the recipe in the metadata is no recipe: {' '.join(str(error).split())}"]
-    known = {"quantize", *_NEITHER, *_REMOVERS}
-    has_unknown = any(not step.prunes and step.name not in known for step in steps)
+    has_unknown = any(not step.prunes and step.name not in _KNOWN for step in steps)
     pruners = [step for step in steps if step.prunes]
     quantizers = [step for step in steps if step.name == "quantize"]
     promised = {layer.name: layer for layer in promise.layers}

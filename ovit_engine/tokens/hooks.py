@@ -27,6 +27,7 @@ class TokenHooks(ABC):
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
+        self.made_by = "hooks of its own"  # the modifier, for those who find it here
         self.survivors: Survivors | None = None  # of the last forward pass in training; None where all are left
         self._vit: Any = None  # the transformer it lies on
         self._handles: list[RemovableHandle] = []
@@ -47,8 +48,8 @@ class TokenHooks(ABC):
             ValueError: its tokens are reduced already.
         """
         vit = find_transformer(model)
-        if hooks_of(model) is not None:
-            raise ValueError(f"tokens of {type(vit).__name__} are reduced already, by another recipe or modifier")
+        if (hooks := hooks_of(model)) is not None:
+            raise ValueError(f"tokens of {type(vit).__name__} are reduced already, by {hooks.made_by}")
         self._vit = vit
         self._handles = list(self.register(vit))
         setattr(vit, ATTRIBUTE, self)

@@ -70,7 +70,7 @@ def test_a_recipe_with_a_mistake_names_the_place(ovit: Ovit, text: str, message:
         (["bench", "none.onnx", "--output", "b.xls"], "'b.xls' ends in '.xls': write a folder, or a file in .json"),
         (["bench", "--device", "cuda", "tiny.yaml", "--output", "b.csv"], "is one JSON file, write FILE.json"),
         (["recipes", "digits_vit_dens"], "no recipe 'digits_vit_dens' of ours; did you mean 'digits_vit_dense'?"),
-        (["recipes", "xyz"], "no recipe 'xyz' of ours; there are digits_vit_dense, "),
+        (["recipes", "xyz"], "no recipe 'xyz' of ours; `ovit recipes` lists them"),
     ],
 )
 def test_what_can_not_be_done_is_said_in_one_line(ovit: Ovit, arguments: list[str], message: str) -> None:

@@ -65,7 +65,7 @@ REFUSED = {
     ("gates", "phases"): GATES_FIRST,
     ("gates", "topology"): GATES_FIRST,
     ("gates", "gates"): "writes the gate of blocks.0.*|has gates already",
-    ("tokens", "tokens"): "the model's tokens are reduced already, by another recipe or modifier",
+    ("tokens", "tokens"): "the model's tokens are reduced already, by ",
     ("rate", "rate"): ONE_WRITER.format("the learning rate", "cyclic_lr"),
     ("int8", "int8"): "quantize",
 }
