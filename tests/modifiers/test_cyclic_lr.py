@@ -197,6 +197,8 @@ def test_the_timeline_names_each_cycle() -> None:
     assert [step for step, _, _ in rows] == [0, 5, 10, 15]
     assert rows[0][2] == "0.2 -> 0.12 (linear)"
     assert rows[3] == (15, "learning rate", "0.2 -> 0.12 (linear)")
+    (constant,) = recipe("cyclic_lr: {max: 0.2, min: 0.2}").modifiers
+    assert list(constant.timeline(engine.run.clock)) == [(0, "learning rate", "0.2")]
 
 
 def test_the_timeline_tells_the_warm_up() -> None:

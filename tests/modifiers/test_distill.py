@@ -243,6 +243,16 @@ def test_the_timeline_tells_the_terms() -> None:
     ]
 
 
+def test_the_term_is_in_the_history_once_an_epoch() -> None:
+    model = vit()
+    engine = Engine(model, recipe("distill: {end: 4st}"), steps_per_epoch=2, epochs=3, teacher=vit(1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    engine.attach(optimizer)
+    terms = train(engine, model, optimizer, 6)
+    assert [(step, name) for step, name, _ in engine.run.history] == [(2, "distill/loss"), (4, "distill/loss")]
+    assert [value for _, _, value in engine.run.history] == pytest.approx([terms[1], terms[3]], rel=1e-4)
+
+
 def test_after_training_the_loss_is_as_it_is() -> None:
     model = vit()
     engine = Engine(model, recipe("distill: {}"), steps_per_epoch=60, epochs=1)

@@ -67,6 +67,10 @@ def test_operations_are_those_of_the_table(name: str, keep: float) -> None:
     [
         ("{}", "say once how many tokens stay, by 'keep', 'prune' or 'keep_tokens': none is given"),
         ("{keep: 0.8, prune: 0.2}", "not keep and prune"),
+        ("{keep: 70}", r"r.yaml:2:25: dynamic_vit.keep: 70 is no share of the tokens: did you mean 0.7\?"),
+        ("{prune: 30%}", r"r.yaml:2:26: dynamic_vit.prune: 30% is no share of the tokens: did you mean 0.3\?"),
+        ("{keep: 1.5}", "dynamic_vit.keep: input should be less than or equal to 1: 1.5"),
+        ("{keep: most}", "dynamic_vit.keep: input should be a valid number"),
         ("{keep: 0.1}", r"r.yaml:2:25: dynamic_vit.keep: 16 patch tokens would become \[1, 0, 0\]"),
         ("{keep_tokens: [9, 4]}", r"dynamic_vit.keep_tokens: \[9, 4\] has 2 counts for 3 stages"),
         ("{keep_tokens: [9, 10, 4]}", "10 tokens can't be kept of 9"),

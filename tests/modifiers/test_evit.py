@@ -141,7 +141,18 @@ def test_training_keeps_more_tokens_for_a_time() -> None:
     engine.detach()
     assert hooks.training_counts == [8]
     rows = list(engine.modifiers[0].timeline(engine.run.clock))
-    assert [step for step, _, _ in rows] == [0, 6]
+    assert [(step, value.split()[0]) for step, _, value in rows] == [(0, "all"), (2, "fewer"), (6, "50%")]
+
+
+def test_what_training_keeps_is_in_the_history_where_it_changes() -> None:
+    model = vit(depth=2)
+    options = "keep: 0.5, blocks: [1], fuse: false, start: 0st, end: 4st"
+    engine = Engine(model, recipe(f"evit: {{{options}}}"), steps_per_epoch=2, epochs=3)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    engine.attach(optimizer)
+    train(engine, optimizer, 6)
+    assert engine.run.history == [(0, "evit/kept_1", 1.0), (2, "evit/kept_1", 0.75), (4, "evit/kept_1", 0.5)]
+    assert [step for step, _, _ in engine.modifiers[0].timeline(engine.run.clock)] == [0, 4]
 
 
 @pytest.mark.parametrize("fuse", ["true", "false"])

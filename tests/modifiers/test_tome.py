@@ -129,6 +129,15 @@ def test_wrong_options_are_refused(options: str, message: str) -> None:
         prepared(options)
 
 
+def test_more_than_half_of_the_tokens_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    prepared("r: 4", depth=2)
+    assert not caplog.messages
+    _, engine, _ = prepared("r: 6")  # of 16, 10, 5 and 3
+    assert caplog.messages == ["tome: at most half of the patch tokens merge in a block: r is [6, 5, 2, 1] here"]
+    engine.attach(torch.optim.SGD(engine.model.parameters(), 0.1))
+    assert engine.run.history == [(0, "tome/kept", 2 / 16)]
+
+
 def test_its_timeline_says_how_many() -> None:
     rows = [list(ToMe(r=13, curve=curve).timeline(Clock(10, 20))) for curve in ("constant", "decreasing")]  # type: ignore[arg-type]
     assert rows == [
