@@ -193,6 +193,17 @@ def test_a_copy_uses_its_own_predictors() -> None:
     assert torch.equal(logits(copy.deepcopy(model)), logits(model))
 
 
+def test_a_state_is_loaded_as_the_docs_say() -> None:
+    model, _, _ = prepared()
+    plain = vit(seed=2)
+    with pytest.raises(RuntimeError, match="token_predictor"):
+        plain.load_state_dict(model.state_dict())
+    text = recipe("dynamic_vit: {keep: 0.7, freeze: 5ep}")
+    Engine(plain, text, steps_per_epoch=1, total_steps=1000).prepare()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(logits(plain), logits(model))
+
+
 def test_other_image_sizes_and_masks_are_refused() -> None:
     model, _, _ = prepared()
     x = torch.zeros(1, 10, 24)

@@ -65,6 +65,8 @@ def test_patterns_are_known_whichever_line_stands_first(tmp_path: Path) -> None:
     certificate = engine.export(tmp_path / "model.onnx", IMAGES[:1])
     assert str(certificate.manifest) == f"{sum(map(len, gates_of(model).values()))} of 192 units"
     assert [fours_of(site.gate) for site in installed(model)] == [{0, 4}] * 2
+    told = [value for _, name, value in engine.run.history if name == "magnitude_prune/sparsity"]
+    assert told == [certificate.sparsity] == [0.5]  # of what gates leave, which is the file
 
 
 def in_twos_of_four(model: Any) -> None:
