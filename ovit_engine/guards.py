@@ -157,8 +157,8 @@ def check_gates(run: Run, modifiers: Iterable[Modifier]) -> None:
             if site := beside.get(claim.what):
                 off = int((~site.gate).sum())
                 raise modifier.error(
-                    f"{off} of {site.count} {site.kind} of {site.owner_name} are off from an earlier recipe, and export "
-                    "would remove them, which this recipe doesn't ask for: shrink(model) first (ovit_engine.shrink)"
+                    f"{off} of {site.count} {site.kind} of {site.owner_name} are off already, and export would remove "
+                    "them, which this recipe doesn't ask for: shrink(model) first (ovit_engine.shrink)"
                 )
 
 

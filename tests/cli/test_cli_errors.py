@@ -28,9 +28,8 @@ def test_a_recipe_path_that_does_not_exist(ovit: Ovit, command: str) -> None:
     assert (
         message == "no recipe file 'digits_vit_dens', and none of ours has that name; did you mean 'digits_vit_dense'?"
     )
-    assert one_error(ovit(command, "xyz")) == "no recipe file 'xyz', and none of ours has that name; `ovit recipes` lists them"
-    message = one_error(ovit(command, "evit"))
-    assert message.endswith("; did you mean 'tokens/evit_deit_small_70'?")
+    assert one_error(ovit(command, "xyz")).endswith("none of ours has that name; `ovit recipes` lists them")
+    assert one_error(ovit(command, "evit")).endswith("; did you mean 'tokens/evit_deit_small_70'?")
 
 
 @pytest.mark.parametrize(

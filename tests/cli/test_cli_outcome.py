@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+
 from ovit_engine import Engine
 from ovit_engine.gates import installed
 from tests.cli.conftest import Ovit
@@ -77,9 +78,7 @@ def test_validate_tells_what_is_left(ovit: Ovit, modifiers: list[str], lines: li
         ("structured_prune: {start: 2st, head_sparsity: 0.3, unit_sparsity: 0.4, scope: layer}", 4, 114),
     ],
 )
-def test_that_is_what_training_leaves(
-    modifier: str, heads: int, units: int, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_that_is_what_training_leaves(modifier: str, heads: int, units: int, caplog: pytest.LogCaptureFixture) -> None:
     model = vit()
     with caplog.at_level(logging.INFO, "ovit_engine"):
         engine = engine_for(model, modifier, 4)

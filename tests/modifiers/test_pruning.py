@@ -180,6 +180,12 @@ def test_an_interrupted_pruning_step_is_not_lost(last: bool, monkeypatch: pytest
     assert engine.run.masks.sparsity() == 0.5
 
 
+@pytest.mark.parametrize("modifier", ["magnitude_prune: {", "svite: {every: 1st, "])
+def test_the_literature_s_word_for_a_scope_is_explained(modifier: str) -> None:
+    with pytest.raises(RecipeError, match=r"^r.yaml:2:\d+: \w+.scope: 'uniform' is called 'layer' here"):
+        recipe(f"{modifier}scope: uniform, sparsity: 0.5, targets: [0.weight]}}")
+
+
 def test_a_pattern_in_a_transposed_convolution_is_refused() -> None:
     model = nn.Sequential(nn.ConvTranspose2d(8, 8, 3))
     text = "modifiers: [{magnitude_prune: {pattern: '2:4', targets: ['0.weight']}}]"
