@@ -130,6 +130,9 @@ class _Dropped(TokenHooks):
     def register(self, vit: Any) -> list[Any]:
         return [vit.blocks[1].register_forward_pre_hook(self._drop)]
 
+    def patches_left(self) -> list[tuple[int, int]]:
+        return [(1, 2)]
+
     def _drop(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         index = torch.tensor([3, 1]).expand(len(args[0]), -1)
         weight = torch.ones(len(args[0]), 2)
