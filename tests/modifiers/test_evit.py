@@ -153,6 +153,8 @@ def test_what_training_keeps_is_in_the_history_where_it_changes() -> None:
     train(engine, optimizer, 6)
     assert engine.run.history == [(0, "evit/kept_1", 1.0), (2, "evit/kept_1", 0.75), (4, "evit/kept_1", 0.5)]
     assert [step for step, _, _ in engine.modifiers[0].timeline(engine.run.clock)] == [0, 4]
+    (at_once,) = recipe("evit: {keep: 0.5, start: 2st}").modifiers
+    assert [step for step, _, _ in at_once.timeline(engine.run.clock)] == [0, 2]
 
 
 @pytest.mark.parametrize("fuse", ["true", "false"])
