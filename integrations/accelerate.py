@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 
 from ovit_engine.calibration import Calibration
 from ovit_engine.engine import Engine
+from ovit_engine.guards import layers_of
 from ovit_engine.integrations.plain_forward import plain_forward
+from ovit_engine.modifier import Run
 from ovit_engine.recipe import Recipe
 from ovit_engine.targets import Slot
 
@@ -57,7 +59,22 @@ def attach_accelerate(
     """`engine.attach` for optimizers that an Accelerator prepared; calibration is free of its mixed precision."""
     inner = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
     plain = None if calibration is None else _PlainCalibration(calibration)
-    return engine.attach(*inner, calibration=plain, **options)
+    engine.attach(*inner, calibration=plain, **options)
+    if getattr(optimizers[0], "scaler", None) is not None:
+        outermost = layers_of(optimizers[0])[-1]  # Accelerate's has no hooks of its own
+        engine._handles.append(outermost.register_step_post_hook(_CountSkipped(engine.run)))
+    return engine
+
+
+class _CountSkipped:
+    """A hook after the step of Accelerate's optimizer, which knows what its scaler skipped."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if optimizer.gradient_state.sync_gradients:  # where gradients accumulate, what it says is of the step before
+            self._run.skipped += optimizer.step_was_skipped
 
 
 class _PlainCalibration(Calibration):

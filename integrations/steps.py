@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ovit_engine.engine import Engine
+from ovit_engine.integrations.skipped_steps import SkippedSteps
 from ovit_engine.recipe import Training
 
 
@@ -47,6 +48,7 @@ class Steps:
         self._device, self._mixup, self._scheduler, self._ema, self._amp = device, mixup, scheduler, ema, amp
         self._dtype, scales = mixed_precision(device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp and scales)
+        self._skips = SkippedSteps(engine.run)
 
     def __call__(self, parts: Iterable[Any], number: int) -> Tensor:
         """Make step `number` of the training, which counts from 0; its mean loss."""
@@ -64,12 +66,11 @@ class Steps:
         if self._training.clip_grad is not None:
             self.scaler.unscale_(self._optimizer)
             nn.utils.clip_grad_norm_(self._engine.model.parameters(), self._training.clip_grad)
-        run = self._engine.run
-        seen = run.step + run.skipped
+        self._skips.begin()
         self.scaler.step(self._optimizer)
         self.scaler.update()
-        run.skipped += run.step + run.skipped == seen  # the engine sees only what a fused optimizer skips
-        if self._ema is not None:
+        is_skipped = self._skips.end()
+        if self._ema is not None and not is_skipped:
             self._ema.update(self._engine.model, step=self._engine.run.step)
         return total
 

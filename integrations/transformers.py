@@ -66,6 +66,7 @@ class RecipeTrainerCallback(TrainerCallback, ExportableState):
         self._terms = self.engine.model.register_forward_hook(AddToOwnLoss(self.engine), with_kwargs=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.engine.run.skipped += self._trainer.accelerator.optimizer_step_was_skipped
         self._log.flush(control)
 
     def on_evaluate(

@@ -30,7 +30,9 @@ class UpdatingModifier(Modifier):
         if every < 1:
             raise self.error(f"{self.every!r} is less than a step of {clock.steps_per_epoch} steps an epoch", "every")
         if every >= end:
-            raise self.error(f"no update comes before the end at {self.end!r}, step {end}: update more often", "every")
+            raise self.too_short(
+                f"no update comes before the end at {self.end!r}, step {end}: update more often", "every"
+            )
         if self.gradients > every:
             raise self.error(f"{self.gradients} gradients are more than the {every} steps between updates", "gradients")
         return range(every, end, every)

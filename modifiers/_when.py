@@ -64,7 +64,7 @@ class ScheduledModifier(Modifier):
                 raise self.error(f"sparsity falls from {value:g} at {time} to {next_value:g} at {next_time}", option)
         last_step, last_time, _ = timed[-1]
         if last_step > clock.total_steps:
-            raise self.error(f"{last_time!r} is past the end of training at step {clock.total_steps}", option)
+            raise self.too_short(f"{last_time!r} is past the end of training at step {clock.total_steps}", option)
         return {step: value for step, _, value in timed}
 
 

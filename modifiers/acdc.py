@@ -49,7 +49,7 @@ class Acdc(MaskingModifier):
         last_sparse = every if self.last_sparse is None else clock.steps(self.last_sparse)
         pairs, _ = divmod(end - start - every - last_dense - last_sparse, 2 * every)
         if pairs < 0:
-            raise self.error(
+            raise self.too_short(
                 f"{end - start} steps from start to end do not hold a sparse phase of {every}, a dense one of "
                 f"{last_dense} and a last sparse one of {last_sparse}",
                 "every",

@@ -38,6 +38,7 @@ class Distill(Modifier):
 
     _times: tuple[int, int] = PrivateAttr(default=(0, 0))
     _term: Tensor | None = PrivateAttr(default=None)  # the last one since the last step
+    _learned_at: int | None = PrivateAttr(default=None)  # steps skipped by then, as it was made
 
     @model_validator(mode="after")
     def _consistent(self) -> "Distill":
@@ -62,12 +63,9 @@ class Distill(Modifier):
             self.check_end(clock, end, "end")
         if end <= start:
             after = f"the start at {self.start!r}"
-            raise self.error(
-                f"no step lies between {after} and the end of training"
-                if self.end is None
-                else f"{self.end!r} does not come after {after}",
-                "start" if self.end is None else "end",
-            )
+            if self.end is None:
+                raise self.too_short(f"no step lies between {after} and the end of training", "start")
+            raise self.error(f"{self.end!r} does not come after {after}", "end")
         return start, end
 
     def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
@@ -86,12 +84,16 @@ class Distill(Modifier):
             except ValueError as error:
                 raise self.error(str(error), "tokens") from None
 
-    def loss_term(self, run: Run) -> Tensor | None:
+    def has_loss_term(self, step: int) -> bool:
         start, end = self._times
-        is_taught = start <= run.step < end and run.teacher is not None  # there is none after DETACH
+        return start <= step < end
+
+    def loss_term(self, run: Run) -> Tensor | None:
+        is_taught = self.has_loss_term(run.step) and run.teacher is not None  # there is none after DETACH
         lesson = _teacher(run).lesson() if is_taught else None
         if lesson is None:
             return None
+        self._learned_at = run.skipped
         terms = []
         if self.logits:
             terms.append(self.logits * self._of_logits(lesson))
@@ -102,9 +104,9 @@ class Distill(Modifier):
         return term
 
     def step_end(self, run: Run) -> None:
-        start, end = self._times
-        term, self._term = self._term, None
-        if start < run.step <= end and term is None:
+        term = self._term if self._learned_at == run.skipped else None  # that of a skipped step is gone
+        self._term = self._learned_at = None
+        if self.has_loss_term(run.step - 1) and term is None:
             raise RuntimeError(
                 f"{self.name}: a step was made, and no forward pass of the model was seen: the loop must call the "
                 "model itself, not parts of it, in training mode and with gradients (reentrant checkpointing of all "
@@ -117,7 +119,7 @@ class Distill(Modifier):
     def detach(self, run: Run) -> None:
         start, _ = self._times
         if run.step <= start:
-            self.finish_late(run, f"the teacher's term at step {start}")
+            self.check_length(run, f"the teacher's term at step {start}")
             raise self.error("training ended before a step with the teacher's term was made", "start")
 
     def _of_logits(self, lesson: Lesson) -> Tensor:

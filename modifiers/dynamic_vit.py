@@ -47,7 +47,7 @@ class DynamicViT(TokenPruning):
     _targets: list[float] = PrivateAttr(default_factory=list)  # share of all patches kept after each stage
     _frozen_until: int = PrivateAttr(default=0)
     _backbone: list[dict[str, Any]] = PrivateAttr(default_factory=list)  # groups of the optimizers
-    _told: bool = PrivateAttr(default=False)  # whether a loss had the term since the last step
+    _told_at: int | None = PrivateAttr(default=None)  # steps skipped by then, of the loss with the term since the last
     _rates: ScaledRates = PrivateAttr(default_factory=ScaledRates)
 
     def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
@@ -62,7 +62,7 @@ class DynamicViT(TokenPruning):
         thaw = clock.steps(self.freeze)
         self.check_end(clock, thaw, "freeze")
         if thaw == clock.total_steps:
-            raise self.error(
+            raise self.too_short(
                 f"{self.freeze!r} is the end of training: no step is left in which more than the predictors learns",
                 "freeze",
             )
@@ -95,7 +95,7 @@ class DynamicViT(TokenPruning):
         decisions = self.selector.take_decisions()
         if decisions is None:
             return None
-        self._told = True
+        self._told_at = run.skipped
         return self.ratio_weight * ratio_loss(decisions, self._targets)
 
     @property
@@ -114,12 +114,12 @@ class DynamicViT(TokenPruning):
 
     def detach(self, run: Run) -> None:
         if self._frozen_until and run.step <= self._frozen_until:
-            self.finish_late(run, f"the end of freeze at step {self._frozen_until}")
+            self.check_length(run, f"the end of freeze at step {self._frozen_until}")
             raise self.error("training ended before a step was made in which more than the predictors learns", "freeze")
 
     def step_end(self, run: Run) -> None:
         self._rates.restore()
-        told, self._told = self._told, False
+        told, self._told_at = self._told_at == run.skipped, None
         if not told:
             raise RuntimeError(
                 f"{self.name}: a step was made, and its loss had no term for the share of tokens kept: no forward pass "

@@ -84,7 +84,7 @@ class Quantize(Modifier):
         start = clock.steps(self.start)
         self.check_end(clock, start, "start")
         if start == clock.total_steps:
-            raise self.error(
+            raise self.too_short(
                 f"{self.start!r} is the end of training: no step is left to train with quantization", "start"
             )
         observe = start if self.start_observers is None else clock.steps(self.start_observers)
@@ -157,7 +157,7 @@ class Quantize(Modifier):
 
     def detach(self, run: Run) -> None:
         if run.step <= self._times.start:
-            self.finish_late(run, "quantization-aware training")
+            self.check_length(run, "quantization-aware training")
             raise self.error("training ended before a step with quantization was made", "start")
         if run.step < self._times.freeze:
             self.finish_late(run, "freezing the observers")

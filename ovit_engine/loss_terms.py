@@ -14,18 +14,18 @@ class LossTerms:
 
     def __init__(self, modifiers: Sequence[Modifier], run: Run) -> None:
         self._modifiers, self._run = modifiers, run
-        self._is_asked = False  # since the last step
+        self._asked_at: int | None = None  # steps that were skipped by then, where a loss was seen since the last step
 
     def add(self, loss: Tensor) -> Tensor:
         """`loss` plus the terms; nothing is added in evaluation (the model's eval mode, or no gradients)."""
         if not (torch.is_grad_enabled() and self._run.model.training):
             return loss
-        if loss.numel() != 1 and self._names():
+        if loss.numel() != 1 and (names := self._names(self._run.step)):
             raise ValueError(
-                f"{self._names()[0]} adds a term to the loss of a batch, which is of shape {list(loss.shape)} here: "
+                f"{names[0]} adds a term to the loss of a batch, which is of shape {list(loss.shape)} here: "
                 "reduce it to one number first (loss.mean())"
             )
-        self._is_asked = True
+        self._asked_at = self._run.skipped
         try:
             for modifier in self._modifiers:
                 term = modifier.loss_term(self._run)
@@ -41,8 +41,8 @@ class LossTerms:
 
     def check_step(self) -> None:
         """After a step: raise RuntimeError where a modifier has a term, and no loss since the step before had it."""
-        is_asked, self._is_asked = self._is_asked, False
-        names = self._names()
+        is_asked, self._asked_at = self._asked_at == self._run.skipped, None  # that of a skipped step is gone
+        names = self._names(self._run.step - 1)
         if names and not is_asked:
             raise RuntimeError(
                 f"a step was made and the loss had no term of {names[0]}: write loss = engine.loss(loss) before "
@@ -50,8 +50,8 @@ class LossTerms:
                 "be in training mode"
             )
 
-    def _names(self) -> list[str]:
-        return [m.name for m in self._modifiers if type(m).loss_term is not Modifier.loss_term]
+    def _names(self, step: int) -> list[str]:
+        return [m.name for m in self._modifiers if m.has_loss_term(step)]
 
 
 class AddTerms:

@@ -31,8 +31,8 @@ class Run:
     model: nn.Module
     clock: Clock
     step: int = 0
-    # steps of the loop that a gradient scaler skipped. The engine sees those of fused optimizers alone; a loop may add
-    # the others, and is then no shorter for them
+    # steps of the loop that a gradient scaler skipped. The engine sees those of fused optimizers alone; the loop adds
+    # the others (our integrations do), and is then no shorter for them
     skipped: int = 0
     optimizers: list[Optimizer] = field(default_factory=list)
     masks: Masks = field(default_factory=Masks)
@@ -104,6 +104,10 @@ class RecipeError(ValueError):
     """A recipe that cannot be followed: what, where (file:line:column), the value, the nearest right name."""
 
 
+class TooShortError(RecipeError):
+    """A recipe that needs a longer training than it gets."""
+
+
 @dataclass(frozen=True)
 class Claim:
     """Something that a modifier writes from one step to another; two claims on it at a time are a conflict."""
@@ -139,7 +143,8 @@ class Modifier(BaseModel):
     - `timeline` lists what will happen, for `ovit show`.
     - `outcome` tells what will be left of this model, in whole numbers, where shares are rounded.
     - `changes` says at which steps the model becomes another one (pruned further, quantized): a sweep keeps it before.
-    - `loss_term` is added to each loss of training; `needs_teacher` says whether it compares with `run.teacher`.
+    - `loss_term` is added to each loss of training, `has_loss_term` says when; `needs_teacher` says whether it compares
+      with `run.teacher`.
     - `sweep_plan` says which of those steps leave a checkpoint.
     """
 
@@ -171,6 +176,10 @@ class Modifier(BaseModel):
         """An extra term of the training loss, or None."""
         return None
 
+    def has_loss_term(self, step: int) -> bool:
+        """Whether `loss_term` is part of the loss after `step` steps, which then must come to it before the next."""
+        return type(self).loss_term is not Modifier.loss_term
+
     def needs_teacher(self) -> bool:
         """Whether `run.teacher` is used, which is made before any PREPARE."""
         return False
@@ -201,35 +210,48 @@ class Modifier(BaseModel):
 
     def error(self, message: str, option: str = "") -> RecipeError:
         """A RecipeError that says where in the recipe `option` of this modifier stands."""
+        return RecipeError(self._placed(message, option))
+
+    def too_short(self, message: str, option: str) -> TooShortError:
+        """The same, where a longer training would do."""
+        return TooShortError(self._placed(message, option))
+
+    def _placed(self, message: str, option: str) -> str:
         origin = self._origins.get(option) or self._origins.get("")
         where = f"{origin}: " if origin else ""
-        return RecipeError(f"{where}{self.name}{'.' + option if option else ''}: {message}")
+        return f"{where}{self.name}{'.' + option if option else ''}: {message}"
 
     def finish_late(self, run: Run, what: str) -> None:
         """Call at DETACH before finishing `what`, which the schedule did not reach.
 
         Warns where a few steps are missing; raises RuntimeError where so many are that `steps_per_epoch` was wrong.
         """
-        seen = f"the optimizer applied {run.step} of {run.total_steps} steps"
-        seen += f" and {run.skipped} were skipped" if run.skipped else ""
+        self.check_length(run, what)
+        seen = f"{_seen(run)}{'' if run.skipped else ' (skipped steps?)'}"
+        warnings.warn(f"{self.name}: {seen}; {what} is done now", stacklevel=6)
+
+    def check_length(self, run: Run, what: str) -> None:
+        """Raise RuntimeError where so many steps are missing before `what` that `steps_per_epoch` was wrong."""
         if not run.nearly_done:
             raise RuntimeError(
-                f"{self.name}: training ended before {what}: {seen}. steps_per_epoch counts optimizer steps: divide "
-                "len(loader) by gradient accumulation; attach the optimizer that the loop steps; load the engine's "
-                "state where a run goes on; add the steps that a gradient scaler skipped to engine.run.skipped"
+                f"{self.name}: training ended before {what}: {_seen(run)}. steps_per_epoch counts optimizer steps: "
+                "divide len(loader) by gradient accumulation; attach the optimizer that the loop steps; load the "
+                "engine's state where a run goes on; add the steps that a gradient scaler skipped to engine.run.skipped"
             )
-        warnings.warn(
-            f"{self.name}: {seen}{'' if run.skipped else ' (skipped steps?)'}; {what} is done now", stacklevel=6
-        )
 
     def check_end(self, clock: Clock, step: int, option: str) -> None:
-        """Raise a RecipeError where `step`, read from `option`, lies past the end of training."""
+        """Raise TooShortError where `step`, read from `option`, lies past the end of training."""
         if step > clock.total_steps:
-            raise self.error(
+            raise self.too_short(
                 f"{getattr(self, option)!r} is step {step}, past the end of training at step {clock.total_steps} "
                 f"({clock.epochs(clock.total_steps):g} epochs of {clock.steps_per_epoch} steps)",
                 option,
             )
+
+
+def _seen(run: Run) -> str:
+    applied = f"the optimizer applied {run.step} of {run.total_steps} steps"
+    return f"{applied} and {run.skipped} were skipped" if run.skipped else applied
 
 
 def anew(modifier: Modifier) -> Modifier:

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from ovit_engine import Engine, RecipeError
+from ovit_engine.targets import SCORER
 from tests.loops import PRUNE, closure, mlp, recipe
 from tests.modifiers.test_contract import SETTINGS, started
 from tests.modifiers.test_contract import step as contract_step
+from tests.tokens.models import vit
 
 
 def engine_of(model: nn.Module) -> Engine:
@@ -117,3 +119,24 @@ def test_an_averaged_copy_of_another_width_is_refused() -> None:
     engine = engine_of(model)
     with pytest.raises(ValueError, match=r"'0\.weight' of the EMA copy is \[4, 8\], of the model \[16, 8\]"):
         engine.attach(torch.optim.SGD(model.parameters(), 0.1), ema=other)
+
+
+def test_an_optimizer_made_before_prepare_lacks_what_that_adds() -> None:
+    model = vit()
+    line = recipe("dynamic_vit: {keep: 0.7}")
+    early = torch.optim.SGD(model.parameters(), 0.1)
+    engine = Engine(model, line, steps_per_epoch=4, epochs=1)
+    words = r"the recipe adds parameters that the optimizer lacks: call engine\.prepare\(\) before making it"
+    with pytest.raises(RuntimeError, match=words):
+        engine.attach(early)
+    model = vit()
+    engine = Engine(model, line, steps_per_epoch=4, epochs=1).prepare()
+    scorers = [parameter for name, parameter in model.named_parameters() if SCORER in name]
+    assert scorers
+    with pytest.raises(RuntimeError, match=words):  # all but one of them
+        engine.attach(torch.optim.SGD([p for p in model.parameters() if p is not scorers[-1]], 0.1))
+    engine.attach(torch.optim.SGD([p for p in model.parameters() if p is not scorers[0]], 0.1), scorer(scorers[0]))
+
+
+def scorer(parameter: nn.Parameter) -> torch.optim.Optimizer:
+    return torch.optim.SGD([parameter], 0.1)

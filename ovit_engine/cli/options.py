@@ -43,11 +43,11 @@ epochs = click.option("--epochs", type=click.IntRange(min=1), help="Length of tr
 @contextmanager
 def assuming(epochs: int | None) -> Iterator[None]:
     """Where training is too short for a recipe only because its length is assumed, say so (None: it was given)."""
-    from ovit_engine.modifier import RecipeError
+    from ovit_engine.modifier import TooShortError
 
     try:
         yield
-    except RecipeError as error:
-        if epochs is None or "past the end of training" not in str(error):
+    except TooShortError as error:
+        if epochs is None:
             raise
-        raise RecipeError(f"{error}; {epochs} epochs are assumed: give --epochs") from None
+        raise TooShortError(f"{error}; {epochs} epochs are assumed: give --epochs") from None

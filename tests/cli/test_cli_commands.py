@@ -117,6 +117,27 @@ def test_a_time_past_an_assumed_end_says_what_was_assumed(ovit: Ovit, command: s
     assert ovit(command, "late.yaml", "--epochs", 20).exit_code == 0
 
 
+@pytest.mark.parametrize(
+    ("modifier", "is_told"),
+    [
+        ("dynamic_vit: {keep: 0.7, freeze: 10ep}", True),
+        ("quantize: {start: 10ep}", True),
+        ("distill: {start: 10ep}", True),
+        ("acdc: {targets: [x], sparsity: 0.5, start: 0ep, end: 10ep, every: 5ep}", True),
+        ("svite: {targets: [x], sparsity: 0.5, every: 10ep, end: 10ep}", True),
+        ("magnitude_prune: {targets: [x], sparsity: {1ep: 0.4, 11ep: 0.5}}", True),
+        ("magnitude_prune: {targets: [x], sparsity: {1ep: 0.4, 1st: 0.5}}", False),
+        ("quantize: {start: 5ep, start_observers: 6ep}", False),
+    ],
+)
+def test_the_length_is_blamed_where_a_longer_one_would_do(ovit: Ovit, modifier: str, is_told: bool) -> None:
+    Path("short.yaml").write_text(f"modifiers: [{{{modifier}}}]")
+    found = ovit("show", "short.yaml")
+    assert found.exit_code == 1
+    assert found.stderr.startswith("ovit: error: short.yaml:1:")
+    assert found.stderr.endswith("; 10 epochs are assumed: give --epochs\n") == is_told, found.stderr
+
+
 def test_train_prints_a_line_an_epoch_and_overwrites_nothing(ovit: Ovit) -> None:
     def train(*more: object) -> Result:
         return ovit("train", "--recipe", "tiny.yaml", "--data", "digits", "--device", "cpu", *more)

@@ -32,13 +32,8 @@ def test_training_that_ends_in_the_freeze_is_told() -> None:
         RuntimeError, match=r"dynamic_vit: training ended before the end of freeze at step 5: .* 4 of 10"
     ):
         trained("5st", 4, 10)
-    with (
-        pytest.warns(UserWarning, match="the optimizer applied 9 of 10 steps"),
-        pytest.raises(
-            RecipeError, match=r"dynamic_vit.freeze: training ended before a step was made in which more than"
-        ),
-    ):
-        trained("9st", 9, 10)
+    with pytest.raises(RecipeError, match=r"dynamic_vit.freeze: training ended before a step was made in which more"):
+        trained("9st", 9, 10)  # and no warning says that something was done
 
 
 def test_one_step_after_it_is_enough() -> None:

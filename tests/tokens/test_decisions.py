@@ -1,5 +1,7 @@
 """Which tokens stay in training: decisions, their noise and gradients, the term of the loss."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -221,6 +223,25 @@ def test_a_step_whose_forward_decided_nothing_is_told() -> None:
     engine.loss(cross_entropy(outer(IMAGES), LABELS)).backward()  # type: ignore[no-untyped-call]
     with pytest.raises(RuntimeError, match="dynamic_vit: a step was made, and its loss had no term for the share"):
         optimizer.step()
+
+
+@pytest.mark.parametrize(("mode", "match"), [("none", "the loss had no term of"), ("eval", "its loss had no term for")])
+def test_the_term_of_a_skipped_step_is_not_that_of_the_next(mode: str, match: str) -> None:
+    outer = nn.Sequential(vit(), nn.Linear(5, 5))
+    engine = Engine(outer, recipe("dynamic_vit: {keep: 0.7}"), steps_per_epoch=4, epochs=1).prepare()
+    optimizer = torch.optim.SGD(outer.parameters(), 1e-3, fused=True)
+    engine.attach(optimizer)
+    scaler: Any = torch.amp.GradScaler("cpu")
+    scaler.scale(engine.loss(cross_entropy(outer(IMAGES), LABELS)) * torch.inf).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert (engine.run.step, engine.run.skipped) == (0, 1)
+    optimizer.zero_grad()
+    outer[0].train(mode != "eval")
+    loss = cross_entropy(outer(IMAGES), LABELS)
+    scaler.scale(engine.loss(loss) if mode == "eval" else loss).backward()
+    with pytest.raises(RuntimeError, match=match):
+        scaler.step(optimizer)
 
 
 def test_nothing_is_added_once_training_is_over() -> None:
