@@ -137,3 +137,12 @@ def test_steps_that_were_skipped_and_made_again_are_no_matter() -> None:
         plain(model, optimizer)
     engine.detach()  # a warning would be an error
     assert engine.finished
+
+
+def test_a_run_that_ends_before_quantization_says_so_and_nothing_else() -> None:
+    model, optimizer, engine = started("quantize: {start: 9st, freeze_observers: 10st}", steps=10, epochs=1)
+    engine.attach(optimizer)
+    for _ in range(9):
+        plain(model, optimizer)
+    with pytest.raises(RecipeError, match=r"quantize.start: training ended before a step with quantization was made"):
+        engine.detach()  # a warning that it is done now would be an error

@@ -97,6 +97,15 @@ def test_lightning(tmp_path: Path, fused: bool, manual: bool) -> None:
     assert [(found[step]["step"], found[step]["skipped"]) for step in (2, 4, 6)] == [(0, 2), (1, 3), (3, 3)]
 
 
+def test_lightning_without_a_scaler_skips_nothing(tmp_path: Path) -> None:
+    """LBFGS evaluates several times in a step, and is about to make it as often."""
+    model = Fit(fused=False)
+    model.configure_optimizers = lambda: torch.optim.LBFGS(model.parameters(), 1e-3, max_iter=3)  # type: ignore[method-assign, return-value]
+    callback = RecipeCallback(recipe(LATE), network="net")
+    lightnings.trainer(tmp_path, callback, max_epochs=1, limit_val_batches=0).fit(model, datamodule=lightnings.Digits())
+    assert (callback.engine.run.step, callback.engine.run.skipped) == (10, 0)
+
+
 @FUSED
 def test_transformers(tmp_path: Path, fused: bool) -> None:
     training = transformers.trainer(tmp_path, transformers.vit, num_train_epochs=1, eval_strategy="no", max_grad_norm=0)
