@@ -4,19 +4,18 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from torch import nn
-from torch.optim import Optimizer
 
 from ovit_engine.calibration import Calibration
 from ovit_engine.engine import Engine
 from ovit_engine.gradient_pass import LossFunction
 from ovit_engine.integrations.lengths import lightning_length
+from ovit_engine.integrations.lightning_scaler import ScalerCallback
 from ovit_engine.integrations.skipped_steps import SkippedSteps
 from ovit_engine.recipe import Recipe
 
 
-class RecipeCallback(Callback):
+class RecipeCallback(ScalerCallback):
     """Applies a recipe to the model that a Lightning Trainer fits; afterwards `callback.engine.export(...)`.
 
     The engine prepares in `setup`, before strategy and optimizers are made: build the network in `__init__` (not in
@@ -77,14 +76,7 @@ class RecipeCallback(Callback):
             self.engine.log_to(logger.log_metrics, every=max(1, trainer.log_every_n_steps))  # type: ignore[attr-defined]
         criterion = None if self.criterion is None else pl_module.get_submodule(self.criterion)
         self.engine.attach(*trainer.optimizers, calibration=calibration, criterion=criterion)
-        self._skips = SkippedSteps(self.engine.run)
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if optimizer is trainer.optimizers[0] and getattr(trainer.precision_plugin, "scaler", None) is not None:
-            self._skips.begin()
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        self._skips.end()  # before a checkpoint of this step is written
+        self.skips = SkippedSteps(self.engine.run)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._fitting and self.engine.is_attached:  # not yet where Lightning checks its sanity
