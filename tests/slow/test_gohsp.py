@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from ovit_engine import Calibration, Engine, Recipe
-from ovit_engine.gates import installed
+from ovit_engine.gates import find_sites, install, installed
+from ovit_engine.head_graph import stationary_distribution
+from ovit_engine.head_outputs import watched
 from tests.slow.digits import BATCH, NOISE, accuracy, images, trained_vit
 
 pytestmark = pytest.mark.slow
@@ -91,3 +93,26 @@ def test_ranked_heads_are_better_than_random_ones() -> None:
         mean[name] = sum(found) / len(found)
         print(f"half of the heads by {name}: {mean[name]:.4f}, {[round(each, 3) for each in found]}")
     assert max(mean["graph"], mean["taylor"]) > mean["random"] + 0.05
+
+
+@torch.no_grad()
+def ranked(model: nn.Module, samples: torch.Tensor) -> torch.Tensor:
+    """Importance of the heads, [blocks, heads], from these samples."""
+    model = copy.deepcopy(model).eval()
+    sites = find_sites(model, ["heads"])
+    install(sites)
+    with watched(sites, "shift", 1.0) as sums:
+        model(samples)
+    return torch.stack([stationary_distribution(sums[site.name]) for site in sites])
+
+
+def test_other_images_rank_heads_alike() -> None:
+    """Two disjoint sets of 512 images: what differs is small beside what tells the heads of a block apart."""
+    x = images()[0].tensors[0]
+    for seed in SEEDS:
+        one, other = ranked(trained(seed), x[:512]), ranked(trained(seed), x[512:1024])
+        apart, spread = (one - other).abs().amax(1), one.amax(1) - one.amin(1)
+        same = (one.argsort(1) == other.argsort(1)).all(1)
+        print(f"seed {seed}: at most {apart.max():.2e} apart, spread {spread.min():.2e} at least, same order in "
+              f"{int(same.sum())} of {len(same)} blocks")  # fmt: skip
+        assert (apart < spread / 4).all()
