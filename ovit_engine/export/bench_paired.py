@@ -42,7 +42,7 @@ class Ratio:
     def verdict(self) -> str:
         """The word with the interval."""
         if self.word == "within noise":
-            itself = f"; the baseline and itself: {self.noise:.0%}" if self.noise > SESSION_NOISE else ""
+            itself = f"; the baseline varies by {self.noise:.0%}" if self.noise > SESSION_NOISE else ""
             return f"within noise ({self.low:.2f}-{self.high:.2f}x{itself})"
         if self.word == "slower":
             return f"{1 / self.median:.2f}x slower ({1 / self.high:.2f}-{1 / self.low:.2f}x)"

@@ -27,7 +27,7 @@ from ovit_engine.export.writer import write_onnx
         (Ratio(median=1.0, low=1.0, high=1.0), "within noise (1.00-1.00x)"),
         (
             Ratio(median=1.3, low=1.2, high=1.4, noise=0.5),
-            "within noise (1.20-1.40x; the baseline and itself: 50%)",
+            "within noise (1.20-1.40x; the baseline varies by 50%)",
         ),
     ],
 )
