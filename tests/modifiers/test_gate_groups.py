@@ -208,6 +208,13 @@ def test_tiles_of_patterns() -> None:
     assert joined((1, 4), (2, 6)) == (2, 12)
 
 
+def test_two_patterns_of_one_weight_hold_groups_of_both() -> None:
+    blocks = "magnitude_prune: {start: 5st, pattern: {block: [1, 6]}, sparsity: 0.75, targets: ['re:.*fc2.weight']}"
+    for lines in ((pattern(), blocks), (blocks, pattern())):
+        engine = Engine(vit(), recipe(GATES[1], *lines), steps_per_epoch=6, epochs=1).prepare()
+        assert engine.run.tiles["blocks.0.mlp.fc2.weight"] == (1, 12)
+
+
 def test_groups_by_hand() -> None:
     heads, units = find_sites(vit(depth=1))
     install([heads, units])
