@@ -94,6 +94,7 @@ def test_show_invents_nothing_of_a_recipe_for_another_loop(ovit: Ovit) -> None:
 def test_recipes(ovit: Ovit, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ok(ovit("recipes"))
     assert [line.split()[0] for line in lines[1:]] == list(shipped_recipes())  # a line each where no terminal reads it
+    assert not any(line.endswith(" ") for line in ovit("recipes").stdout.splitlines())
     monkeypatch.setenv("COLUMNS", "60")
     assert len(ok(ovit("recipes"))) > len(lines)
     printed = ovit("recipes", "digits_vit_dense").stdout
