@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 from ovit_engine import Calibration, Engine, RecipeError
 from ovit_engine.gate_groups import Groups, joined, tile_of
 from ovit_engine.gate_ranking import RANKERS, register_ranker
-from ovit_engine.gates import GateSite, find_sites, install, installed
+from ovit_engine.gates import GateSite, find_sites, install, installed, set_gate
 from ovit_engine.pattern import parse_pattern
 from ovit_engine.shrink import shrink
 from tests.loops import recipe
@@ -119,6 +119,18 @@ def test_a_budget_of_parameters_that_groups_put_out_of_reach() -> None:
     with pytest.raises(RecipeError, match="out of reach") as at:
         Engine(vit(), recipe(lines[0]), steps_per_epoch=6, epochs=1).prepare()
     assert reach < float(str(at.value).rpartition("block ")[2].split()[0])
+
+
+def test_a_unit_that_was_off_in_a_four_that_stays_does_not_come_back() -> None:
+    model = vit()
+    engine = Engine(model, recipe(GATES[2], pattern()), steps_per_epoch=6, epochs=1).prepare()
+    before = torch.arange(96) % 4 != 1
+    for site in installed(model):
+        set_gate(site, before)
+    train(model, engine, 6, calibration=CALIBRATION)
+    for site in installed(model):
+        assert not (site.gate & ~before).any()
+        assert site.gate.any()
 
 
 def test_units_of_s2vite_move_by_fours() -> None:
