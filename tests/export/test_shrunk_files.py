@@ -232,6 +232,8 @@ def test_sparsity_is_a_share_of_what_gates_leave() -> None:
     assert "all it can have pruned has 50.00%" in line
     none_left = [LayerFacts(name="a.weight", zeros=0, **options)]
     assert contradictions(text, layer(150, 150, zeros=0), none_left) == []
+    nowhere = "the recipe prunes, the file promises zeros nowhere"
+    assert nowhere in contradictions(text, layer(150, 0, zeros=0), none_left)  # what gates removed is no zero
     structured = "modifiers: [{structured_prune: {sparsity: 0.7}}]"  # no pruner of single weights
     assert contradictions(structured, Promise(), facts) == []
     both = (
