@@ -14,6 +14,13 @@ from torch.utils.flop_counter import flop_registry
 from ovit_engine.masks import Masks
 from ovit_engine.targets import Slot, parameter_slots, unwrapped
 
+_aten = torch.ops.aten
+# torch 2.11 has formulas for attention on GPUs alone
+_FORMULAS = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
+    **flop_registry,
+}
+
 
 @dataclass(frozen=True)
 class Flops:
@@ -93,7 +100,7 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func.overloadpacket)
+        formula = _FORMULAS.get(func.overloadpacket)
         if formula is not None:
             operations = int(formula(*args, **(kwargs or {}), out_val=out))
             self.dense += operations

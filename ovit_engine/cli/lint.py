@@ -23,7 +23,7 @@ UNMEASURED = "rules only: whether 2:4 makes a layer faster, no one knows before 
 @click.option(
     "--measured",
     type=click.Path(path_type=Path),
-    help="What ovit bench --device cuda --json wrote: adds from how many rows on 2:4 was faster there.",
+    help="What ovit bench --device cuda --output wrote: adds from how many rows on 2:4 was faster there.",
 )
 @options.model
 @options.model_args

@@ -7,6 +7,7 @@ other layers have driven this one out of the cache.
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
@@ -27,6 +28,8 @@ _INT8_ROWS = 32
 _COPIES = 32
 _COPIES_BYTES = 2**30
 _MIN_SECONDS = 0.001
+# an idle GPU runs at a fraction of its clock, and takes a while to rise
+_WARM_UP_SECONDS = 0.1
 _TOLERANCE = {"float16": 1e-2, "bfloat16": 5e-2, "int8": 0.0}
 
 Product = Callable[[Tensor], Tensor]
@@ -106,7 +109,9 @@ def _measure(
     try:
         timers, launch = _timers(dtype, out_features, in_features, rows)
     except (RuntimeError, ValueError, NotImplementedError) as error:  # torch refuses shapes with RuntimeError
-        return ProductRow(**where, unsupported=str(error).splitlines()[0])  # type: ignore[arg-type]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return ProductRow(**where, unsupported=reason)  # type: ignore[arg-type]
+    _warm_up(timers)
     seconds = measure_rounds(timers, repeats, generator, min_seconds=_MIN_SECONDS)
     noise = self_noise(seconds[0], seconds[2], generator)
     quartiles = np.quantile(seconds[:2], [0.25, 0.5, 0.75], axis=1).T.tolist()
@@ -120,6 +125,14 @@ def _measure(
         ratio=paired_ratio(seconds[0], seconds[1], generator, noise=noise),
         launch=launch,
     )
+
+
+def _warm_up(timers: Sequence[Timer]) -> None:
+    """Keep the GPU at work: it was idle while the weights were compressed and the graphs captured."""
+    end = time.perf_counter() + _WARM_UP_SECONDS
+    while time.perf_counter() < end:
+        for timer in timers:
+            timer(1)
 
 
 def _timers(dtype: str, out_features: int, in_features: int, rows: int) -> tuple[list[Timer], str]:

@@ -111,6 +111,10 @@ class SparseTable:
         console.print(table)
         for even in self.break_even:
             console.print(f"{even.dtype} {even.out_features}x{even.in_features}: {spell(even)}", highlight=False)
+        eager = sum(row.launch == "eager" for row in self.rows)
+        if eager:
+            line = f"{eager} of {len(self.rows)} products took no CUDA graph: their times hold the launch by Python"
+            console.print(line, highlight=False)
         console.print(f"{self.device}, {self.backend}, {self.repeats} paired rounds", highlight=False)
 
 

@@ -1,6 +1,13 @@
 """2:4 on a GPU: what is asked, what is concluded, the file; and one real run where there is a GPU."""
 
 import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -11,6 +18,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from ovit_engine.export import bench_sparse as module
 from ovit_engine.export.bench_layers import LayerShape, count_shapes, model_shapes, onnx_shapes
 from ovit_engine.export.bench_paired import Ratio, measure_rounds, self_noise
 from ovit_engine.export.bench_sparse import bench_sparse, products, two_of_four
@@ -165,6 +173,9 @@ def test_the_file_reads_back_and_shows_its_conclusions(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "(7, 32) is not supported" in shown
     assert "2:4 is faster from 100 rows on (10 to 100 rows were measured)" in shown
+    assert "CUDA graph" not in shown
+    table(replace(known.rows[0], launch="eager"), replace(known.rows[1], launch="graph")).render()
+    assert "1 of 2 products took no CUDA graph: their times hold the launch by Python" in capsys.readouterr().out
     for wrong in ("[]", "{", json.dumps({**content, "rows": [{"dtype": 1}]})):
         (tmp_path / "t.json").write_text(wrong)
         with pytest.raises(ValueError, match=r"t\.json' is damaged, or no table"):
@@ -206,9 +217,46 @@ def test_what_differs_from_itself_sets_the_noise():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_one_line_says_so():
+def test_without_a_gpu_one_line_says_so(tmp_path):
     with pytest.raises(ValueError, match="torch finds no GPU here"):
         bench_sparse(NET)
+    script, python = Path(__file__).parents[2] / "scripts" / "gpu", {**os.environ, "PYTHON": sys.executable}
+    for arguments, line in (
+        ([tmp_path / "out"], f"error: torch finds no CUDA device here ({sys.executable})"),
+        ([], "error: scripts/gpu takes one folder, into which it writes; 0 arguments were given"),
+    ):
+        done = subprocess.run([script, *arguments], env=python, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{line}\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_product_is_warmed_up_measured_and_named(monkeypatch):
+    """On a GPU of our own: no int8, and 2:4 takes half the time from 64 rows on."""
+    runs = []
+
+    def timers(dtype, out_features, in_features, rows):
+        if dtype == "int8":
+            raise NotImplementedError
+        seconds = [1e-3, 0.5e-3 if rows >= 64 else 2e-3, 1e-3]
+        return [lambda loops, each=each: runs.append((rows, loops)) or each for each in seconds], "graph"
+
+    monkeypatch.setattr(module, "_timers", timers)
+    monkeypatch.setattr(module, "_WARM_UP_SECONDS", 0.01)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    abacus = SimpleNamespace(name="Abacus", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: abacus)
+    found = bench_sparse(NET[:1], batch_sizes=[1, 4, 8], dtypes=["float16", "int8"], repeats=5)
+    assert (found.device, found.capability, found.versions["torch"]) == ("Abacus", (9, 0), version("torch"))
+    assert [(row.dtype, row.rows, row.ratio and row.ratio.word, row.unsupported) for row in found.rows] == [
+        ("float16", 16, "slower", None),
+        ("float16", 64, "faster", None),
+        ("float16", 128, "faster", None),
+        *(("int8", rows, None, "NotImplementedError") for rows in (16, 64, 128)),
+    ]
+    assert (found.rows[1].dense, found.rows[1].sparse, found.rows[1].ratio.median) == (1e-3, 0.5e-3, 2.0)
+    assert [even.rows for even in found.break_even] == [64]
+    before = [loops for rows, loops in runs if rows == 64][: -3 * 5]  # what was run before the five rounds
+    assert before.count(1) > 3 * 5
 
 
 def test_bad_requests():
