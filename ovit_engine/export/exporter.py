@@ -30,6 +30,7 @@ from ovit_engine.export.stated import contradictions
 from ovit_engine.export.tensors import keep_all
 from ovit_engine.export.writer import MIN_OPSET, as_inputs, build_onnx, check_float32, serialize, set_metadata
 from ovit_engine.manifest import Manifest
+from ovit_engine.second_order.precision import exact_arithmetic
 
 _BATCH = 64
 _WHOLE = Manifest()
@@ -145,7 +146,7 @@ def _pytorch_logits(model: nn.Module, sample: Sample) -> np.ndarray:
     model.eval()
     outputs = []
     try:
-        with torch.no_grad():
+        with exact_arithmetic():  # a GPU would round convolutions to ten bits, which the file does not
             for start in range(0, len(sample), _BATCH):
                 batch = [torch.from_numpy(array[start : start + _BATCH]).to(device) for array in sample.inputs]
                 leaves = [leaf for leaf in pytree.tree_leaves(model(*batch)) if isinstance(leaf, Tensor)]

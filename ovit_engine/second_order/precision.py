@@ -1,7 +1,8 @@
-"""Full float32 precision inside the solver, whatever the training script has set.
+"""Full float32 precision inside the solver and in what files are compared with, whatever the training script has set.
 
 TensorFloat32 rounds inputs to ten bits; at the dampings used here that turned 237 of 256 inverse Fisher blocks to NaN.
-Training scripts switch it on globally, and a solver called under autocast would be cast to half precision.
+Training scripts switch it on globally, for convolutions on a GPU PyTorch itself does, and what is called under autocast
+would be cast to half precision.
 """
 
 from collections.abc import Iterator
@@ -25,13 +26,15 @@ def exact_arithmetic() -> Iterator[None]:
 @contextmanager
 def _highest_precision() -> Iterator[None]:
     """PyTorch has two interfaces for one setting, and reading the old one raises after the new one was used."""
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, convolutions  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:
         legacy = torch.get_float32_matmul_precision()
     except RuntimeError:
         legacy = "highest"  # untouched: the new interface was used
     torch.set_float32_matmul_precision("highest")
+    convolutions.fp32_precision = "ieee"
     try:
         yield
     finally:

@@ -11,9 +11,12 @@ def widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on where `x` is."""
+    kind = x.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)  # torch 2.11 can't trace `is_autocast_available`
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """A context in which autocast lets products on the device of `x` be."""
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext()

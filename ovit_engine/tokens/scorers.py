@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ovit_engine.random_states import mixed, random_state, seed_cpu, set_random_state
+from ovit_engine.tokens.precision import is_autocast
 
 
 class Scorer(nn.Module):
@@ -17,10 +18,9 @@ class Scorer(nn.Module):
 
         kept: [images, tokens], 1 for tokens that are still there; None where all are.
         """
-        kind = patches.device.type
         patches = patches.to(next(self.parameters()).dtype)
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            with torch.autocast(kind, enabled=False):
+        if is_autocast(patches):
+            with torch.autocast(patches.device.type, enabled=False):
                 return self.score(patches, kept)
         return self.score(patches, kept)
 

@@ -180,3 +180,27 @@ def test_modes_of_the_reference_model_are_as_before(tmp_path):
 def test_a_missing_folder_is_said_before_any_work(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         export(linear(), tmp_path / "nowhere" / "m.onnx", Promise())
+
+
+class _Watched(nn.Linear):
+    """Notes with which precision it is to compute."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.seen = set()
+
+    def forward(self, x):
+        backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+        self.seen.add(tuple(backend.fp32_precision for backend in backends))
+        return super().forward(x)
+
+
+def test_the_file_is_compared_with_whole_float32(tmp_path):
+    """On a GPU convolutions are rounded to TF32 unless told otherwise, products if the training script said so."""
+    reference = linear()
+    watched = _Watched(8, 4)
+    watched.load_state_dict(reference[0].state_dict())
+    before = torch.backends.cudnn.conv.fp32_precision
+    export(linear(), tmp_path / "m.onnx", Promise(), reference_model=nn.Sequential(watched))
+    assert watched.seen == {("ieee", "ieee")}
+    assert torch.backends.cudnn.conv.fp32_precision == before

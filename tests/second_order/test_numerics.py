@@ -48,6 +48,7 @@ SETTINGS = {
     "high": "torch.set_float32_matmul_precision('high')",
     "allow_tf32": "torch.backends.cuda.matmul.allow_tf32 = True",
     "fp32_precision": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "convolutions": "torch.backends.cudnn.allow_tf32 = False",
     "everywhere": "torch.backends.fp32_precision = 'tf32'",
 }
 FLAGS = """
@@ -59,7 +60,7 @@ def read(get):
     except RuntimeError:  # the two interfaces were mixed
         return "mixed"
 def flags():
-    matmul = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    matmul = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.cudnn.conv
     old = read(torch.get_float32_matmul_precision), read(lambda: matmul[0].allow_tf32)
     return *old, *(each.fp32_precision for each in matmul)
 torch.manual_seed(0)
@@ -81,7 +82,7 @@ for setting in SETTINGS:
         pass
     assert flags() == before, setting
     torch.set_float32_matmul_precision("highest")
-assert seen == {("highest", False, "ieee", "ieee")}, seen
+assert seen == {("highest", False, "ieee", "ieee", "ieee")}, seen
 """
 
 
