@@ -11,7 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ovit_engine.integrations.rounds import meet
 from ovit_engine.processes import ApartError
+
+_PATIENCE = timedelta(minutes=30)  # as torch has with each exchange
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,16 +92,17 @@ def joined(device: torch.device) -> Iterator[Processes]:
         yield processes
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if dist.is_torchelastic_launched():
-        # torchrun keeps one store over its restarts: without a prefix the addresses of killed processes are found in it
-        store = dist.PrefixStore(f"ovit/{_attempt()}", _store(timedelta(minutes=30)))  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=processes.rank, world_size=processes.count)
-    else:
-        dist.init_process_group(backend)
     try:
+        if dist.is_torchelastic_launched():
+            store = _store(_PATIENCE)
+            present = dist.PrefixStore("ovit", store)  # type: ignore[attr-defined]
+            present = dist.PrefixStore(meet(present, processes.rank, processes.count, _PATIENCE), present)  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=present, rank=processes.rank, world_size=processes.count)
+        else:
+            dist.init_process_group(backend)
         yield processes
     except RuntimeError as error:
-        if isinstance(error, (ApartError, dist.DistBackendError)) or "gloo" in str(error).lower():
+        if isinstance(error, (ApartError, dist.DistError)) or "gloo" in str(error).lower():
             raise ConnectionError("another process of this training ended, or can't be reached") from error
         raise
     dist.destroy_process_group()
@@ -136,14 +140,13 @@ def first_to_fail() -> bool:
     if launched().count < 2:
         return True
     try:
-        return bool(_store(timedelta(seconds=10)).add(f"ovit/failed/{_attempt()}", 1) == 1)
+        if dist.is_initialized():
+            return bool(dist.distributed_c10d._get_default_store().add("failed", 1) == 1)
+        # before they have met; a number of this machine alone, so two machines may tell one error twice
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return bool(_store(timedelta(seconds=10)).add(f"ovit/failed/{attempt}", 1) == 1)
     except (KeyError, ValueError, RuntimeError):  # no store: better told twice than not at all
         return True
-
-
-def _attempt() -> str:
-    """How often torchrun has started the processes anew."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def _store(timeout: timedelta) -> Any:
