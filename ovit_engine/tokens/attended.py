@@ -61,7 +61,7 @@ class AttendedHooks(BetweenHooks):
 
     def begin(self, x: Tensor, *, training: bool) -> None:
         super().begin(x, training=training)
-        if training and not is_recomputed():
+        if training:
             self.survivors = None
 
     def reduce(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ovit_engine.gates import GATE
+from ovit_engine.recomputation import is_recomputed
 from ovit_engine.tokens.hooks import TokenHooks
 from ovit_engine.tokens.layout import Layout
 
@@ -42,12 +43,16 @@ class BetweenHooks(TokenHooks):
         self._middles = []
 
     def begin(self, x: Tensor, *, training: bool) -> None:
-        """The first of the blocks is called with x [images, prefix + patches, width].
+        """The first of the blocks is called with x [images, prefix + patches, width], for the first time.
 
         Raises:
             ValueError: another number of tokens than the model had at PREPARE.
         """
         self.check_tokens(x, self.layout.patches)
+
+    def run_again(self, *, training: bool) -> None:
+        """One of the blocks is called again, in backward: gradient checkpointing. RuntimeError where that can't be."""
+        self.passes.check_mode(training=training)
 
     def bias(self, number: int, x: Tensor, *, training: bool) -> Tensor | None:
         """What the attention of the block with this number among `places` gets added to its scores, if anything."""
@@ -122,7 +127,10 @@ class _Middle:
         if attn_mask is not None or is_causal:
             raise ValueError("the model was called with an attn_mask of its own, and its tokens are reduced")
         block, hooks, training = self._block, self._hooks, self._hooks.is_training
-        if self._number == 0:
+        if is_recomputed():
+            hooks.run_again(training=training)
+        elif self._number == 0:
+            x = hooks.passes.begin(x, training=training)
             hooks.begin(x, training=training)
         bias = hooks.bias(self._number, x, training=training)
         x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=bias)))

@@ -10,6 +10,7 @@ from ovit_engine.targets import unwrapped
 from ovit_engine.token_counts import TokenCounts, counts_after
 from ovit_engine.tokens.gather import Survivors
 from ovit_engine.tokens.layout import Layout, find_transformer
+from ovit_engine.tokens.passes import Passes
 
 ATTRIBUTE = "_token_hooks"
 
@@ -29,6 +30,7 @@ class TokenHooks(ABC):
         self.layout = layout
         self.made_by = "hooks of its own"  # the modifier, for those who find it here
         self.survivors: Survivors | None = None  # of the last forward pass in training; None where all are left
+        self.passes = Passes()
         self._vit: Any = None  # the transformer it lies on
         self._handles: list[RemovableHandle] = []
 
@@ -74,6 +76,7 @@ class TokenHooks(ABC):
     def end_step(self, step: int) -> None:
         """`step` optimizer steps are done: let go of what the forward passes before left behind."""
         self.survivors = None
+        self.passes.begin_step()
 
     def check_tokens(self, x: Tensor, patches: int) -> None:
         """Raise ValueError unless x [images, tokens, width] has the prefix and so many patch tokens."""

@@ -29,11 +29,10 @@ class MergingHooks(BetweenHooks):
         self._sizes: Tensor | None = None
         # in training the same by block, of what came to it: gradient checkpointing asks again
         self._kept: dict[int, Tensor | None] = {}
-        self._open = 0  # forward passes in training whose backward pass is not known to have begun
         self._with_gradient = False  # whether the last forward pass is one of training that has a backward pass
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_sizes": None, "_kept": {}, "_open": 0, "_with_gradient": False}
+        return {**super().__getstate__(), "_sizes": None, "_kept": {}, "_with_gradient": False}
 
     def finish(self, vit: Any) -> None:
         super().finish(vit)
@@ -44,27 +43,23 @@ class MergingHooks(BetweenHooks):
 
     def end_step(self, step: int) -> None:
         super().end_step(step)
-        self._kept, self._open = {}, 0
+        self._kept = {}
 
     def begin(self, x: Tensor, *, training: bool) -> None:
         super().begin(x, training=training)
-        if is_recomputed():
-            return
         self._sizes = None
         # grad is off where reentrant checkpointing runs the first time, and what comes to it requires a gradient
         self._with_gradient = training and (torch.is_grad_enabled() or x.requires_grad)
         if training:
             self.survivors = None
-            self._open += self._with_gradient
+
+    def run_again(self, *, training: bool) -> None:
+        super().run_again(training=training)
+        if training:  # the sizes of the passes before are gone
+            self.passes.check_last("merged tokens")
 
     def bias(self, number: int, x: Tensor, *, training: bool) -> Tensor | None:
-        if is_recomputed():
-            if self._open > 1:  # the sizes of the passes before are gone
-                raise RuntimeError(
-                    "gradient checkpointing of merged tokens needs backward after each forward pass in training mode"
-                )
-            self._open = 0
-        elif self._with_gradient:
+        if not is_recomputed() and self._with_gradient:
             self._kept[number] = self._sizes
         sizes = self._incoming(number)
         return sizes.log()[:, None, None, :].to(x.dtype) if self.proportional and sizes is not None else None

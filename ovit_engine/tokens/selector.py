@@ -54,7 +54,6 @@ class SelectorHooks(TokenHooks):
         self.stages, self.sampler, self.seed, self.masking = stages, sampler, seed, masking
         self._step = 0
         self._calls = 0  # forward passes in training since the step began
-        self._open = 0  # of them, those with gradients whose backward pass is not known to have begun
         self._with_gradient = False  # whether the last one had gradients
         self._untaken: dict[int, Tensor] = {}  # decisions by stage of the last one that had, until somebody asks
         self._decisions: dict[int, Tensor] = {}  # by stage: [images, patches], those of earlier stages multiplied in
@@ -90,7 +89,7 @@ class SelectorHooks(TokenHooks):
 
     def end_step(self, step: int) -> None:
         super().end_step(step)
-        self._step, self._calls, self._open = step, 0, 0
+        self._step, self._calls = step, 0
         self._decisions, self._biases, self._untaken = {}, {}, {}
 
     def take_decisions(self) -> list[Tensor] | None:
@@ -115,10 +114,10 @@ class SelectorHooks(TokenHooks):
         return gather_tokens(x, index, self.layout.prefix)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch.compiler.disable, which loads the compiler when this file is imported
-    def decide(self, number: int, block: nn.Module, x: Tensor) -> None:
+    def decide(self, number: int, block: nn.Module, x: Tensor) -> Tensor:
         """Stage `number` in training: score the tokens of x, and keep what is decided for the blocks after it."""
         self.check_tokens(x, self.layout.patches)
-        self._begin(number)
+        x = self._begin(number, x)
         before = self._decisions.get(number - 1)
         scores = _scorer(block)(x[:, self.layout.prefix :], before).float()
         shape = (*scores.shape, self.sampler.choices)
@@ -135,6 +134,7 @@ class SelectorHooks(TokenHooks):
         self._biases[number] = policy_bias(policy, compute_epsilon(x)) if self.masking == "attention" else policy
         places = torch.arange(self.layout.patches, device=x.device).expand(len(x), -1)
         self.survivors = Survivors(places, decided.detach())
+        return x
 
     def mask(self, number: int, begins: bool, x: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Let a block of training see what stage `number` decided."""
@@ -144,16 +144,17 @@ class SelectorHooks(TokenHooks):
             return (x * self._biases[number].unsqueeze(-1).to(x.dtype) if begins else x), kwargs
         return x, {**kwargs, "attn_mask": self._biases[number].to(x.dtype)}
 
-    def _begin(self, number: int) -> None:
-        """Note that a stage of training begins."""
+    def _begin(self, number: int, x: Tensor) -> Tensor:
+        """Note that a stage of training begins; the tokens to go on with."""
         if number or is_recomputed():
-            return
+            return x
         self._calls += 1
         self._decisions, self._biases = {}, {}
         self._with_gradient = torch.is_grad_enabled()
-        if self._with_gradient:
-            self._open += 1
-            self._untaken = {}
+        if not self._with_gradient:
+            return x
+        self._untaken = {}
+        return self.passes.begin(x, training=True)
 
     def check_again(self) -> None:
         """A block runs a second time, in backward.
@@ -167,11 +168,7 @@ class SelectorHooks(TokenHooks):
                 "torch.utils.checkpoint with use_reentrant=False (timm's default), and make no forward pass in "
                 "training mode under torch.no_grad() between a forward pass and its backward"
             )
-        if self._open > 1:  # the decisions of the passes before are gone, and theirs can't be told from the last one's
-            raise RuntimeError(
-                "gradient checkpointing of token decisions needs backward after each forward pass in training mode"
-            )
-        self._open = 0
+        self.passes.check_last("token decisions")
 
 
 class _BlockHook:
@@ -183,14 +180,20 @@ class _BlockHook:
     def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """The forward pre-hook."""
         x, *others = args
-        if self._hooks.is_training:
+        hooks, number = self._hooks, self._number
+        if hooks.is_training:
             if is_recomputed():
-                self._hooks.check_again()
+                hooks.check_again()
             if self._begins:
-                self._hooks.decide(self._number, block, x)
-            x, kwargs = self._hooks.mask(self._number, self._begins, x, kwargs)
-        elif self._begins:
-            x = self._hooks.gather(self._number, block, x)
+                x = hooks.decide(number, block, x)
+            x, kwargs = hooks.mask(number, self._begins, x, kwargs)
+            return (x, *others), kwargs
+        if is_recomputed():
+            hooks.passes.check_mode(training=False)
+        elif self._begins and number == 0:
+            hooks.passes.begin(x, training=False)
+        if self._begins:
+            x = hooks.gather(number, block, x)
         return (x, *others), kwargs
 
 

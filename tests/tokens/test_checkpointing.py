@@ -149,3 +149,62 @@ def test_reentrant_checkpointing(line: str) -> None:
         found.append([parameter.grad for parameter in model.parameters()])
     if len(found) == 2:
         assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_pass_that_is_thrown_away(line: str) -> None:
+    """A loop leaves a batch out: the next one, whose loss takes its name, has the gradients that it has alone."""
+    found = []
+    for thrown in (False, True):
+        model, engine, _ = attached(line, drawn=line in SELECTORS)
+        model.set_grad_checkpointing(True)
+        model.train()
+        if thrown:
+            loss = loss_of(engine, IMAGES.flip(0))
+        model._token_hooks._calls = 0  # the same noise
+        loss = loss_of(engine)
+        loss.backward()  # type: ignore[no-untyped-call]
+        found.append([parameter.grad for parameter in model.parameters()])
+    assert all(one is other is None or torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("line", [*SELECTORS, BETWEEN[1]])
+def test_a_pass_that_is_held(line: str) -> None:
+    """Nothing tells whether it is the one that is run again."""
+    model, engine, _ = attached(line)
+    model.set_grad_checkpointing(True)
+    model.train()
+    held = loss_of(engine)
+    with pytest.raises(RuntimeError, match="of one that gets none, let go of the outputs and the loss before the next"):
+        loss_of(engine).backward()  # type: ignore[no-untyped-call]
+    del held
+    loss_of(engine).backward()  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("line", [*SELECTORS, BETWEEN[1]])
+def test_an_earlier_pass_whose_decisions_are_gone(line: str) -> None:
+    """The one after it was thrown away, and has overwritten them."""
+    model, engine, _ = attached(line)
+    model.set_grad_checkpointing(True)
+    model.train()
+    loss = loss_of(engine)
+    loss_of(engine, IMAGES.flip(0))
+    with pytest.raises(RuntimeError, match="needs backward after each forward pass in training mode"):
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_eval_between_forward_and_backward(line: str) -> None:
+    model, engine, _ = attached(line)
+    model.set_grad_checkpointing(True)
+    model.train()
+    loss = loss_of(engine)
+    model.eval()
+    with pytest.raises(
+        RuntimeError, match=r"a block again in eval mode, .* one of training: call model.eval\(\) after"
+    ):
+        loss.backward()  # type: ignore[no-untyped-call]
+    del loss
+    cross_entropy(model(IMAGES), LABELS).backward()  # type: ignore[no-untyped-call]  # both in eval mode
+    model.train()
+    loss_of(engine).backward()  # type: ignore[no-untyped-call]
