@@ -31,6 +31,16 @@ RECIPES = {
     "movement": [f"movement_prune: {{{TARGETS}, start: 3st, end: 5st, every: 2st, sparsity: {{from: 0.2, to: 0.5}}}}"],
     "acdc": [f"acdc: {{every: 2st, start: 1st, last_sparse: 2st, sparsity: 0.5, {TARGETS}}}"],
     "gates": ["s2vite: {head_sparsity: 0.5, unit_sparsity: 0.4, every: 2st, gradients: 2}"],
+    "structured": [
+        "structured_prune: {start: 2st, end: 6st, every: 2st, gradients: 2, head_sparsity: {from: 0.25, to: 0.5}, "
+        "unit_sparsity: {from: 0.25, to: 0.5}}"
+    ],
+    "structured of weights": ["structured_prune: {score: l1, parameter_sparsity: {0st: 0.1, 4st: 0.3}}"],
+    "in groups": [
+        "structured_prune: {start: 2st, gradients: 2, unit_sparsity: 0.33}",
+        "magnitude_prune: {start: 4st, pattern: '2:4', targets: [0.mlp.fc2.weight]}",
+    ],
+    "dead": ["magnitude_prune: {start: 2st, sparsity: 0.95, targets: ['re:.*mlp.*weight']}", "shrink: {}"],
     "svite": [f"svite: {{every: 2st, sparsity: 0.5, gradients: 2, {TARGETS}}}"],
     "soft": ["gohsp: {head_sparsity: 0.5, unit_sparsity: 0.4, start: 1st, end: 7st, every: 2st, rank: {images: 64}}"],
     "soft of training": ["gohsp: {head_sparsity: 0.5, unit_sparsity: 0.4, end: 7st, every: 2st, rank: {steps: 2}}"],
@@ -49,8 +59,16 @@ RECIPES = {
 }
 TOKENS = ["predicted", "selected", "attended", "merged"]
 DRAWN = ["predicted", "selected"]  # noise is another on each rank
-GATED = ["gates", "soft", "soft of training"]
-AT_ATTACH = ["magnitude", "ovit", "in parts", "2:4", "stacked", "svite"]  # they prune from equal weights
+WITH_BLOCK = ["gates", "soft", "soft of training", "structured", "structured of weights", "in groups"]
+AT_ATTACH = [
+    "magnitude",
+    "ovit",
+    "in parts",
+    "2:4",
+    "structured of weights",
+    "stacked",
+    "svite",
+]  # they prune from equal weights
 # (kind, recipe)
 CASES = [(kind, name) for kind in ("ddp", "fsdp2") for name in RECIPES] + [
     *(("ddp, own buffers", name) for name in ("int8", "stacked")),
@@ -82,7 +100,7 @@ class Block(nn.Module):
         self.attn, self.mlp = nn.Module(), nn.Module()
         self.attn.num_heads, self.attn.head_dim = 4, 2
         self.attn.qkv, self.attn.proj = nn.Linear(4, 24), nn.Linear(8, 4)
-        self.mlp.fc1, self.mlp.fc2 = nn.Linear(8, 10), nn.Linear(10, 16)
+        self.mlp.fc1, self.mlp.fc2 = nn.Linear(8, 12), nn.Linear(12, 16)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.attn.qkv(x.view(-1, 2, 4)).view(-1, 2, 3, 4, 2).permute(2, 0, 3, 1, 4)
@@ -94,10 +112,10 @@ class Block(nn.Module):
 
 def model_for(name: str, device: str) -> nn.Sequential:
     model = sparse_mlp(device)
-    if name in TOKENS:
+    if name in (*TOKENS, "dead"):
         torch.manual_seed(0)
         return nn.Sequential(RowVit(16), nn.Linear(16, 1)).to(device)
-    if name in GATED:
+    if name in WITH_BLOCK:
         model[0] = Block().to(device)
     return model
 

@@ -219,10 +219,31 @@ def test_what_ranks_trained_with_fewer_tokens_is_exported(found: list[dict[str, 
 
 
 @pytest.mark.parametrize("kind", SPREAD)
+def test_what_ranks_left_dead_is_removed(kind: str, found: list[dict[str, Any]], tmp_path: Path) -> None:
+    trained = found[1]["trained"][f"{kind}: dead"]
+    model = model_for("dead", "cpu")
+    engine = Engine(model, recipe(*RECIPES["dead"]), steps_per_epoch=STEPS, epochs=1)
+    engine.load_state_dict(trained["engine"])
+    model.load_state_dict(trained["last"])
+    certificate = engine.export(tmp_path / "m.onnx", X[:1], data=[(X, torch.zeros(len(X), dtype=torch.int64))])
+    sizes = {layer.name: layer.shape for layer in certificate.layers}
+    assert sizes["0.blocks.0.mlp.fc1.weight"][0] == sizes["0.blocks.0.mlp.fc2.weight"][1] < 64
+
+
+@pytest.mark.parametrize("kind", SPREAD)
 def test_each_rank_asks_the_teacher_about_its_own_images(kind: str, found: list[dict[str, Any]]) -> None:
     first, second = (each["taught"][kind] for each in found)
     assert_same(first, second)
     assert_close(first, taught("alone"), 1e-6)
+
+
+def test_units_go_in_the_groups_of_a_pattern(found: list[dict[str, Any]]) -> None:
+    for kind in SPREAD:
+        last = found[0]["trained"][f"{kind}: in groups"]["last"]
+        gate = last["0.mlp.fc2.input_gate"].view(3, 4)
+        assert sorted(gate.sum(1).tolist()) == [0, 4, 4]
+        kept = (last["0.mlp.fc2.weight"].view(16, 3, 4) != 0).sum(2)
+        assert bool((kept[:, gate.all(1)] == 2).all())
 
 
 def test_ranges_are_those_of_the_whole_batch(found: list[dict[str, Any]], alone: dict[str, Any]) -> None:
