@@ -62,7 +62,7 @@ def attach_accelerate(
     engine.attach(*inner, calibration=plain, **options)
     if getattr(optimizers[0], "scaler", None) is not None:
         outermost = layers_of(optimizers[0])[-1]  # Accelerate's has no hooks of its own
-        engine._handles.append(outermost.register_step_post_hook(_CountSkipped(engine.run)))
+        engine.keep(outermost.register_step_post_hook(_CountSkipped(engine.run)))
     return engine
 
 

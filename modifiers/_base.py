@@ -10,8 +10,8 @@ from pydantic import BeforeValidator, Field, PlainSerializer, PrivateAttr, field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ovit_engine.gate_groups import FREE, joined, tile_of
-from ovit_engine.gates import installed, live_mask
+from ovit_engine.gate_groups import FREE, Groups, joined, tile_of
+from ovit_engine.gates import GateSite, installed, live_mask
 from ovit_engine.modifier import Claim, Modifier, Run, SweepPlan
 from ovit_engine.modifiers._amount import Amount, SparsityRange, Sweep, place_targets
 from ovit_engine.modifiers._when import ScheduledModifier, spelled
@@ -128,7 +128,19 @@ class MaskingModifier(Modifier):
         reason = "sparsity is a share of the weights that gates leave, so gates come first and stay: prune after them"
         for site in installed(run.model):
             if targets & {f"{site.name}.weight", f"{site.source_name}.weight"}:
+                self._check_whole(site, Groups.of(site, run.tiles))
                 yield Claim(f"the gate of {site.name}", start, run.total_steps, reason)
+
+    def _check_whole(self, site: GateSite, groups: Groups) -> None:
+        """A block of which gates take a part is neither removed nor zero: its sparsity could not be had."""
+        split = groups.spread(groups.of_gate(site.gate)) & ~site.gate
+        if isinstance(self.pattern, Block) and not site.gate.is_meta and bool(split.any()):
+            raise self.error(
+                f"{int(split.sum())} of {site.count} {site.kind} of {site.owner_name} are off in groups of "
+                f"{groups.size} that {self.pattern} holds together, and others of their groups are on: switch whole "
+                "groups, or shrink(model) first (ovit_engine.shrink)",
+                "pattern",
+            )
 
     def describe(self, sparsity: float | None) -> str:
         """A sparsity as the timeline shows it."""

@@ -189,12 +189,11 @@ class Engine:
         self._change(Event.ATTACH)
         self._watch = StepWatch(optimizers[0], self.run.steps_per_epoch)
         hooks = StepHooks(self.run, write=self._write, begin=partial(self._fire, Event.STEP_BEGIN), end=self._end_step)
-        (project,) = map(torch.compiler.disable, [self._after_other])  # as `hooks` does
         self._handles = [
             self._watch,
             Mark(self.model),
             *hooks.register(optimizers[0]),
-            *(other.register_step_post_hook(project) for other in (*optimizers[1:], *wrappers)),
+            *map(hooks.hold_after, (*optimizers[1:], *wrappers)),
         ]
         if criterion is not None:
             self._handles.append(criterion.register_forward_hook(AddTerms(self._terms)))
@@ -234,6 +233,10 @@ class Engine:
                 self._remove_hooks()
                 for modifier in self.modifiers:
                     modifier.abandon(self.run)
+
+    def keep(self, handle: RemovableHandle) -> None:
+        """Remove this hook of an integration's where those of the engine are removed."""
+        self._handles.append(handle)
 
     def loss(self, loss: Tensor) -> Tensor:
         """The loss to differentiate: `loss` plus the terms of modifiers; as it is in evaluation and after detach."""
@@ -375,9 +378,6 @@ class Engine:
         self.run.masks.project()
         self._change(Event.STEP_END)
         warn_of_a_late_end(self.run)
-
-    def _after_other(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.run.masks.project()
 
     def _follow(self) -> None:
         """Bring the EMA copy up where masks or ranges changed: it averages what was before otherwise."""

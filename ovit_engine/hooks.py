@@ -40,6 +40,10 @@ class StepHooks:
         before, after = map(torch.compiler.disable, (self._before, self._after))
         return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
+    def hold_after(self, optimizer: Optimizer) -> RemovableHandle:
+        """Hold the masks after each step of another optimizer, or of a wrapper, which is no clock."""
+        return optimizer.register_step_post_hook(torch.compiler.disable(self._after_other))
+
     @staticmethod
     def are_on(optimizer: Optimizer) -> bool:
         """Whether an engine is attached to `optimizer`."""
@@ -78,6 +82,9 @@ class StepHooks:
             self._outermost = None
         if not self._skipped:
             self._end()
+
+    def _after_other(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._run.masks.project()
 
 
 def _step_frame() -> FrameType | None:

@@ -257,3 +257,19 @@ def test_gohsp_keeps_the_groups_of_largest_norm() -> None:
     engine.attach(torch.optim.SGD(model.parameters(), 0.1))
     for keep in engine.modifiers[0]._soft_phase.plan.values():  # type: ignore[attr-defined]
         assert keep.nonzero().flatten().tolist() == list(range(48))
+
+
+@pytest.mark.parametrize(("block", "layer"), [("[1, 8]", "fc2"), ("[8, 1]", "fc1")])
+def test_a_gate_that_takes_a_part_of_a_block_is_refused(block: str, layer: str) -> None:
+    """Export would find the unit neither removed nor in a block of zeros."""
+    model = vit()
+    (first, *_) = sites = find_sites(model, ("units",))
+    install(sites)
+    gate = torch.ones(first.count, dtype=torch.bool)
+    gate[[1, 2]] = False
+    set_gate(first, gate)
+    line = pattern(f"{{block: {block}}}", f"re:.*{layer}\\.weight", "sparsity: 0.5, ")
+    with pytest.raises(
+        RecipeError, match=r"r.yaml:2:.*pattern: 2 of \d+ units of blocks.0.mlp are off in groups of 8 that \{block: "
+    ):
+        Engine(model, recipe(line), steps_per_epoch=6, epochs=1).prepare()
