@@ -39,6 +39,7 @@ class GateModifier(Modifier):
     _done: int = PrivateAttr(default=-1)  # the last of its times at which it acted
     _sums: dict[str, Tensor] = PrivateAttr(default_factory=dict)  # of the present window, over all processes
     _loaded: dict[str, Tensor] | None = PrivateAttr(default=None)  # gates of a loaded state
+    _written: dict[str, Tensor] = PrivateAttr(default_factory=dict)  # gates that it put in force
     _scored: list[int] = PrivateAttr(default_factory=list)  # steps at whose end scores are needed, in order
     _window: int = PrivateAttr(default=0)  # steps that are recorded before each of them
     _final: dict[str, Tensor] = PrivateAttr(default_factory=dict)  # gates at the end: the model may be shrunk then
@@ -132,6 +133,11 @@ class GateModifier(Modifier):
                     "its gates, before the export"
                 )
 
+    def reloaded(self, run: Run) -> None:
+        gates = self._written or self._loaded or {}
+        for site in self._sites if gates else ():
+            set_gate(site, gates[site.name])
+
     def apply_to(self, model: nn.Module) -> None:
         assert self._model is not None
         copy_gates(self._model, model)
@@ -154,6 +160,7 @@ class GateModifier(Modifier):
         for site in self._sites:
             set_gate(site, keeps.get(site.name, site.gate))
             run.shared[f"the gate of {site.name!r}"] = site.gate
+        self._written = {site.name: site.gate.clone() for site in self._sites}
         run.copies_behind = True
         self._sums = {}
         for kind in self.kinds():

@@ -78,6 +78,7 @@ class Quantize(Modifier):
     _layers: tuple[str, ...] = PrivateAttr(default=())
     _model: nn.Module | None = PrivateAttr(default=None)
     _done: int = PrivateAttr(default=-1)  # the last step whose phase is in force
+    _reloaded: bool = PrivateAttr(default=False)  # whether the loop loaded a state since the last step
     _times: _Times = PrivateAttr(default=_Times(0, 0, 0, None))
 
     def _resolve(self, clock: Clock) -> _Times:
@@ -152,10 +153,34 @@ class Quantize(Modifier):
                 "call model.load_state_dict(...) between engine.load_state_dict(...) and attach"
             )
 
+    def reloaded(self, run: Run) -> None:
+        self._reloaded = True
+        observe, start, freeze, _ = self._times
+        for _, quantizer in quant.quantizers(run.model):
+            quantizer.enabled.fill_(self._done >= start)
+            quantizer.observing.fill_(observe <= self._done < freeze)
+            if self._done >= freeze:  # no range comes any more
+                quantizer.enabled.logical_and_(quantizer.observed)
+
+    def _check_reloaded(self, run: Run) -> None:
+        """Not at once: weights of an earlier phase may be there for an evaluation, and go again."""
+        rounded = (bool(quantizer.enabled) for _, quantizer in quant.quantizers(run.model))
+        if self._reloaded and self._done >= self._times.freeze and not any(rounded):
+            raise RuntimeError(
+                f"{self.name}: ranges are frozen at step {run.step}, and the state that the loop loaded into the model "
+                "has none: load one of after quantization began, or go back with a new Engine that loads the engine's "
+                "state of that step"
+            )
+        self._reloaded = False
+
+    def pre_step(self, run: Run) -> None:
+        self._check_reloaded(run)
+
     def step_end(self, run: Run) -> None:
         self._act(run)
 
     def detach(self, run: Run) -> None:
+        self._check_reloaded(run)
         if run.step <= self._times.start:
             self.check_length(run, "quantization-aware training")
             raise self.error("training ended before a step with quantization was made", "start")

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ovit_engine.agreement import Agreement
-from ovit_engine.attached import Mark
 from ovit_engine.calibration import Calibration
 from ovit_engine.event import Event
 from ovit_engine.guards import (
@@ -29,7 +28,7 @@ from ovit_engine.guards import (
     check_teacher,
     layers_of,
 )
-from ovit_engine.hooks import StepHooks
+from ovit_engine.hooks import Attachment, StepHooks
 from ovit_engine.loggers import Log, RateLogs, sparsities
 from ovit_engine.loss_terms import AddTerms, LossTerms
 from ovit_engine.modifier import Modifier, Run, anew
@@ -83,7 +82,7 @@ class Engine:
         self._teacher = teacher
         self.run = Run(model, make_clock(steps_per_epoch, epochs, total_steps))
         self._rate_logs = RateLogs()
-        self._handles: list[RemovableHandle | StepWatch | Mark] = []
+        self._handles: list[RemovableHandle | StepWatch | Attachment] = []
         self._stage: Event | None = None
         self._finished = False
         self._new: list[Slot] = []  # parameters that PREPARE made
@@ -191,7 +190,7 @@ class Engine:
         hooks = StepHooks(self.run, write=self._write, begin=partial(self._fire, Event.STEP_BEGIN), end=self._end_step)
         self._handles = [
             self._watch,
-            Mark(self.model),
+            Attachment(self.model, self.run, self.modifiers),
             *hooks.register(optimizers[0]),
             *map(hooks.hold_after, (*optimizers[1:], *wrappers)),
         ]

@@ -2,18 +2,49 @@
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ovit_engine.attached import Mark
 from ovit_engine.guards import nests
-from ovit_engine.modifier import Run
+from ovit_engine.modifier import Modifier, Run
+from ovit_engine.targets import unwrapped
 
 _WRAPPER = inspect.getsourcefile(Optimizer)  # where torch wraps `step`
+
+
+class Attachment(Mark):
+    """The mark of an attached engine; where the loop loads a state into the model, masks and phases stay in force."""
+
+    def __init__(self, model: nn.Module, run: Run, modifiers: Sequence[Modifier]) -> None:
+        super().__init__(model)
+        self._handle = unwrapped(model).register_load_state_dict_post_hook(_Reload(run, modifiers))
+
+    def remove(self) -> None:
+        self._handle.remove()
+        super().remove()
+
+
+class _Reload:
+    """The hook after `model.load_state_dict`; that of a copy of the model does nothing."""
+
+    def __init__(self, run: Run | None = None, modifiers: Sequence[Modifier] = ()) -> None:
+        self._run, self._modifiers = run, modifiers
+
+    def __reduce__(self) -> tuple[type["_Reload"], tuple[()]]:
+        return _Reload, ()
+
+    def __call__(self, module: nn.Module, keys: object) -> None:
+        if self._run is not None:
+            self._run.masks.project()
+            for modifier in self._modifiers:
+                modifier.reloaded(self._run)
 
 
 class StepHooks:
