@@ -3,15 +3,15 @@
 import time
 import uuid
 from datetime import timedelta
+from typing import Any
 
-import torch.distributed as dist
 
-
-def meet(store: dist.Store, rank: int, count: int, patience: timedelta) -> str:
+def meet(store: Any, rank: int, count: int, patience: timedelta) -> str:
     """A name for the present round that all `count` processes of it get, and that no round before had.
 
-    torchrun keeps one store over its restarts, in which the addresses of dead processes lie, and no variable that it
-    sets is the same on all machines and new in each round: TORCHELASTIC_RESTART_COUNT counts the deaths on one machine.
+    torchrun keeps one store (a `torch.distributed.Store`) over its restarts, in which the addresses of dead processes
+    lie, and no variable that it sets is the same on all machines and new in each round: TORCHELASTIC_RESTART_COUNT
+    counts the deaths on one machine.
 
     Raises:
         TimeoutError: not all processes came in time.
@@ -32,11 +32,12 @@ def meet(store: dist.Store, rank: int, count: int, patience: timedelta) -> str:
         pause = _pause(pause, end)
 
 
-def _read(store: dist.Store, key: str, end: float) -> str:
+def _read(store: Any, key: str, end: float) -> str:
     pause = 0.01
     while not store.check([key]):  # `get` would wait, and leave a stack trace on stderr where it waits in vain
         pause = _pause(pause, end)
-    return store.get(key).decode()
+    value: bytes = store.get(key)
+    return value.decode()
 
 
 def _pause(seconds: float, end: float) -> float:

@@ -275,7 +275,9 @@ def test_an_average_made_by_hand_from_a_copy_amid_training(tmp_path: Path) -> No
                     old.lerp_(new, 0.5)
     plain(average, sgd(average.parameters()))
     assert zeros(average[0]) < 64
-    average.load_state_dict(average.state_dict())  # the engine's hook is not on it
+    (hook,) = average._load_state_dict_post_hooks.values()
+    assert vars(hook) == {"_run": None, "_modifiers": ()}  # neither a second run in memory, nor the masks of this one
+    average.load_state_dict(average.state_dict())
     assert zeros(average[0]) < 64
     engine.detach()
     certificate = engine.export(

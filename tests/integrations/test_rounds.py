@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from ovit_engine.integrations.rounds import meet
 LONG = timedelta(seconds=20)
 
 
-def met(store: dist.Store, count: int, delays: Sequence[float]) -> list[str]:
+def met(store: Any, count: int, delays: Sequence[float]) -> list[str]:
     """What each of `count` processes gets, each of which comes after its delay."""
 
     def come(rank: int) -> str:
