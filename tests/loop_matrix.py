@@ -34,7 +34,7 @@ LABELS = (IMAGES.flatten(1) @ torch.randn(64, 4, generator=torch.Generator().man
 CALIBRATION = Calibration(torch.utils.data.TensorDataset(IMAGES, LABELS), nn.functional.cross_entropy)
 
 # on a CPU inductor compiles C++ for a minute: in a slow test only
-BACKENDS = {"cpu": "aot_eager", "cuda": "inductor"}
+BACKENDS = {"cpu": "aot_eager", "sim": "aot_eager", "cuda": "inductor"}
 
 Loop = Callable[[Any, Engine], Iterator[bool]]
 

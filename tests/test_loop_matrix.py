@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ovit_engine import Engine
 from ovit_engine.quant import quantizers
+from tests.devices import DEVICES
 from tests.loop_matrix import (
     BACKENDS,
     FREEZE,
@@ -61,7 +62,7 @@ def steps_with(steps: Iterator[bool], warning: str | None) -> Iterator[bool]:
         yield from steps
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", LOOPS)
 def test_every_loop(name: str, device: str, tmp_path: Path) -> None:
     loop, make = LOOPS[name]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ovit_engine.pattern import NM
 from ovit_engine.second_order import METHODS, Pruned, prune_streamed, prune_tensors
+from tests.devices import ACCELERATOR
 
 
 @pytest.mark.parametrize(
@@ -227,14 +228,14 @@ def test_magnitude_reports_half_the_squared_length() -> None:
 @pytest.mark.parametrize(
     "options", [{"sparsity": 0.7}, {"pattern": "2:4"}, {"pattern": {"block": [1, 4]}, "sparsity": 0.5}]
 )
-def test_cuda_gives_what_the_cpu_gives(options: dict[str, Any], method: str) -> None:
+def test_a_gpu_gives_what_the_cpu_gives(options: dict[str, Any], method: str) -> None:
     weights, gradients = random_problem((16, 32), (8, 16, 3, 3), count=30)
     options = {"block": 32, "damp": 1e-3, "dtype": torch.float64, "method": method, **options}
     expected = prune_tensors(weights, gradients, **options)
-    for moved in (gradients, [gradient.cuda() for gradient in gradients]):
-        cuda = [weight.cuda() for weight in weights]
-        got = prune_tensors(cuda, moved, **options)
-        assert all(mask.is_cuda for mask in got[0])
+    for moved in (gradients, [gradient.to(ACCELERATOR) for gradient in gradients]):
+        there = [weight.to(ACCELERATOR) for weight in weights]
+        got = prune_tensors(there, moved, **options)
+        assert all(mask.device.type == ACCELERATOR for mask in got[0])
         for index in range(2):
             assert got[0][index].cpu().equal(expected[0][index])
             torch.testing.assert_close(got[1][index].cpu(), expected[1][index], rtol=1e-8, atol=1e-9)
