@@ -106,6 +106,8 @@ class GateModifier(Modifier):
             begin = self._begin(run.step)
             if begin is not None and begin < run.step and not self._sums:
                 raise self.error(f"half a state was loaded: it lacks the scores recorded since step {begin}")
+        places = {site.name: site.gate.device for site in self._sites}  # the model may have moved since a load
+        self._sums = {name: sums.to(places[name]) for name, sums in self._sums.items()}
         self._act(run)
         self._record(run)
 

@@ -155,9 +155,19 @@ class SoftPhase:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state; ValueError where it is of other layers."""
-        self.plan = _placed(state["plan"], {site.name: site.gate for site in self._sites})
-        self._targets = _placed(state["targets"], {piece.slot.name: piece.slot.tensor for piece in self._of("units")})
+        gates, weights = self._gates_and_weights()
+        self.plan, self._targets = _placed(state["plan"], gates), _placed(state["targets"], weights)
         self.rates, self._growth = dict(state["rates"]), dict(state["growth"])
+
+    def place(self) -> None:
+        """Follow the model to where it is now: a state is loaded before it moves."""
+        gates, weights = self._gates_and_weights()
+        self.plan, self._targets = _placed(self.plan, gates), _placed(self._targets, weights)
+
+    def _gates_and_weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What the plan and the targets are of, by the names that both have."""
+        weights = {piece.slot.name: piece.slot.tensor for piece in self._of("units")}
+        return {site.name: site.gate for site in self._sites}, weights
 
     def _kinds(self) -> list[Kind]:
         return list(dict.fromkeys(site.kind for site in self._sites))

@@ -179,6 +179,7 @@ class Gohsp(GateModifier):
                     "end",
                 )
             self._scored, self._window = [self._soft] if window else [], window
+        self._soft_phase.place()
         super().attach(run)
 
     def detach(self, run: Run) -> None:

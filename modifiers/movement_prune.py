@@ -34,6 +34,11 @@ class MovementPrune(PruningModifier):
             raise self.error("at step 0 nothing has moved yet: prune later", option)
         return events
 
+    def attach(self, run: Run) -> None:
+        places = {slot.name: slot.tensor.device for slot in self._slots}  # the model may have moved since a load
+        self._scores = {name: score.to(places[name]) for name, score in self._scores.items()}
+        super().attach(run)
+
     def step_begin(self, run: Run) -> None:
         if run.step >= max(self._events):
             return
