@@ -102,7 +102,7 @@ def search_batches(images: Dataset[Any], skip: int, *, seed: int = 0) -> list[tu
         ValueError: fewer than 32 are left.
     """
     total = len(images)  # type: ignore[arg-type]
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[skip : skip + _IMAGES]
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed), device="cpu")[skip : skip + _IMAGES]
     if len(order) < _LEAST_IMAGES:
         raise ValueError(
             f"a search measures accuracy on training images that give no ranges: of {total} {len(order)} are left, "

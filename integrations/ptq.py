@@ -78,7 +78,7 @@ def quantize_of(recipe: Recipe) -> Quantizes:
 def calibration_batches(images: Dataset[Any], count: int, *, seed: int = 0) -> list[tuple[Tensor, ...]]:
     """`count` images drawn at random from a dataset of (image, class), in batches; all, where there are fewer."""
     total = len(images)  # type: ignore[arg-type]
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed), device="cpu")[:count]
     return [(batch,) for batch, *_ in DataLoader(Subset(images, order.tolist()), batch_size=_BATCH)]
 
 

@@ -239,7 +239,7 @@ def hold_out(count: int, *, seed: int = 0) -> tuple[list[int], list[int]]:
     if count < 2:
         raise ValueError(f"{count} training images can't be split: tuning compares settings on a part of them")
     held = max(1, min(MOST_HELD_OUT, round(HELD_OUT * count)))
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
     return sorted(order[held:]), sorted(order[:held])
 
 

@@ -123,7 +123,7 @@ def l1(site: GateSite, statistics: Statistics) -> Tensor:
 def random(site: GateSite, statistics: Statistics) -> Tensor:
     """Uniform numbers from the seed and the site's name: the same in every process, however many sites there are."""
     generator = torch.Generator().manual_seed(mixed(statistics.seed, *site.name.encode()))
-    return torch.rand(site.count, generator=generator).to(site.linear.weight.device)
+    return torch.rand(site.count, generator=generator, device="cpu").to(site.linear.weight.device)
 
 
 @register_ranker("graph", needs="outputs", kinds=["heads"], additive=False, seeded=False)
@@ -135,7 +135,7 @@ def graph(site: GateSite, statistics: Statistics) -> Tensor:
     if statistics.similarity is None:
         raise ValueError(f"ranking {site.name!r} needs similarities of head outputs, and none were measured")
     on = site.gate.to(statistics.similarity.device)
-    scores = torch.zeros(site.count, dtype=torch.float64)
+    scores = torch.zeros(site.count, dtype=torch.float64, device="cpu")
     scores[on.cpu()] = stationary_distribution(statistics.similarity[on][:, on])
     return scores
 

@@ -17,25 +17,28 @@ def mixed(*values: int) -> int:
 
 
 def random_state() -> RandomState:
-    """All random states as they are now; CUDA's only where it is in use, since reading them would start it."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()
+    """All random states as they are now; an accelerator's only where it is in use."""
+    accelerator = _accelerator()
+    theirs = [] if accelerator is None else accelerator.get_rng_state_all()
+    return torch.get_rng_state(), theirs, np.random.get_state(), random.getstate()
 
 
 def set_random_state(state: RandomState) -> None:
     """Put back what `random_state` read."""
     torch.set_rng_state(state[0])
-    if state[1]:
-        torch.cuda.set_rng_state_all(state[1])
+    accelerator = _accelerator()
+    if state[1] and accelerator is not None:
+        accelerator.set_rng_state_all(state[1])
     np.random.set_state(state[2])
     random.setstate(state[3])
 
 
 def seed_everything(seed: int) -> None:
-    """Start all random states from `seed`; CUDA's only where it is in use."""
+    """Start all random states from `seed`; an accelerator's only where it is in use."""
     seed_cpu(seed)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.manual_seed_all(seed)
+    accelerator = _accelerator()
+    if accelerator is not None:
+        accelerator.manual_seed_all(seed)
 
 
 def seed_cpu(seed: int) -> None:
@@ -43,3 +46,11 @@ def seed_cpu(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+def _accelerator() -> Any:
+    """torch's module of the accelerator (`torch.cuda`, say) where it is in use; to ask it more would start it."""
+    device = torch.accelerator.current_accelerator()
+    module = None if device is None else torch.get_device_module(device)
+    is_initialized = getattr(module, "is_initialized", None)  # torch.mps has none, nor states of all devices
+    return module if is_initialized is not None and is_initialized() else None

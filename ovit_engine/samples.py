@@ -36,14 +36,13 @@ class Samples:
         if isinstance(self.dataset, IterableDataset):
             return self._streamed(self.dataset, set(numbers))
         generator = torch.Generator().manual_seed(self.seed)  # a loader without one draws a seed from the global state
-        return iter(
-            DataLoader(
-                _SeededBatches(self.dataset, self.seed),
-                batch_sampler=self._indices(sorted(numbers)),  # type: ignore[arg-type]
-                generator=generator,
-                **self.options,
-            )
+        loader: DataLoader[Any] = DataLoader(
+            _SeededBatches(self.dataset, self.seed),
+            batch_sampler=self._indices(sorted(numbers)),  # type: ignore[arg-type]
+            generator=generator,
+            **self.options,
         )
+        return _begun(loader)
 
     def _indices(self, numbers: Sequence[int]) -> list[tuple[int, list[int]]]:
         """(number, indices) of each batch: image orders drawn anew each epoch, without what is left over.
@@ -52,11 +51,12 @@ class Samples:
         """
         count = len(self.dataset)  # type: ignore[arg-type]
         images = min(self.images, count)
-        found, order, drawn = [], torch.empty(0), -1
+        found, order, drawn = [], torch.empty(0, device="cpu"), -1
         for number in numbers:
             epoch, place = divmod(number, count // images)
             if epoch != drawn:
-                order = torch.randperm(count, generator=torch.Generator().manual_seed(mixed(self.seed, epoch)))
+                generator = torch.Generator().manual_seed(mixed(self.seed, epoch))
+                order = torch.randperm(count, generator=generator, device="cpu")
                 drawn = epoch
             found.append((number, order[place * images : (place + 1) * images].tolist()))
         return found
@@ -66,13 +66,19 @@ class Samples:
         while number <= max(numbers, default=-1):
             stream, before = _SeededStream(dataset, self.images, mixed(self.seed, epoch)), number
             generator = torch.Generator().manual_seed(mixed(self.seed, epoch))
-            for batch in DataLoader(stream, batch_size=self.images, generator=generator, **self.options):
+            for batch in _begun(DataLoader(stream, batch_size=self.images, generator=generator, **self.options)):
                 if number in numbers:
                     yield batch
                 number += 1
             if number == before:
                 raise ValueError("the calibration dataset yields no batch")
             epoch += 1
+
+
+def _begun(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The batches of a loader that draws on the CPU, also where `torch.set_default_device` names another device."""
+    with torch.device("cpu"):
+        return iter(loader)
 
 
 class _SeededBatches(Dataset[Any]):

@@ -106,7 +106,7 @@ def rebuild(model: nn.Module, manifest: Manifest) -> nn.Module:
             )
     for part in manifest.parts:
         site = sites[part.name, part.kind]
-        keep = torch.zeros(site.count, dtype=torch.bool)
+        keep = torch.zeros(site.count, dtype=torch.bool, device="cpu")
         keep[list(part.kept)] = True
         _cut(Removal(site=site, keep=keep, mute=torch.zeros_like(keep)))
     return model
@@ -206,8 +206,10 @@ def _cut(removal: Removal) -> list[Cut]:
     cuts = []
     for (name, old, axis), (_, new, _) in zip(before, _targets(removal), strict=True):
         new.requires_grad_(old.requires_grad)
-        gone = torch.tensor(rows if axis == 0 else columns)
-        keep = torch.ones(old.shape[axis], dtype=torch.bool).index_fill_(0, gone, False).nonzero().flatten()
+        gone = torch.tensor(rows if axis == 0 else columns, device="cpu")
+        keep = (
+            torch.ones(old.shape[axis], dtype=torch.bool, device="cpu").index_fill_(0, gone, False).nonzero().flatten()
+        )
         cuts.append(Cut(name, old, new, axis, keep))
     _keep_books(site, removal.keep)
     return cuts
@@ -231,7 +233,7 @@ def _quantizer_rows(layer: nn.Linear, rows: list[int]) -> None:
     if not isinstance(layer, quant.QuantLinear) or layer.weight_quantizer.axis is None:
         return
     quantizer = layer.weight_quantizer
-    keep = torch.ones(layer.out_features, dtype=torch.bool)
+    keep = torch.ones(layer.out_features, dtype=torch.bool, device="cpu")
     keep[rows] = False
     for name in ("scale", "zero_point", "minimum", "maximum"):
         buffer: Tensor = getattr(quantizer, name)

@@ -43,7 +43,8 @@ def hold_ranges(model: nn.Module) -> None:
 def probe(site: GateSite) -> Tensor:
     """Inputs of the owner, float64 [2, 7, features], always the same."""
     generator = torch.Generator().manual_seed(_SEED)
-    return torch.randn(2, 7, site.source.in_features, dtype=torch.float64, generator=generator)
+    shape = 2, 7, site.source.in_features
+    return torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu")
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ def rewire(weight: Tensor, mask: Tensor, gain: Tensor, *, pattern: Pattern, frac
 def random_scores(shape: torch.Size, name: str, *seeds: int) -> Tensor:
     """Numbers in [0, 1) of this shape on the CPU: the same for one name and seeds in every process, at any time."""
     generator = torch.Generator().manual_seed(mixed(*seeds, *name.encode()))
-    return torch.rand(shape, generator=generator)
+    return torch.rand(shape, generator=generator, device="cpu")
 
 
 def _units(tensor: Tensor, pattern: Pattern) -> Tensor:

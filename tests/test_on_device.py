@@ -1,6 +1,8 @@
 """On an accelerator: every modifier, resumed with states saved there, and exported from there."""
 
 import io
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,16 @@ import pytest
 import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from ovit_engine import Calibration, Engine
+from ovit_engine.integrations.oneshot import oneshot
+from ovit_engine.integrations.oneshot_timm import set_up
+from ovit_engine.integrations.restore import restore
+from ovit_engine.integrations.timm import SILENT, train
+from ovit_engine.targets import parameter_slots
 from tests.devices import ACCELERATOR
+from tests.integrations.conftest import tiny_recipe
 from tests.loops import X, Y, recipe
 from tests.modifiers.test_contract import NAMES, SETTINGS, model_for
 
@@ -112,3 +121,79 @@ def test_an_average_kept_in_main_memory_follows(name: str) -> None:
         assert not theirs[key][~mask.cpu()].any(), key
     for (key, ours), other in zip(model.named_buffers(), average.module.buffers(), strict=True):
         assert ours.dtype != torch.bool or torch.equal(ours.cpu(), other), key
+
+
+@pytest.fixture
+def by_default() -> Iterator[None]:
+    """As `torch.set_default_device` of a user."""
+    torch.set_default_device(ACCELERATOR)
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.mark.usefixtures("by_default")
+@pytest.mark.parametrize("name", NAMES)
+def test_where_all_tensors_are_made_there(name: str, tmp_path: Path) -> None:
+    _, engine = unbroken(name, ACCELERATOR)
+    engine.export(tmp_path / "model.onnx", X[:1], data=[(X, Y)])
+
+
+def test_calibration_leaves_the_random_numbers_of_the_device_alone() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(), nn.Linear(16, 1)).to(ACCELERATOR)
+    torch.manual_seed(0)
+    expected = torch.rand(4, device=ACCELERATOR)
+    torch.manual_seed(0)
+    for _ in calibration().gradients(model, parameter_slots(model), count=2, images_per_gradient=4, chunk=2):
+        pass
+    assert torch.rand(4, device=ACCELERATOR).equal(expected)
+
+
+PRUNE = r"start: 1ep, end: 2ep, every: 1ep, sparsity: {from: 0.3, to: 0.5}, targets: ['re:blocks.*(qkv|fc1)\.weight']"
+MODIFIERS = f"""
+  - ovit_prune: {{{PRUNE}, block: 16, gradients: 8, images_per_gradient: 4}}
+  - cyclic_lr: {{max: 2.0e-3, min: 1.0e-5, period: 1ep}}
+  - quantize: {{start: 1.5ep, freeze_observers: 2.5ep}}
+"""
+
+
+class InterruptedRunError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("extra", ["clip_grad: 0.5", "augmentation: noise, ema: 0.9"])
+@pytest.mark.parametrize("amp", [False, True])
+def test_the_trainer_resumes_and_exports(extra: str, amp: bool, tmp_path: Path) -> None:
+    def begin(epoch: int, epochs: int, steps: int) -> None:
+        if epoch == 3:
+            raise InterruptedRunError
+
+    training: dict[str, Any] = {"data": "digits", "device": ACCELERATOR, "amp": amp}
+    recipe = tiny_recipe(MODIFIERS, epochs=3, extra=f"batch_size: 256, lr: 1.0e-3, {extra}")
+    unbroken = train(recipe, output=tmp_path / "unbroken", **training)
+    with pytest.raises(InterruptedRunError):
+        train(recipe, output=tmp_path / "broken", progress=replace(SILENT, begin=begin), **training)
+    resumed = train(recipe, output=tmp_path / "broken", resume=tmp_path / "broken", **training)
+    equal(resumed.model, unbroken.model)
+    assert {tensor.device.type for tensor in resumed.model.state_dict().values()} == {ACCELERATOR}
+    assert resumed.engine.run.masks.sparsity() == pytest.approx(0.5, abs=1e-3)
+    images = DataLoader(resumed.data.val, 64)
+    certificate = resumed.engine.export(tmp_path / "m.onnx", torch.zeros(1, 1, 8, 8), data=images)
+    assert certificate.accuracy is not None
+    assert certificate.accuracy.file == pytest.approx(resumed.metrics[-1].accuracy, abs=0.02)
+    # what was trained there is read where there is no such device
+    assert {tensor.device.type for tensor in restore(tmp_path / "broken").model.state_dict().values()} == {"cpu"}
+
+
+def test_a_one_shot_run(caplog: pytest.LogCaptureFixture) -> None:
+    recipe = tiny_recipe(MODIFIERS, epochs=3)
+    bench = set_up(recipe, data="digits", device=ACCELERATOR)
+    assert "the weights are random" in caplog.text
+    found = oneshot(
+        bench.model,
+        recipe,
+        calibration=bench.calibration,
+        evaluate=bench.evaluate,
+        sparsities=(0.5,),
+        example_inputs=bench.example_inputs,
+    )
+    assert [point.sparsity for point in found.points] == [pytest.approx(0.5, abs=1e-3)]

@@ -112,7 +112,7 @@ class Ovit:
         for here in self._fisher.chunks(number):
             blocks = torch.arange(here.start, here.stop, device=inverse.device)
             first, price, sound = self._eliminate(number, blocks, inverse[here])
-            rows = blocks.cpu().unsqueeze(1), torch.arange(first.shape[1]).unsqueeze(0)
+            rows = blocks.cpu().unsqueeze(1), torch.arange(first.shape[1], device="cpu").unsqueeze(0)
             order[rows], cost[rows] = first.to("cpu", torch.int16), price.cpu()
             for few in a_few(blocks[~sound]):
                 self._eliminate_again(number, few, course)
@@ -129,7 +129,7 @@ class Ovit:
             raise FloatingPointError(f"{name}: elimination does not stay finite in float64")
         cost, order = course.cost, course.order
         cost[blocks.cpu()] = BEYOND_QUOTA
-        rows = blocks.cpu().unsqueeze(1), torch.arange(first.shape[1]).unsqueeze(0)
+        rows = blocks.cpu().unsqueeze(1), torch.arange(first.shape[1], device="cpu").unsqueeze(0)
         order[rows], cost[rows] = first.to("cpu", torch.int16), price.clamp(max=torch.finfo(cost.dtype).max).to(cost)
 
     def _eliminate(self, number: int, blocks: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,8 @@ def exact_arithmetic() -> Iterator[None]:
     """No TF32, no bfloat16 products, no autocast, no gradients; everything as before afterwards, also on errors."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        for device in ("cpu", "cuda"):
+        accelerator = torch.accelerator.current_accelerator()
+        for device in ("cpu", *([] if accelerator is None else [accelerator.type])):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(_highest_precision())

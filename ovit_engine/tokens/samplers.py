@@ -39,7 +39,7 @@ class TopTokens(Sampler):
 
     def __init__(self, temperature: float) -> None:
         # a tensor, so that no compiled graph compiles again when it changes
-        self.temperature = torch.tensor(temperature)
+        self.temperature = torch.tensor(temperature, device="cpu")
 
     def __call__(self, scores: Tensor, noise: Tensor, keep: int, before: Tensor | None) -> Tensor:
         noisy = scores.log_softmax(1) + noise[..., 0]

@@ -239,3 +239,14 @@ def test_a_gpu_gives_what_the_cpu_gives(options: dict[str, Any], method: str) ->
         for index in range(2):
             assert got[0][index].cpu().equal(expected[0][index])
             torch.testing.assert_close(got[1][index].cpu(), expected[1][index], rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.gpu
+def test_autocast_of_a_gpu_rounds_nothing() -> None:
+    weights, gradients = random_problem((16, 32), count=30, dtype=torch.float32)
+    there = [weight.to(ACCELERATOR) for weight in weights], [gradient.to(ACCELERATOR) for gradient in gradients]
+    plain = prune_tensors(*there, sparsity=0.5, block=16)
+    with torch.autocast(ACCELERATOR, torch.float16):
+        got = prune_tensors(*there, sparsity=0.5, block=16)
+    assert got[0][0].equal(plain[0][0])
+    assert got[1][0].equal(plain[1][0])

@@ -450,6 +450,28 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(
   return {moved(to_input), moved(to_weight), moved(to_bias)};
 }
 
+// Its schema does not say that it writes the running statistics, so the fallback would not bring them back.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm(
+    const at::Tensor& input,
+    const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& mean,
+    const std::optional<at::Tensor>& variance,
+    bool training,
+    double momentum,
+    double epsilon) {
+  auto seen = [](const std::optional<at::Tensor>& tensor) -> std::optional<at::Tensor> {
+    if (!tensor.has_value() || !tensor->defined()) {
+      return std::nullopt;
+    }
+    TORCH_CHECK(tensor->device() == DEVICE, "Expected all tensors to be on the same device: aten::native_batch_norm");
+    return as_cpu(*tensor);
+  };
+  auto [output, saved_mean, saved_scale] = at::native_batch_norm(
+      plain(input), seen(weight), seen(bias), seen(mean), seen(variance), training, momentum, epsilon);
+  return {output.to(DEVICE), saved_mean.to(DEVICE), saved_scale.to(DEVICE)};
+}
+
 } // namespace
 
 // The default generator, for the device's Python module.
@@ -482,6 +504,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_copy_from", copy_from);
   m.impl("_copy_from_and_resize", copy_from_and_resize);
   m.impl("_local_scalar_dense", local_scalar);
+  m.impl("native_batch_norm", batch_norm);
   m.impl("convolution_overrideable", convolution);
   m.impl("convolution_backward_overrideable", convolution_backward);
 }
