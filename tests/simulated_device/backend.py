@@ -29,7 +29,8 @@ def missing() -> str | None:
 def build() -> Path:
     """The compiled backend, kept in the system's folder for temporary files."""
     root = Path(torch.__file__).parent
-    kind = hashlib.sha256(SOURCE.read_bytes() + f"{torch.__version__} {root} {sys.version}".encode()).hexdigest()[:16]
+    sources = b"".join(file.read_bytes() for file in (SOURCE, SOURCE.with_name("hardware.h")))
+    kind = hashlib.sha256(sources + f"{torch.__version__} {root}".encode()).hexdigest()[:16]
     library = Path(tempfile.gettempdir()) / f"ovit_simulated_device_{kind}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory() as folder:
