@@ -151,6 +151,7 @@ def promise_of(
                 pattern="unstructured" if mask is None else masks.pattern(name),
                 removed=(whole or {}).get(name, size) - size,
                 dead=(gated or {}).get(name, size) - size,
+                pruned=mask is not None,
                 quantized=name in quantized,
             )
         )

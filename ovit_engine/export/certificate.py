@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ovit_engine.console import table_console
-from ovit_engine.export.promise import Promise
+from ovit_engine.export.json_text import read_object
+from ovit_engine.export.promise import Promise, alone
 from ovit_engine.manifest import Manifest
 from ovit_engine.token_counts import TokenCounts
 
@@ -16,8 +18,17 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+# 3 added macs and tokens, 4 other_numbers and notes that are checked; what changes the page raises it too
+FORMAT = 4
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
 class _Facts(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # NaN is no fact, and would be equal to nothing and different from nothing in every comparison
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class LayerFacts(_Facts):
@@ -33,19 +44,21 @@ class LayerFacts(_Facts):
     dtype: str
     # read through DequantizeLinear
     quantized: bool
-    numel: int
-    zeros: int
+    numel: Positive
+    zeros: Count
     # all zero points of the weight are 0 (None: not quantized)
     symmetric: bool | None = None
     # integer type of the other operand and whether its zero point is 0 (None: it is read in float)
     activation: str | None = None
     activation_symmetric: bool | None = None
     # groups of 4 neighbours with more than 2 non-zeros along the axis that sparse kernels read (None: no multiple of 4)
-    broken_2_4: int | None = None
+    broken_2_4: Count | None = None
     # N:M promised: groups with too many non-zeros (None: the input axis is no multiple of the group)
-    broken_groups: int | None = None
+    broken_groups: Count | None = None
     # blocks promised: zeros that lie in tiles of nothing but zeros
-    tile_zeros: int | None = None
+    tile_zeros: Count | None = None
+    # another weight of these, which is stored once for both: totals count it there
+    shared_with: str | None = None
 
     @property
     def sparsity(self) -> float:
@@ -56,36 +69,36 @@ class LayerFacts(_Facts):
 class Parity(_Facts):
     """How far the file's outputs are from those of the fake-quantized, masked PyTorch model."""
 
-    images: int
+    images: Positive
     # "data", or "random": seeded normal noise where no data was given
     source: str
     # share of images with the same argmax, and its 95 % Wilson interval
-    agreement: float
-    agreement_low: float
-    agreement_high: float
+    agreement: Share
+    agreement_low: Share
+    agreement_high: Share
     # mean over images of the cosine between the logits
     cosine: float
     # largest absolute difference / largest absolute logit
-    max_error: float
+    max_error: Annotated[float, Field(ge=0)]
 
 
 class Accuracy(_Facts):
     """Top-1 on the labelled images that parity was measured on."""
 
-    images: int
-    file: float
+    images: Positive
+    file: Share
     # of what the file is compared with (the certificate's ``reference``)
-    pytorch: float
+    pytorch: Share
 
 
 class Latency(_Facts):
     """One file at one batch size on the certificate's machine; seconds a batch."""
 
     file: str
-    batch_size: int
-    threads: int
+    batch_size: Positive
+    threads: Positive
     # paired rounds, in each of which file and baseline ran in turn
-    rounds: int
+    rounds: Positive
     median: float
     # quartiles
     low: float
@@ -102,7 +115,7 @@ class Machine(_Facts):
     """Where the runtime's kernels were chosen."""
 
     cpu: str
-    cores: int
+    cores: Positive
     # instruction sets that matter for int8
     int8: tuple[str, ...]
 
@@ -110,24 +123,25 @@ class Machine(_Facts):
 class Certificate(_Facts):
     """Everything measured about one file. ``verify`` measures it again from the file alone."""
 
-    # 3: macs and tokens, which older certificates leave out
-    format: int = 3
+    format: Annotated[int, Field(ge=1)] = FORMAT
     file: str
     sha256: str
-    bytes: int
+    bytes: Count
     # by gzip -6 and zstd -12
-    gzip_bytes: int
+    gzip_bytes: Count
     # None where the package `zstandard` is not installed
-    zstd_bytes: int | None = None
+    zstd_bytes: Count | None = None
     # all weights of two dimensions and more: as stored, and at the entropy of where zeros lie and of the other values
-    weight_bytes: int
-    weight_entropy_bytes: int
-    opset: int
+    weight_bytes: Count
+    weight_entropy_bytes: Count
+    # numbers that the file stores besides `layers`: biases, norms, embeddings, scales; weights can't hide among few
+    other_numbers: Count | None = None
+    opset: Count
     # name -> shape, a free dimension by its name
     inputs: dict[str, tuple[int | str, ...]]
     outputs: dict[str, tuple[int | str, ...]]
     # multiply-adds of products and convolutions for one image, zeros in full (None: a note says why)
-    macs: int | None = None
+    macs: Count | None = None
     # tokens along the blocks (None: not the graph of a plain transformer)
     tokens: TokenCounts | None = None
 
@@ -142,10 +156,10 @@ class Certificate(_Facts):
 
     # every weight that a MatMul, Gemm or Conv reads, and every promised one
     layers: tuple[LayerFacts, ...]
-    ops: dict[str, int]
+    ops: dict[str, Count]
     # the graph after ONNX Runtime's optimizations on this machine
-    runtime_ops: dict[str, int]
-    integer_kernels: int
+    runtime_ops: dict[str, Count]
+    integer_kernels: Count
     # weight -> the integer kernel that reads it on this machine
     kernels: dict[str, str]
 
@@ -161,36 +175,45 @@ class Certificate(_Facts):
     versions: dict[str, str]
     notes: tuple[str, ...] = ()
 
+    @field_validator("format")
+    @classmethod
+    def _known(cls, number: int) -> int:
+        if number > FORMAT:
+            raise ValueError(f"format {number} is of a newer ovit-engine: this one reads up to {FORMAT}")
+        return number
+
+    @field_validator("layers")
+    @classmethod
+    def _each_once(cls, layers: tuple[LayerFacts, ...]) -> tuple[LayerFacts, ...]:
+        alone(layer.name for layer in layers)
+        return layers
+
     @property
     def pruned(self) -> tuple[LayerFacts, ...]:
-        """The weights of which the recipe promises zeros."""
-        names = {layer.name for layer in self.promise.layers if layer.zeros}
+        """The weights that a pruner worked on, those that it left dense among them."""
+        names = {layer.name for layer in self.promise.layers if layer.zeros or layer.pruned}
         return tuple(layer for layer in self.layers if layer.name in names)
 
     @property
     def total_sparsity(self) -> float:
         """Share of zeros over all weights in ``layers``; 0 if there is none."""
-        total = sum(layer.numel for layer in self.layers)
-        return sum(layer.zeros for layer in self.layers) / total if total else 0.0
+        return _share_of_zeros(self.layers)
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros over the weights of which the recipe promises some; 0 if of none."""
-        total = sum(layer.numel for layer in self.pruned)
-        return sum(layer.zeros for layer in self.pruned) / total if total else 0.0
+        """Share of zeros over the weights that a pruner worked on; 0 if on none."""
+        return _share_of_zeros(self.pruned)
 
     @property
     def dead(self) -> int:
-        """Weights that left the promised layers with heads and units that zeros had left without effect."""
+        """Weights said to have left with heads and units that zeros had left without effect: not in the file."""
         return sum(layer.dead for layer in self.promise.layers)
 
     @property
     def sparsity_with_dead(self) -> float:
-        """`sparsity` with dead weights that left counted as zeros: what a recipe's sparsity is held against."""
-        names = {layer.name for layer in self.promise.layers if layer.zeros or layer.dead}
-        left = [layer for layer in self.layers if layer.name in names]
-        total = self.dead + sum(layer.numel for layer in left)
-        return (self.dead + sum(layer.zeros for layer in left)) / total if total else 0.0
+        """`sparsity` with `dead` counted as zeros: what a recipe is held against. The file can't prove that part."""
+        names = {layer.name for layer in self.promise.layers if layer.zeros or layer.pruned or layer.dead}
+        return _share_of_zeros([layer for layer in self.layers if layer.name in names], self.dead)
 
     @property
     def quantized(self) -> tuple[LayerFacts, ...]:
@@ -200,8 +223,8 @@ class Certificate(_Facts):
     @property
     def int8_share(self) -> float:
         """Share of all weights in ``layers`` that is stored as integers."""
-        total = sum(layer.numel for layer in self.layers)
-        return sum(layer.numel for layer in self.quantized) / total if total else 0.0
+        total = count_weights(self.layers)
+        return count_weights(self.quantized) / total if total else 0.0
 
     def to_json(self) -> str:
         """Indented JSON, ending in a newline."""
@@ -210,7 +233,8 @@ class Certificate(_Facts):
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Read ``to_json``'s text; raises ValueError (pydantic's) for anything else."""
-        return cls.model_validate_json(text)
+        read_object(text)  # pydantic would take the last of two equal keys, and NaN
+        return cls.model_validate_json(text, strict=True)
 
     def __str__(self) -> str:
         """The same table as plain text."""
@@ -226,6 +250,17 @@ class Certificate(_Facts):
         from ovit_engine.export.report import describe
 
         (console or table_console()).print(describe(self))
+
+
+def count_weights(layers: Iterable[LayerFacts]) -> int:
+    """How many weights these hold; one that is stored once for two layers counts once."""
+    return sum(layer.numel for layer in layers if layer.shared_with is None)
+
+
+def _share_of_zeros(layers: Sequence[LayerFacts], left: int = 0) -> float:
+    """With so many more that ``left``, zeros all."""
+    total = left + count_weights(layers)
+    return (left + sum(layer.zeros for layer in layers if layer.shared_with is None)) / total if total else 0.0
 
 
 def certificate_path(path: Path) -> Path:

@@ -27,6 +27,7 @@ from ovit_engine.export.parity import Reference, Sample, accuracy, compare, make
 from ovit_engine.export.promise import Promise, check
 from ovit_engine.export.runtime import open_session, run_outputs
 from ovit_engine.export.stated import contradictions
+from ovit_engine.export.stored import hidden
 from ovit_engine.export.tensors import keep_all
 from ovit_engine.export.writer import MIN_OPSET, as_inputs, build_onnx, check_float32, serialize, set_metadata
 from ovit_engine.manifest import Manifest
@@ -105,6 +106,9 @@ def publish(proto: onnx.ModelProto, path: Path, origin: Origin, sample: Sample, 
         ExportError: the file breaks its promise; ``path`` is as it was before.
     """
     promise = origin.promise
+    unmeasurable = hidden(proto)
+    if unmeasurable:
+        raise ExportError("the file could not be verified", unmeasurable)
     set_metadata(proto, origin.metadata(measure_layers(proto, promise, dict(origin.shared_weights))))
     targets = (reference_path(path), certificate_path(path), page_path(path), path)
     with staged(path.parent) as folder:

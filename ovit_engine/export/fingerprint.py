@@ -8,7 +8,9 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 
-_METADATA = ("ovit.recipe_name", "ovit.recipe", "ovit.promise", "ovit.preprocessing", "ovit.reference")
+# files of before have no hash of it
+_LATER = "ovit.manifest"
+_METADATA = ("ovit.recipe_name", "ovit.recipe", "ovit.promise", "ovit.preprocessing", "ovit.reference", _LATER)
 
 
 def fingerprints(model: onnx.ModelProto) -> dict[str, np.ndarray]:
@@ -29,7 +31,7 @@ def altered(model: onnx.ModelProto, kept: Mapping[str, np.ndarray]) -> dict[str,
     """Parts of the file that are not those which were written, and what became of each."""
     now = fingerprints(model)
     found = dict.fromkeys(kept.keys() - now.keys(), "it was in the file when it was written")
-    found |= dict.fromkeys(now.keys() - kept.keys(), "it was not in the file when it was written")
+    found |= dict.fromkeys(now.keys() - kept.keys() - {_LATER}, "it was not in the file when it was written")
     for name in kept.keys() & now.keys():
         if not np.array_equal(now[name], kept[name]):
             found[name] = "it was changed since the file was written"

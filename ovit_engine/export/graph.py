@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from ovit_engine.export.certificate import LayerFacts
 from ovit_engine.export.errors import CertificateError
 from ovit_engine.export.promise import GroupRule, Promise, TileRule, read_pattern
 from ovit_engine.export.runtime import walk_nodes
+from ovit_engine.export.stored import stored_tensors
 
 _READERS = ("MatMul", "Gemm", "Conv")
 # what may stand between an activation's DequantizeLinear and its reader
@@ -48,7 +50,7 @@ class Activation:
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """An initializer and what lies between it and its reader."""
 
     name: str
@@ -66,7 +68,7 @@ def read_weights(model: onnx.ModelProto) -> dict[str, Weight]:
         if node.op_type not in _READERS:
             continue
         for position in (1, 0) if node.op_type == "MatMul" else (1,):
-            source = _trace(node.input[position], producers, initializers)
+            source = trace(node.input[position], producers, initializers)
             if source is None or len(initializers[source.name].dims) < 2:
                 continue
             flip = _stored_in_out(node, position) != source.transposed
@@ -80,16 +82,6 @@ def read_weights(model: onnx.ModelProto) -> dict[str, Weight]:
     return weights
 
 
-def stored_tensors(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
-    """All tensors that the file holds, by the name that nodes read them by: initializers, and values of Constants."""
-    found = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in walk_nodes(model.graph):
-        if node.op_type == "Constant":
-            values = [attribute.t for attribute in node.attribute if attribute.name == "value"]
-            found |= dict(zip(node.output, values, strict=False))
-    return found
-
-
 def measure_layers(model: onnx.ModelProto, promise: Promise, names: dict[str, str]) -> tuple[LayerFacts, ...]:
     """Facts of every weight, patterns checked where promised.
 
@@ -99,13 +91,16 @@ def measure_layers(model: onnx.ModelProto, promise: Promise, names: dict[str, st
     weights = read_weights(model)
     initializers = stored_tensors(model)
     facts = {name: _facts(name, weight, None) for name, weight in weights.items()}
+    owners = {name: name for name in facts}  # tensor -> the weight that it counts for
     for layer in promise.layers:
         stored = names.get(layer.name, layer.name)
         weight = weights.get(stored)
         if weight is None and stored in initializers:
-            weight = _read(initializers, _Source(stored, None, False), "other", False)
+            weight = _read(initializers, Source(stored, None, False), "other", False)
         if weight is not None:
-            facts[layer.name] = _facts(layer.name, weight, read_pattern(layer.pattern))
+            measured = _facts(layer.name, weight, read_pattern(layer.pattern))
+            owner = owners.setdefault(stored, layer.name)
+            facts[layer.name] = measured.model_copy(update={} if owner == layer.name else {"shared_with": owner})
     return tuple(facts[name] for name in sorted(facts, key=_in_numbers))
 
 
@@ -164,22 +159,37 @@ def _facts(name: str, weight: Weight, rule: GroupRule | TileRule | None) -> Laye
     )
 
 
-def _trace(
-    value: str, producers: dict[str, onnx.NodeProto], initializers: dict[str, onnx.TensorProto]
-) -> _Source | None:
-    """Follow a value back over DequantizeLinear, Transpose and Identity to an initializer."""
+def trace(
+    value: str, producers: Mapping[str, onnx.NodeProto], initializers: Mapping[str, onnx.TensorProto]
+) -> Source | None:
+    """Follow a value back over DequantizeLinear, Transpose and Identity to an initializer.
+
+    None where it comes from elsewhere, or where its axes are exchanged otherwise than [out, in] and [in, out].
+    """
     quantize: onnx.NodeProto | None = None
-    transposed = False
+    turns: list[onnx.NodeProto] = []
+    seen: set[str] = set()
     while value not in initializers:
         node = producers.get(value)
-        if node is None or node.op_type not in ("DequantizeLinear", "Transpose", "Identity"):
+        if (
+            node is None
+            or not node.input
+            or value in seen
+            or node.op_type not in ("DequantizeLinear", "Transpose", "Identity")
+        ):
             return None
         if node.op_type == "DequantizeLinear":
             quantize = node
         if node.op_type == "Transpose":
-            transposed = not transposed
+            turns.append(node)
+        seen.add(value)
         value = node.input[0]
-    return _Source(value, quantize, transposed)
+    axes = list(range(len(initializers[value].dims)))
+    swapped = [*axes[:-2], *axes[:-3:-1]]
+    orders = [next((list(a.ints) for a in node.attribute if a.name == "perm"), axes[::-1]) for node in turns]
+    if any(order not in (axes, swapped) for order in orders):
+        return None
+    return Source(value, quantize, sum(order != axes for order in orders) % 2 == 1)
 
 
 def _activation(
@@ -203,6 +213,8 @@ def to_array(tensor: onnx.TensorProto) -> np.ndarray:
     """An initializer's values. Raises CertificateError naming it if its bytes do not fill its shape."""
     try:
         array: np.ndarray = numpy_helper.to_array(tensor)
+    except KeyError:
+        raise CertificateError("unreadable", [f"{tensor.name}: no such type, {tensor.data_type}"]) from None
     except (ValueError, TypeError) as error:
         raise CertificateError("unreadable", [f"{tensor.name}: {error}"]) from error
     return array
@@ -215,11 +227,15 @@ def _stored_in_out(node: onnx.NodeProto, position: int) -> bool:
     return node.op_type == "Gemm" and not any(a.name == "transB" and a.i for a in node.attribute)
 
 
-def _read(initializers: dict[str, onnx.TensorProto], source: _Source, op: str, flip: bool) -> Weight:
+def _read(initializers: dict[str, onnx.TensorProto], source: Source, op: str, flip: bool) -> Weight:
     tensor = initializers[source.name]
     values = to_array(tensor)
     zero = 0 if source.quantize is None else _zero_point(initializers, source.quantize, values)
-    is_zero = values == zero
+    try:
+        is_zero = values == zero
+    except ValueError:
+        where = f"{source.name}: zero points of shape {list(np.shape(zero))} for levels of shape {list(values.shape)}"
+        raise CertificateError("unreadable", [where]) from None
     if flip:
         is_zero = np.swapaxes(is_zero, -1, -2)
     if op == "MatMul" and is_zero.ndim > 2:  # a stack of weights [out, in]
@@ -235,9 +251,16 @@ def _zero_point(
     """The level that stands for zero, shaped to compare with ``values``."""
     if len(node.input) < 3 or not node.input[2]:
         return 0
+    if node.input[2] not in initializers:
+        raise CertificateError("unreadable", [f"{node.input[0]}: its zero point {node.input[2]!r} is no stored tensor"])
     zero_point = to_array(initializers[node.input[2]])
     if zero_point.ndim == 0 or zero_point.size == 1:
         return zero_point.reshape(())
+    options = {attribute.name: int(attribute.i) for attribute in node.attribute}
+    axis = options.get("axis", 1)
+    if zero_point.ndim > 1:  # one for each block of levels along the axis
+        spread = np.repeat(zero_point, options.get("block_size", 1), axis)
+        return spread[tuple(map(slice, values.shape))]
     shape = [1] * values.ndim
-    shape[next((int(a.i) for a in node.attribute if a.name == "axis"), 1)] = -1
+    shape[axis] = -1
     return zero_point.reshape(shape)

@@ -29,14 +29,17 @@ def this_machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> Machine:
     )
 
 
+NO_VNNI = (
+    "this CPU shows no VNNI: int8 kernels add pairs of products in 16 bits, which can saturate; "
+    "parity was measured here and shows whether it does"
+)
+
+
 def int8_note(machine: Machine) -> str | None:
     """What to tell about int8 on this machine, if anything."""
     if machine.int8 or platform.machine() not in ("x86_64", "AMD64"):
         return None
-    return (
-        "this CPU shows no VNNI: int8 kernels add pairs of products in 16 bits, which can saturate; "
-        "parity was measured here and shows whether it does"
-    )
+    return NO_VNNI
 
 
 def versions() -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,23 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from ovit_engine.export.certificate import Accuracy, Certificate, LayerFacts, Machine, Parity
+from ovit_engine.export.certificate import Accuracy, Certificate, LayerFacts, Parity, count_weights
 from ovit_engine.export.errors import VerificationError
 from ovit_engine.export.graph import measure_layers
+from ovit_engine.export.json_text import first_faults, read_object
 from ovit_engine.export.machine import int8_note, this_machine, versions
 from ovit_engine.export.parity import WANTED_IMAGES
 from ovit_engine.export.promise import Promise
 from ovit_engine.export.runtime import INTEGER_KERNELS, count_ops, integer_kernels, runtime_graph
 from ovit_engine.export.sizes import gzip_size, weight_bytes, zstd_size
-from ovit_engine.export.work import measure_work
+from ovit_engine.export.stated import unproven
+from ovit_engine.export.stored import count_others
+from ovit_engine.export.work import Work, measure_work
 from ovit_engine.manifest import Manifest
 
 _FORMAT = "1"
+# biases, norms, embeddings and scales of a transformer are a tenth of a tiny one's weights, and less of others'
+_MANY = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,18 +93,23 @@ class Origin:
         if found.get("ovit.format") != _FORMAT:
             raise VerificationError("cannot verify", ["no ovit-engine metadata in the file: was it exported by us?"])
         try:
+            read_object(found["ovit.promise"])
             origin = cls(
                 recipe_name=found["ovit.recipe_name"],
                 recipe_text=found["ovit.recipe"],
-                promise=Promise.model_validate_json(found["ovit.promise"]),
-                manifest=Manifest.model_validate_json(found.get("ovit.manifest", "{}")),
-                preprocessing=json.loads(found["ovit.preprocessing"]),
+                promise=Promise.model_validate_json(found["ovit.promise"], strict=True),
+                manifest=Manifest.model_validate_json(found.get("ovit.manifest", "{}"), strict=True),
+                preprocessing=read_object(found["ovit.preprocessing"]),
                 reference=found.get("ovit.reference", "PyTorch"),
                 sparsity=found["ovit.sparsity"],
-                shared_weights=json.loads(found["ovit.shared_weights"]),
+                shared_weights=_names(read_object(found["ovit.shared_weights"])),
             )
         except (KeyError, ValueError) as error:
-            raise VerificationError("cannot verify", [f"broken ovit-engine metadata: {error}"]) from error
+            reason = f"without {error}" if isinstance(error, KeyError) else first_faults(error)
+            raise VerificationError("cannot verify", [f"broken ovit-engine metadata: {reason}"]) from error
+        unpromised = origin.shared_weights.keys() - {layer.name for layer in origin.promise.layers}
+        if unpromised:
+            raise VerificationError("cannot verify", [f"{min(unpromised)}: named as shared, and not promised"])
         if origin.recipe_sha256 != found.get("ovit.recipe_sha256"):
             raise VerificationError("cannot verify", ["the recipe in the metadata does not match its own hash"])
         return origin
@@ -124,11 +134,9 @@ def measure_file(
     fused = {name: kernels[initializer] for name, initializer in stored.items() if initializer in kernels}
     machine = this_machine()
     stored_bytes, bound = weight_bytes(model)
+    others = count_others(model, set(stored.values()))
     work = measure_work(model)
-    notes = _notes(layers, fused, parity, machine, [value.name for value in model.graph.output])
-    if work.unknown:
-        notes = (*notes, f"multiply-adds are not counted: {work.unknown}")
-    return Certificate(
+    certificate = Certificate(
         file=path.name,
         sha256=hashlib.sha256(content).hexdigest(),
         bytes=len(content),
@@ -136,6 +144,7 @@ def measure_file(
         zstd_bytes=zstd_size(content),
         weight_bytes=stored_bytes,
         weight_entropy_bytes=bound,
+        other_numbers=others,
         opset=next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0),
         inputs=input_shapes(model),
         outputs={value.name: _shape(value) for value in model.graph.output},
@@ -158,17 +167,28 @@ def measure_file(
         accuracy=accuracy,
         machine=machine,
         versions=versions(),
-        notes=notes,
     )
+    return certificate.model_copy(update={"notes": (*notes_of(certificate, origin.recipe_text), *unknown_work(work))})
 
 
-def _notes(
-    layers: Iterable[LayerFacts], kernels: Collection[str], parity: Parity, machine: Machine, outputs: Sequence[str]
-) -> tuple[str, ...]:
-    """What a reader should know before they trust a number."""
-    quantized = [layer.name for layer in layers if layer.quantized]
-    notes = [int8_note(machine)] if quantized else []
-    in_float = [name for name in quantized if name not in kernels]
+def _names(found: Mapping[str, Any]) -> dict[str, str]:
+    wrong = [name for name, other in found.items() if not isinstance(other, str)]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is shared with {found[wrong[0]]!r}, which is no name")
+    return dict(found)
+
+
+def unknown_work(work: Work) -> tuple[str, ...]:
+    """The note on multiply-adds that can't be counted, if they can't."""
+    return (f"multiply-adds are not counted: {work.unknown}",) if work.unknown else ()
+
+
+def notes_of(certificate: Certificate, recipe_text: str) -> tuple[str, ...]:
+    """What a reader should know before they trust a number of this certificate: all of it follows from the others."""
+    parity, outputs = certificate.parity, list(certificate.outputs)
+    quantized = [layer.name for layer in certificate.quantized]
+    notes = [int8_note(certificate.machine)] if quantized else []
+    in_float = [name for name in quantized if name not in certificate.kernels]
     if in_float:
         some = ", ".join(in_float[:3]) + (", ..." if len(in_float) > 3 else "")
         notes.append(
@@ -180,6 +200,10 @@ def _notes(
         notes.append("parity was measured on random inputs: no data was given")
     elif parity.images < WANTED_IMAGES:
         notes.append(f"parity was measured on {parity.images} images, all there were; {WANTED_IMAGES} are wanted")
+    others, weights = certificate.other_numbers or 0, count_weights(certificate.layers)
+    if others > _MANY * weights:
+        notes.append(f"{others:,} numbers are stored besides the {weights:,} weights of products, unmeasured")
+    notes += unproven(recipe_text, certificate.promise, certificate.layers)
     return tuple(note for note in notes if note is not None)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 from zipfile import BadZipFile
 
@@ -23,6 +25,18 @@ MIN_IMAGES = 32
 STORED_BYTES = 16 * 2**20
 _SEED = 0
 _TENSOR = "tensor:"
+# what NumPy and zipfile raise of broken files
+_UNREADABLE = (
+    KeyError,
+    EOFError,
+    MemoryError,
+    NotImplementedError,
+    OSError,
+    ValueError,
+    BadZipFile,
+    TokenError,
+    zlib.error,
+)
 # of the normal distribution, for an interval of 95 %
 _QUANTILE = 1.959963984540054
 
@@ -78,14 +92,17 @@ class Reference:
                 prints = dict(zip(map(str, names), digests, strict=True))
                 source = str(file["source"])
                 found = cls(file["logits"], labels, tuple(stored), file["hashes"], source, tensors, prints)
-        except (KeyError, EOFError, OSError, ValueError, BadZipFile) as error:
-            raise ValueError(f"{path.name} is not a reference of ovit-engine: {error}") from error
+        except _UNREADABLE as error:
+            reason = str(error).encode("ascii", "replace").decode().partition("\n")[0][:120]  # it may quote the bytes
+            raise ValueError(f"{path.name} is not a reference of ovit-engine: {reason}") from error
         if not found.is_whole():
             raise ValueError(f"{path.name} was changed: logits, labels, images and hashes do not belong together")
         return found
 
     def is_whole(self) -> bool:
         """Whether every part speaks of the same images, and as many are stored as `make_reference` stores."""
+        if not self._has_numbers():
+            return False
         count = len(self.logits)
         lengths = {len(self.hashes), count if self.labels is None else len(self.labels)}
         if not self.stored or lengths != {count} or any(len(array) == 0 for array in self.stored):
@@ -94,6 +111,14 @@ class Reference:
         if any(len(array) != expected for array in self.stored):
             return False
         return bool((hash_images(self.stored) == self.hashes[:expected]).all())
+
+    def _has_numbers(self) -> bool:
+        """Whether each array is of the type and number of axes that `make_reference` and `keep` give it."""
+        kinds = [(self.logits, "f"), *((array, "fiub") for array in (*self.stored, *self.tensors.values()))]
+        kinds += [(self.hashes, "u"), *((digest, "u") for digest in self.prints.values())]
+        kinds += [] if self.labels is None else [(self.labels, "iu")]
+        axes = self.logits.ndim > 1 and self.hashes.ndim == 2 and (self.labels is None or self.labels.ndim == 1)
+        return axes and all(array.dtype.kind in kind for array, kind in kinds) and all(a.ndim for a in self.stored)
 
 
 def make_reference(sample: Sample, logits: np.ndarray) -> Reference:

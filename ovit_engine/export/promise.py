@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -36,6 +38,7 @@ class PromisedLayer(BaseModel):
     dead: int = Field(
         default=0, ge=0, description="so many of those that zeros had left without effect; the others were gated off"
     )
+    pruned: bool = Field(default=False, description="a pruner worked on it, also where that left every weight")
     quantized: bool = Field(default=False, description="the weight is stored as 8-bit integers")
 
     @field_validator("pattern")
@@ -59,6 +62,19 @@ class Promise(BaseModel):
     layers: tuple[PromisedLayer, ...] = ()
     # of a model whose tokens are reduced
     tokens: TokenCounts | None = None
+
+    @field_validator("layers")
+    @classmethod
+    def _each_once(cls, layers: tuple[PromisedLayer, ...]) -> tuple[PromisedLayer, ...]:
+        alone(layer.name for layer in layers)
+        return layers
+
+
+def alone(names: Iterable[str]) -> None:
+    """Raise ValueError where a name is there twice: what it stands for would count twice."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is there twice")
 
 
 class GroupRule(NamedTuple):

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ovit_engine.export.ampere import READINESS_COLUMNS, SparseLayer, TensorRTChoice, from_facts, readiness_row
 from ovit_engine.export.break_even import SparseTable, spell
-from ovit_engine.export.certificate import Certificate, Latency, LayerFacts
+from ovit_engine.export.certificate import Certificate, Latency, LayerFacts, count_weights
 
 _NO_RECIPE = hashlib.sha256(b"").hexdigest()
 
@@ -34,9 +34,6 @@ def describe(certificate: Certificate) -> RenderableType:
 
 def fact_rows(certificate: Certificate) -> list[tuple[str, str]]:
     """What holds for the file as a whole: name and value."""
-    left = ""
-    if certificate.dead:
-        left = f"; {certificate.sparsity_with_dead:.2%} counting the dead heads and units that left them"
     rows = [
         ("file", f"{certificate.file}  sha256 {certificate.sha256[:16]}  opset {certificate.opset}"),
         ("recipe", recipe_text(certificate)),
@@ -44,15 +41,18 @@ def fact_rows(certificate: Certificate) -> list[tuple[str, str]]:
         ("inputs", ", ".join(f"{name} {list(shape)}" for name, shape in certificate.inputs.items())),
         (
             "sparsity",
-            f"{certificate.sparsity:.2%} of {sum(layer.numel for layer in certificate.pruned):,} pruned weights, "
-            f"{certificate.total_sparsity:.2%} of all {sum(layer.numel for layer in certificate.layers):,}{left}",
+            f"{certificate.sparsity:.2%} of {count_weights(certificate.pruned):,} pruned weights, "
+            f"{certificate.total_sparsity:.2%} of all {count_weights(certificate.layers):,}",
         ),
-        ("int8", f"{certificate.int8_share:.1%} of all weights, {len(certificate.quantized)} layers"),
+        (
+            "int8",
+            f"{certificate.int8_share:.1%} of all weights, {len(certificate.quantized)} layers{_others(certificate)}",
+        ),
         ("kernels", f"{certificate.integer_kernels} integer kernels in ONNX Runtime: {_kernels(certificate)}"),
         ("parity", parity_text(certificate)),
     ]
     if certificate.manifest:
-        rows.insert(4, ("left of", str(certificate.manifest)))
+        rows.insert(5, ("removed", removed_text(certificate)))
     if certificate.tokens is not None:
         rows.insert(4, ("tokens", str(certificate.tokens)))
     if certificate.macs is not None:
@@ -141,6 +141,23 @@ def layer_rows(certificate: Certificate) -> list[tuple[str, ...]]:
             )
         )
     return rows
+
+
+def removed_text(certificate: Certificate) -> str:
+    """What is said of parts that are not in the file, and so can't be measured."""
+    text = f"{certificate.manifest} are left, as the run said: a file can't show what it lacks"
+    if certificate.dead:
+        text += (
+            f"; with {certificate.dead:,} weights that are said to have left as dead, "
+            f"{certificate.sparsity_with_dead:.2%} of the pruned ones are zero"
+        )
+    return text
+
+
+def _others(certificate: Certificate) -> str:
+    if certificate.other_numbers is None:
+        return ""
+    return f"; {certificate.other_numbers:,} numbers besides weights (biases, norms, embeddings, scales)"
 
 
 def sizes_text(certificate: Certificate) -> str:

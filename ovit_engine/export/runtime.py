@@ -71,6 +71,15 @@ def count_ops(model: onnx.ModelProto) -> dict[str, int]:
     return dict(Counter(node.op_type for node in walk_nodes(model.graph)).most_common())
 
 
+def walk_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph and those inside its nodes (If, Loop)."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in [attribute.g, *attribute.graphs]:
+                yield from walk_graphs(inner)
+
+
 def walk_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     """Every node of a graph and of the graphs inside its nodes (If, Loop)."""
     for node in graph.node:
@@ -81,7 +90,10 @@ def walk_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 
 
 def run_outputs(session: Any, inputs: Sequence[np.ndarray]) -> np.ndarray:
-    """The first output for all images, in batches; a file of fixed batch is fed that many at a time."""
+    """The first output for all images, in batches; a file of fixed batch is fed that many at a time.
+
+    Raises CertificateError if the runtime gives up half-way.
+    """
     names = [value.name for value in session.get_inputs()]
     first = session.get_inputs()[0].shape[0]
     size = first if isinstance(first, int) else _BATCH
@@ -89,7 +101,10 @@ def run_outputs(session: Any, inputs: Sequence[np.ndarray]) -> np.ndarray:
     outputs = []
     for start in range(0, count, size):
         batch = [_padded(array[start : start + size], size if isinstance(first, int) else 0) for array in inputs]
-        (output,) = session.run([session.get_outputs()[0].name], dict(zip(names, batch, strict=True)))
+        try:
+            (output,) = session.run([session.get_outputs()[0].name], dict(zip(names, batch, strict=True)))
+        except Exception as error:  # the runtime's own exceptions share no other base
+            raise CertificateError("ONNX Runtime cannot run the file", [str(error).strip().splitlines()[0]]) from error
         outputs.append(output[: min(size, count - start)])
     return np.concatenate(outputs).astype(np.float32)
 

@@ -18,6 +18,7 @@ from ovit_engine.export.promise import Promise, PromisedLayer, read_pattern
 from ovit_engine.export.stated_tokens import REDUCERS, token_contradictions
 from ovit_engine.token_counts import TokenCounts
 
+_NO_RECIPE = (yaml.YAMLError, TypeError, ValueError, AttributeError, KeyError, RecursionError, re.error)
 _PRESET = "preset:"
 _REGEX = "re:"
 _NEITHER = ("cyclic_lr", "distill", *REDUCERS)
@@ -91,7 +92,7 @@ def contradictions(
         return []
     try:
         steps = _read(recipe_text)
-    except (yaml.YAMLError, TypeError, ValueError, AttributeError) as error:
+    except _NO_RECIPE as error:
         return [f"the recipe in the metadata is no recipe: {' '.join(str(error).split())}"]
     has_unknown = any(not step.prunes and step.name not in _KNOWN for step in steps)
     pruners = [step for step in steps if step.prunes]
@@ -175,21 +176,69 @@ def _amount(step: _Step, promised: Mapping[str, PromisedLayer], layers: Iterable
     It is a share of the weights that gates leave. Of these, what left with dead heads and units counts as zeros.
     """
     asked = _final(step)
-    zeros = {name for name, layer in promised.items() if layer.zeros or layer.dead}
-    dead = {name: layer.dead for name, layer in promised.items()}
-    taken = [facts for facts in layers if facts.name in promised]
-    taken = [facts for facts in taken if step.takes(facts.name) or (facts.name in zeros and step.may_take(facts.name))]
-    gone = sum(dead[facts.name] for facts in taken)
-    total = gone + sum(facts.numel for facts in taken)
-    if asked is None or not total:
-        return
-    share = (gone + sum(facts.zeros for facts in taken)) / total
-    if share < asked - _SLACK:
+    taken = _taken(step, promised, layers)
+    share = _share(taken, sum(promised[facts.name].dead for facts in taken))
+    if asked is not None and share is not None and share < asked - _SLACK:
         worst = min(taken, key=lambda facts: facts.sparsity)
         yield (
             f"{worst.name}: {worst.sparsity:.2%} zeros; the recipe's {step.name} asks for {asked:.2%}, "
             f"all it can have pruned has {share:.2%}"
         )
+
+
+def unproven(recipe_text: str, promise: Promise, layers: Sequence[LayerFacts]) -> list[str]:
+    """Sparsities of the recipe that a file has only together with dead weights said to have left it, a line each."""
+    promised = {layer.name: layer for layer in promise.layers}
+    if not any(layer.dead for layer in promise.layers):
+        return []
+    try:
+        steps = [step for step in _read(recipe_text) if step.prunes]
+    except _NO_RECIPE:  # `contradictions` tells
+        return []
+    found = []
+    for step in _certain(steps):
+        taken = _taken(step, promised, layers)
+        asked, share = _final(step), _share(taken, 0)
+        dead = sum(promised[facts.name].dead for facts in taken)
+        if dead and asked is not None and (share or 0.0) < asked - _SLACK:
+            found.append(
+                f"the recipe's {step.name} asks for {asked:.2%} zeros, the file has {share or 0.0:.2%}: the rest is to "
+                f"have left with {dead:,} dead weights, which can't be measured"
+            )
+    return found
+
+
+def left_out(recipe_text: str, promise: Promise, layers: Iterable[LayerFacts]) -> list[str]:
+    """Weights that the recipe prunes for certain and the promise does not count among the pruned, a line each."""
+    pruned = {layer.name for layer in promise.layers if layer.pruned or layer.zeros or layer.dead}
+    known = {layer.name for layer in promise.layers}
+    try:
+        steps = [step for step in _read(recipe_text) if step.prunes and _final(step)]
+    except _NO_RECIPE:
+        return []
+    return [
+        f"{facts.name}: the recipe prunes it, the file does not count it among the pruned"
+        for facts in layers
+        if facts.name in known - pruned and any(step.takes(facts.name) for step in _certain(steps))
+    ]
+
+
+def _certain(pruners: list[_Step]) -> list[_Step]:
+    """A sweep keeps models of before the end: of the pruners only the one that is swept need have begun by then."""
+    return [step for step in pruners if step.options.get("sweep")] or pruners
+
+
+def _taken(step: _Step, promised: Mapping[str, PromisedLayer], layers: Iterable[LayerFacts]) -> list[LayerFacts]:
+    """The weights that a modifier pruned, or may have."""
+    zeros = {name for name, layer in promised.items() if layer.zeros or layer.dead}
+    taken = [facts for facts in layers if facts.name in promised]
+    return [facts for facts in taken if step.takes(facts.name) or (facts.name in zeros and step.may_take(facts.name))]
+
+
+def _share(layers: Sequence[LayerFacts], dead: int) -> float | None:
+    """Share of zeros, with so many more that left; None of no weights."""
+    total = dead + sum(facts.numel for facts in layers)
+    return (dead + sum(facts.zeros for facts in layers)) / total if total else None
 
 
 def _final(step: _Step) -> float | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import onnx
 
-from ovit_engine.export.graph import stored_tensors
+from ovit_engine.export.graph import trace
 from ovit_engine.export.runtime import walk_nodes
+from ovit_engine.export.stored import stored_tensors
 
 _READERS = ("MatMul", "Gemm", "Conv")
 
@@ -32,20 +33,18 @@ def _inputs(node: onnx.NodeProto) -> set[str]:
 
 def _computed(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> list[str]:
     """Products with a weight that other operators make of constants when the file runs: no one measures it."""
-    stored = set(stored_tensors(model))
+    stored = stored_tensors(model)
+    producers = {output: node for node in nodes for output in node.output}
     constant = set(stored)
     for node in nodes:
         if node.op_type != "Constant" and node.input and constant.issuperset(filter(None, node.input)):
             constant.update(node.output)
-    through = ("DequantizeLinear", "Transpose", "Identity")
-    plain = set(stored)
-    for node in nodes:
-        if node.op_type in through and node.input[0] in plain:
-            plain.update(node.output)
     return [
         f"{node.name or node.output[0]}: this {node.op_type} reads {name!r}, a weight computed from constants"
         for node in nodes
         if node.op_type in _READERS
         for name, other in zip(node.input[:2], reversed(node.input[:2]), strict=True)
-        if name in constant - plain and other not in constant  # a product of two constants acts as a bias
+        if name in constant
+        and trace(name, producers, stored) is None
+        and other not in constant  # a product of two constants acts as a bias
     ]

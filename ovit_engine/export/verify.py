@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from pydantic import ValidationError
 
 from ovit_engine.export.certificate import (
+    FORMAT,
     Accuracy,
     Certificate,
     LayerFacts,
@@ -22,12 +22,16 @@ from ovit_engine.export.certificate import (
 )
 from ovit_engine.export.errors import CertificateError, VerificationError
 from ovit_engine.export.fingerprint import altered
-from ovit_engine.export.measure import Origin, input_types, measure_file
+from ovit_engine.export.inconsistencies import inconsistencies
+from ovit_engine.export.json_text import first_faults
+from ovit_engine.export.machine import NO_VNNI
+from ovit_engine.export.measure import Origin, input_types, measure_file, notes_of
 from ovit_engine.export.page import to_html
-from ovit_engine.export.parity import Reference, accuracy, compare, find_stored, take_sample, wilson
+from ovit_engine.export.parity import Reference, accuracy, compare, find_stored, take_sample
 from ovit_engine.export.promise import check
-from ovit_engine.export.runtime import INTEGER_KERNELS, open_session, run_outputs
-from ovit_engine.export.stated import contradictions
+from ovit_engine.export.runtime import open_session, run_outputs
+from ovit_engine.export.stated import contradictions, left_out
+from ovit_engine.export.stored import hidden
 from ovit_engine.export.tensors import changed
 from ovit_engine.export.unread import unread
 
@@ -48,11 +52,14 @@ _EXACT = (
     "reference",
     "weight_bytes",
     "weight_entropy_bytes",
+    "other_numbers",
     "ops",
     "reference_sha256",
 )
 # facts that older certificates do not state, and the format since which they do
-_SINCE = {"macs": 3, "tokens": 3}
+_SINCE = {"macs": 3, "tokens": 3, "other_numbers": 4}
+# older certificates have notes of other wording, and say of no weight that it was pruned and left dense
+_STRICT_SINCE = 4
 # other machines round a level here and there the other way
 _TOLERANCE = 0.01
 # builds of a compressor differ a little in what they make of the same bytes
@@ -78,28 +85,19 @@ def verify_file(path: str | Path, *, data: Any = None) -> Certificate:
     stated = _read_certificate(certificate_path(path))
     reference, digest = _read_reference(reference_path(path))
     try:
-        model = onnx.load(path)
+        model = onnx.load_model_from_string(path.read_bytes())
     except DecodeError:
         raise VerificationError(f"{path.name} fails", [_unreadable("not a readable ONNX file", path, stated)]) from None
     if not model.metadata_props:  # a file that is cut between two fields can still be read
         raise VerificationError(f"{path.name} fails", [_unreadable("no ovit-engine metadata", path, stated)])
+    unmeasurable = hidden(model)
+    if unmeasurable:
+        raise VerificationError(f"{path.name} fails", unmeasurable)
     origin = Origin.read(model)
     tampered = _tampered(model, reference)
     try:
         parity, part, hits = _measure_parity(path, model, reference, data)
         measured = measure_file(path, origin, reference_sha256=digest, parity=parity, parity_stored=part, accuracy=hits)
-        if parity.images < len(reference.logits):
-            note = (
-                f"measured again on {parity.images} of the {len(reference.logits)} images, which the reference holds: "
-            )
-            note += "what the certificate says of the others needs the data"
-            measured = measured.model_copy(update={"notes": (*measured.notes, note)})
-        if stated.kernels != measured.kernels or stated.runtime_ops != measured.runtime_ops:
-            note = f"the certificate states the kernels of {stated.machine.cpu}; those above are of this machine"
-            measured = measured.model_copy(update={"notes": (*measured.notes, note)})
-        if stated.latency:
-            note = f"latency stays as its maker measured it on {stated.machine.cpu}: ovit bench measures it here"
-            measured = measured.model_copy(update={"notes": (*measured.notes, note)})
     except CertificateError as error:
         raise VerificationError(f"{path.name} fails", [*tampered, *error.violations]) from error
     whole = measured.model_copy(update={"parity": stated.parity}) if part is not None else measured
@@ -109,12 +107,32 @@ def verify_file(path: str | Path, *, data: Any = None) -> Certificate:
         *tampered,
         *contradictions(origin.recipe_text, origin.promise, measured.layers, measured.tokens),
         *differences(stated, measured),
-        *_inconsistencies(stated, reference),
+        *inconsistencies(stated, reference),
+        *(left_out(origin.recipe_text, origin.promise, measured.layers) if stated.format >= _STRICT_SINCE else ()),
+        *_note_differences(stated, measured, origin.recipe_text),
         *origin.contradictions(measured.layers),
     ]
     if violations:
         raise VerificationError(f"{path.name} fails", list(dict.fromkeys(violations)))
-    return measured
+    notes = [*measured.notes, *_not_measured(stated, measured, len(reference.logits))]
+    if stated.format < FORMAT and page_path(path).is_file():
+        notes.append(f"{page_path(path).name} was made by an older ovit-engine: it is not checked")
+    return measured.model_copy(update={"notes": tuple(notes)})
+
+
+def _not_measured(stated: Certificate, measured: Certificate, images: int) -> Iterator[str]:
+    """What the certificate states and this verification could not measure, a note each."""
+    if measured.parity.images < images:
+        yield (
+            f"measured again on {measured.parity.images} of the {images} images, which the reference holds: "
+            "what the certificate says of the others needs the data"
+        )
+    if stated.kernels != measured.kernels or stated.runtime_ops != measured.runtime_ops:
+        yield f"the certificate states the kernels of {stated.machine.cpu}; those above are of this machine"
+    if stated.latency:
+        yield f"latency stays as its maker measured it on {stated.machine.cpu}: ovit bench measures it here"
+    if stated.zstd_bytes is not None and measured.zstd_bytes is None:
+        yield f"zstd_bytes {stated.zstd_bytes} is as stated: the package zstandard is not installed here"
 
 
 def differences(stated: Certificate, measured: Certificate) -> list[str]:
@@ -176,65 +194,22 @@ def _unreadable(what: str, path: Path, stated: Certificate) -> str:
     return f"{path.name}: {what}"
 
 
-def _inconsistencies(stated: Certificate, reference: Reference) -> list[str]:
-    """What a certificate says that its own reference, or another of its lines, denies."""
-    found = []
-    count = len(reference.logits)
-    if stated.parity.images != count or stated.parity.source != reference.source:
-        found.append(
-            f"parity speaks of {stated.parity.images} {_kind(stated.parity.source)}images, "
-            f"the reference holds {count} {_kind(reference.source)}images"
-        )
-    known = accuracy(reference.logits, reference.logits, reference.labels)
-    hits = stated.accuracy
-    if (hits is None) != (known is None):
-        found.append("the certificate and the reference disagree on whether there are labels")
-    elif hits is not None and known is not None:
-        if hits.images != count or abs(hits.pytorch - known.pytorch) > 1e-9:
-            found.append(
-                f"accuracy of {stated.reference}: the certificate says {hits.pytorch:.4f}, "
-                f"the reference {known.pytorch:.4f}"
-            )
-        if abs(hits.file - hits.pytorch) > 1 - stated.parity.agreement + 1e-9:
-            found.append(
-                f"accuracy {hits.file:.4f} can't be, with {hits.pytorch:.4f} of {stated.reference} "
-                "and the agreement stated"
-            )
-    for kind in ("parity", "parity_stored"):
-        parity = getattr(stated, kind)
-        if parity is not None:
-            low, high = wilson(parity.agreement, parity.images)
-            if abs(parity.agreement_low - low) > 1e-6 or abs(parity.agreement_high - high) > 1e-6:
-                found.append(
-                    f"{kind}: the interval of {parity.agreement:.2%} of {parity.images} is {low:.2%}-{high:.2%}, "
-                    f"the certificate says {parity.agreement_low:.2%}-{parity.agreement_high:.2%}"
-                )
-    found += _impossible_latencies(stated)
-    kernels = sum(number for op, number in stated.runtime_ops.items() if op in INTEGER_KERNELS)
-    if stated.integer_kernels != kernels:
-        found.append(f"integer_kernels is {stated.integer_kernels}, runtime_ops has {kernels}")
-    return found
-
-
 def _page_violations(path: Path, stated: Certificate) -> list[str]:
     page = page_path(path)
-    if page.is_file() and page.read_text(errors="replace") != to_html(stated):
+    if stated.format == FORMAT and page.is_file() and page.read_text(errors="replace") != to_html(stated):
         return [f"{page.name} is not the page of its certificate"]
     return []
 
 
-def _impossible_latencies(stated: Certificate) -> list[str]:
-    """Stated times that contradict themselves: they cannot be measured again on another machine."""
-    found = []
-    for row in stated.latency:
-        where = f"latency of {row.file} at batch {row.batch_size}"
-        if not 0 < row.low <= row.median <= row.high:
-            found.append(
-                f"{where}: the median {row.median} s does not lie within its quartiles {row.low} to {row.high}"
-            )
-        elif abs(row.throughput * row.median - row.batch_size) > 1e-6 * row.batch_size:
-            found.append(f"{where}: {row.throughput} images/s is not what a median of {row.median} s gives")
-    return found
+def _note_differences(stated: Certificate, measured: Certificate, recipe_text: str) -> list[str]:
+    """Notes that do not follow from what the certificate states, and those that do and were left out."""
+    if stated.format < _STRICT_SINCE:
+        return []
+    follow = {note for note in measured.notes if note.startswith("multiply-adds")} | set(notes_of(stated, recipe_text))
+    # whether that of VNNI does depends on the kind of processor, which a certificate does not state
+    added, left_out = set(stated.notes) - follow - {NO_VNNI}, follow - set(stated.notes) - {NO_VNNI}
+    found = [f"a note that does not follow from the certificate: {_short(note)}" for note in sorted(added)]
+    return found + [f"a note is missing: {_short(note)}" for note in sorted(left_out)]
 
 
 def _parity_differences(kind: str, stated: Parity | None, measured: Parity | None) -> list[str]:
@@ -271,16 +246,8 @@ def _read_certificate(path: Path) -> Certificate:
     try:
         return Certificate.from_json(path.read_text())
     except ValueError as error:
-        reason = _reason(error)
+        reason = first_faults(error)
         raise VerificationError("cannot verify", [f"{path.name} is not a certificate: {reason}"]) from error
-
-
-def _reason(error: ValueError) -> str:
-    """What pydantic has against a text, in a line: the first fields it names."""
-    if not isinstance(error, ValidationError):
-        return str(error).splitlines()[0]
-    faults = [(".".join(map(str, fault["loc"])), fault["msg"]) for fault in error.errors()]
-    return "; ".join(f"{where}: {what}" if where else what for where, what in faults[:3])
 
 
 def _read_reference(path: Path) -> tuple[Reference, str]:
@@ -294,10 +261,6 @@ def _read_reference(path: Path) -> tuple[Reference, str]:
 
 def _runtime(certificate: Certificate) -> str | None:
     return certificate.versions.get("onnxruntime")
-
-
-def _kind(source: str) -> str:
-    return "random " if source == "random" else ""
 
 
 def _short(value: object) -> str:

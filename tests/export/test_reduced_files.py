@@ -69,7 +69,7 @@ def test_the_certificate_tells_tokens_and_multiply_adds(reduced: Any) -> None:
     content = json.loads(certificate_path(path).read_text())
     assert content["tokens"] == {"entering": 17, "attention": [12, 8], "leaving": 8}
     assert content["macs"] == macs
-    assert content["format"] == 3
+    assert content["format"] == 4
     assert verify_file(path).tokens == COUNTS
 
 

@@ -101,8 +101,8 @@ def test_a_stacked_file_is_small_and_keeps_its_patterns(stacked: Any) -> None:
     small = copy.deepcopy(gated)
     smaller(small, engine.run.masks, dead=False)
     assert (small(IMAGES) - gated(IMAGES)).abs().max() < 1e-5
-    assert re.search(r"left of +4 of 8 heads, 80 of 128 units", str(certificate))
-    assert "counting the dead" not in str(certificate)  # what gates removed is no zero
+    assert re.search(r"removed +4 of 8 heads, 80 of 128 units are left, as the run said", str(certificate))
+    assert "left as dead" not in str(certificate)  # what gates removed is no zero
     assert {layer.dead for layer in certificate.promise.layers} == {0}
     assert verify_file(path).manifest == certificate.manifest
 
@@ -163,7 +163,9 @@ def test_the_recipe_line_removes_what_pruning_left_dead(harvested: Any) -> None:
     )
     assert certificate.sparsity_with_dead == pytest.approx(wanted)
     assert certificate.sparsity_with_dead > certificate.sparsity
-    assert f"{wanted:.2%} counting the dead heads and units that left them" in " ".join(str(certificate).split())
+    text = " ".join(str(certificate).split())
+    assert f"weights that are said to have left as dead, {wanted:.2%} of the pruned ones are zero" in text
+    assert "which can't be measured" in certificate.notes[-1]
     kept_dead = smaller(copy.deepcopy(engine.model), engine.run.masks, dead=False)
     assert {layer.name: layer.removed for layer in kept_dead.layers}[name] == 32 * 32
 

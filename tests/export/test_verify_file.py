@@ -13,6 +13,7 @@ from ovit_engine.export import VerificationError
 from ovit_engine.export import parity as parity_module
 from ovit_engine.export.certificate import certificate_path, page_path
 from ovit_engine.export.exporter import export_model
+from ovit_engine.export.measure import notes_of
 from ovit_engine.export.verify import verify_file
 from ovit_engine.quant import bake
 
@@ -212,6 +213,7 @@ def test_kernels_of_another_machine_are_told_to_be_its_own(vit_copy):
     other = stated.model_copy(
         update={"machine": stated.machine.model_copy(update={"cpu": "Abacus"}), "kernels": {}, "runtime_ops": {}}
     ).model_copy(update={"integer_kernels": 0})
+    other = other.model_copy(update={"notes": notes_of(other, "")})
     certificate_path(vit_copy.path).write_text(other.to_json())
     page_path(vit_copy.path).unlink()
     assert "the certificate states the kernels of Abacus" in verify_file(vit_copy.path).notes[-1]
