@@ -61,7 +61,8 @@ class ConstantMask(Modifier):
                 raise self.error(
                     f"{slot.name!r} is 2:4, which its gate was not told: load the sparse checkpoint before prepare"
                 )
-            run.masks.set(slot, mask)
+            # a promise of what the file must have: where every group holds 2:4, that it still does
+            run.masks.set(slot, mask, _PATTERN.describe() if _is_2_4(mask) else "unstructured")
         self._held = True
         run.log(f"{self.name}/sparsity", run.masks.sparsity())
 

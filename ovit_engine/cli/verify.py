@@ -1,6 +1,5 @@
 """ovit verify: is a file still what its certificate says?"""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ def images_for(file: Path, data: str, root: Path | None) -> Any:
     import onnx
     from torch.utils.data import DataLoader
 
+    from ovit_engine.export.json_text import read_object
     from ovit_engine.integrations.data import config_of, load_data
 
     if not file.is_file():
@@ -33,5 +33,11 @@ def images_for(file: Path, data: str, root: Path | None) -> Any:
         metadata = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
     except Exception as error:  # protobuf's own, which it does not export
         raise ValueError(f"{str(file)!r} is no ONNX file") from error
-    config = config_of(json.loads(metadata.get("ovit.preprocessing", "{}")))
+    if not metadata:
+        raise ValueError(f"{str(file)!r} has no ovit-engine metadata: was it exported by us?")
+    try:
+        preprocessing = read_object(metadata.get("ovit.preprocessing", "{}"))
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r}: its preprocessing can't be read: {error}") from None
+    config = config_of(preprocessing)
     return DataLoader(load_data(data, config=config, root=root).val, batch_size=64)

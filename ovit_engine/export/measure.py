@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ovit_engine.export.graph import measure_layers
 from ovit_engine.export.json_text import first_faults, read_object
 from ovit_engine.export.machine import int8_note, this_machine, versions
 from ovit_engine.export.parity import WANTED_IMAGES
-from ovit_engine.export.promise import Promise
+from ovit_engine.export.promise import TOKENS_UNKNOWN, Promise
 from ovit_engine.export.runtime import INTEGER_KERNELS, count_ops, integer_kernels, runtime_graph
 from ovit_engine.export.sizes import gzip_size, weight_bytes, zstd_size
 from ovit_engine.export.stated import unproven
@@ -168,7 +168,9 @@ def measure_file(
         machine=machine,
         versions=versions(),
     )
-    return certificate.model_copy(update={"notes": (*notes_of(certificate, origin.recipe_text), *unknown_work(work))})
+    return certificate.model_copy(
+        update={"notes": (*notes_of(certificate, origin.recipe_text), *unknown_work(work, origin.promise))}
+    )
 
 
 def _names(found: Mapping[str, Any]) -> dict[str, str]:
@@ -178,9 +180,12 @@ def _names(found: Mapping[str, Any]) -> dict[str, str]:
     return dict(found)
 
 
-def unknown_work(work: Work) -> tuple[str, ...]:
-    """The note on multiply-adds that can't be counted, if they can't."""
-    return (f"multiply-adds are not counted: {work.unknown}",) if work.unknown else ()
+def unknown_work(work: Work, promise: Promise) -> Iterator[str]:
+    """Notes on multiply-adds and promised tokens that can't be counted."""
+    if work.unknown:
+        yield f"multiply-adds are not counted: {work.unknown}"
+    if work.no_tokens and promise.tokens is not None:
+        yield f"{TOKENS_UNKNOWN}: {work.no_tokens}"
 
 
 def notes_of(certificate: Certificate, recipe_text: str) -> tuple[str, ...]:

@@ -21,6 +21,8 @@ MIN_COSINE = 0.99
 # one rounding level that falls the other way shows as 0.01-0.03; a wrong scale or weight as 0.3 and more
 MAX_ERROR = 0.1
 
+TOKENS_UNKNOWN = "those of the file are not counted"
+
 _INTEGER = ("INT8", "UINT8")
 
 
@@ -116,8 +118,11 @@ def check(certificate: Certificate, promise: Promise) -> list[str]:
             violations.append(f"{layer.name}: no such weight in the file")
         else:
             violations += _check_layer(layer, facts)
-    if promise.tokens is not None and certificate.tokens != promise.tokens:
-        violations.append(f"tokens: promised {promise.tokens}, the file has {certificate.tokens or 'none to count'}")
+    if promise.tokens is not None and certificate.tokens is None:
+        reason = [note for note in certificate.notes if note.startswith(TOKENS_UNKNOWN)]
+        violations.append(f"tokens: promised {promise.tokens}; {'; '.join(reason) or TOKENS_UNKNOWN}")
+    elif promise.tokens is not None and certificate.tokens != promise.tokens:
+        violations.append(f"tokens: promised {promise.tokens}, the file has {certificate.tokens}")
     wanted = MIN_AGREEMENT_RANDOM if certificate.parity.source == "random" else MIN_AGREEMENT
     violations += _check_parity(certificate.parity, wanted)
     stored = certificate.parity_stored

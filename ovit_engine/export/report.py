@@ -12,6 +12,7 @@ from rich.text import Text
 from ovit_engine.export.ampere import READINESS_COLUMNS, SparseLayer, TensorRTChoice, from_facts, readiness_row
 from ovit_engine.export.break_even import SparseTable, spell
 from ovit_engine.export.certificate import Certificate, Latency, LayerFacts, count_weights
+from ovit_engine.export.promise import GroupRule, TileRule, read_pattern
 
 _NO_RECIPE = hashlib.sha256(b"").hexdigest()
 
@@ -85,13 +86,19 @@ def _layers(certificate: Certificate) -> Table:
 
 
 def has_2_4(certificate: Certificate) -> bool:
-    """Whether the recipe promises the pattern of sparse tensor cores anywhere."""
-    return any(layer.pattern == "2:4" for layer in certificate.promise.layers)
+    """Whether the file promises the pattern of sparse tensor cores anywhere."""
+    return bool(matrices(certificate))
 
 
 def matrices(certificate: Certificate) -> list[LayerFacts]:
-    """The pruned weights that have an axis of inputs."""
-    return [layer for layer in certificate.pruned if len(layer.shape) > 1]
+    """The weights that are promised in a pattern of sparse tensor cores: others need not have it."""
+    rules = {layer.name: read_pattern(layer.pattern) for layer in certificate.promise.layers}
+    return [layer for layer in certificate.layers if _is_sparse(rules.get(layer.name)) and len(layer.shape) > 1]
+
+
+def _is_sparse(rule: GroupRule | TileRule | None) -> bool:
+    """At most two of four."""
+    return isinstance(rule, GroupRule) and rule.cols == 4 and rule.keep <= 2
 
 
 def readiness_table(

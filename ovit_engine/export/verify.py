@@ -28,7 +28,7 @@ from ovit_engine.export.machine import NO_VNNI
 from ovit_engine.export.measure import Origin, input_types, measure_file, notes_of
 from ovit_engine.export.page import to_html
 from ovit_engine.export.parity import Reference, accuracy, compare, find_stored, take_sample
-from ovit_engine.export.promise import check
+from ovit_engine.export.promise import TOKENS_UNKNOWN, check
 from ovit_engine.export.runtime import open_session, run_outputs
 from ovit_engine.export.stated import contradictions, left_out
 from ovit_engine.export.stored import hidden
@@ -205,7 +205,8 @@ def _note_differences(stated: Certificate, measured: Certificate, recipe_text: s
     """Notes that do not follow from what the certificate states, and those that do and were left out."""
     if stated.format < _STRICT_SINCE:
         return []
-    follow = {note for note in measured.notes if note.startswith("multiply-adds")} | set(notes_of(stated, recipe_text))
+    work = {note for note in measured.notes if note.startswith(("multiply-adds", TOKENS_UNKNOWN))}
+    follow = work | set(notes_of(stated, recipe_text))
     # whether that of VNNI does depends on the kind of processor, which a certificate does not state
     added, left_out = set(stated.notes) - follow - {NO_VNNI}, follow - set(stated.notes) - {NO_VNNI}
     found = [f"a note that does not follow from the certificate: {_short(note)}" for note in sorted(added)]

@@ -42,9 +42,10 @@ class Work:
 
     # multiply-adds of products and convolutions, zeros in full; None where `unknown` says why they can't be counted
     macs: int | None
-    # None where the graph is not that of a plain transformer
+    # None where `no_tokens` says why the graph is not that of a plain transformer
     tokens: TokenCounts | None
     unknown: str = ""
+    no_tokens: str = ""
 
 
 def measure_work(model: onnx.ModelProto) -> Work:
@@ -52,12 +53,18 @@ def measure_work(model: onnx.ModelProto) -> Work:
     try:
         shapes, batch = infer_shapes(model)
     except shape_inference.InferenceError as error:
-        return Work(None, None, f"onnx can't infer its shapes: {' '.join(str(error).split())[:200]}")
-    tokens = _tokens(model.graph, shapes, batch)
+        reason = f"onnx can't infer its shapes: {' '.join(str(error).split())[:200]}"
+        return Work(None, None, reason, reason)
+    macs, tokens, unknown, no_tokens = None, None, "", ""
     try:
-        return Work(round(_multiply_adds(model.graph, shapes) / batch), tokens)
-    except _UnknownError as reason:
-        return Work(None, tokens, str(reason))
+        tokens = _tokens(model.graph, shapes, batch)
+    except _UnknownError as error:
+        no_tokens = str(error)
+    try:
+        macs = round(_multiply_adds(model.graph, shapes) / batch)
+    except _UnknownError as error:
+        unknown = str(error)
+    return Work(macs, tokens, unknown, no_tokens)
 
 
 def infer_shapes(model: onnx.ModelProto) -> tuple[dict[str, tuple[int, ...]], int]:
@@ -89,7 +96,7 @@ def infer_shapes(model: onnx.ModelProto) -> tuple[dict[str, tuple[int, ...]], in
 
 
 class _UnknownError(Exception):
-    """Why multiply-adds can't be counted."""
+    """Why multiply-adds or tokens can't be counted."""
 
 
 def _multiply_adds(graph: onnx.GraphProto, shapes: Shapes) -> int:
@@ -127,8 +134,8 @@ def _of_node(node: onnx.NodeProto, shapes: Shapes) -> int:
     return math.prod(out) * (a[0] if is_turned else a[-1])
 
 
-def _tokens(graph: onnx.GraphProto, shapes: Shapes, batch: int) -> TokenCounts | None:
-    """Tokens along the blocks; None unless every attention is that of one image's tokens, which never grow.
+def _tokens(graph: onnx.GraphProto, shapes: Shapes, batch: int) -> TokenCounts:
+    """Tokens along the blocks. Raises unless every attention is that of one image's tokens, which never grow.
 
     Attention is a Softmax over square scores [batch, heads, N, N]. Tokens are values [batch, N, C] of the most frequent
     width C: what blocks read, add and write. The most of them that there are before the first attention come in, those
@@ -138,8 +145,16 @@ def _tokens(graph: onnx.GraphProto, shapes: Shapes, batch: int) -> TokenCounts |
     widths = Counter(shape[2] for shape in values if len(shape) == 3 and shape[0] == batch)
     places = [i for i, node in enumerate(graph.node) if _is_attention(node, shapes)]
     scores = [shapes[graph.node[i].input[0]] for i in places]
-    if not widths or not places or any(shape[0] != batch for shape in scores):
-        return None
+    if any(node.op_type == "Attention" for node in graph.node):
+        raise _UnknownError(
+            "attention is one operator (opset 23 and newer): export at opset 21, where it is written out"
+        )
+    if not widths or not places:
+        raise _UnknownError(
+            "no Softmax over square scores [batch, heads, tokens, tokens] of known shape is in the graph"
+        )
+    if any(shape[0] != batch for shape in scores):
+        raise _UnknownError("attention is that of windows, not of an image")
     width = widths.most_common(1)[0][0]
     stream = [
         (i, shapes[name][1], _is_sum(node, shapes))
@@ -150,10 +165,10 @@ def _tokens(graph: onnx.GraphProto, shapes: Shapes, batch: int) -> TokenCounts |
     entering = [count for i, count, _ in stream if i < places[0]]
     leaving = [count for i, count, is_sum in stream if i > places[-1] and is_sum]
     if not entering or not leaving:
-        return None
+        raise _UnknownError("no tokens [batch, tokens, width] of known shape stand before and behind attention")
     counts = [max(entering), *(shape[-1] for shape in scores), leaving[-1]]
     if counts != sorted(counts, reverse=True):
-        return None
+        raise _UnknownError(f"they grow along the graph: {', '.join(map(str, counts))}")
     return TokenCounts(entering=counts[0], attention=tuple(counts[1:-1]), leaving=counts[-1])
 
 

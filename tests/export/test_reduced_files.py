@@ -19,7 +19,7 @@ from ovit_engine.export.exporter import publish
 from ovit_engine.export.measure import Origin
 from ovit_engine.export.page import to_html
 from ovit_engine.export.parity import Reference, random_sample
-from ovit_engine.export.promise import Promise
+from ovit_engine.export.promise import TOKENS_UNKNOWN, Promise, check
 from ovit_engine.export.verify import verify_file
 from ovit_engine.flops import count_flops
 from ovit_engine.shrink import shrink
@@ -148,6 +148,12 @@ def test_a_file_without_the_promised_counts_is_not_written(reduced: Any, tmp_pat
     with pytest.raises(ExportError, match=f"tokens: promised {WORDS}; 6 out of the last, the file has {WORDS}"):
         publish(proto, tmp_path / "model.onnx", replace(origin, promise=promise), sample, reference)
     assert not list(tmp_path.iterdir())
+
+
+def test_counts_that_can_not_be_measured_are_told_with_the_reason(reduced: Any) -> None:
+    note = f"{TOKENS_UNKNOWN}: attention is that of windows, not of an image"
+    certificate = reduced[1].model_copy(update={"tokens": None, "notes": (note,)})
+    assert check(certificate, certificate.promise)[0] == f"tokens: promised {WORDS}; {note}"
 
 
 def test_a_promise_without_tokens_reads_as_ever() -> None:

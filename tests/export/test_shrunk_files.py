@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -19,10 +20,12 @@ from ovit_engine.deploy import smaller
 from ovit_engine.export import ExportError
 from ovit_engine.export.certificate import LayerFacts, reference_path
 from ovit_engine.export.exporter import publish
+from ovit_engine.export.fingerprint import fingerprints
 from ovit_engine.export.measure import Origin
 from ovit_engine.export.parity import Reference, random_sample
 from ovit_engine.export.promise import Promise, PromisedLayer
-from ovit_engine.export.stated import contradictions
+from ovit_engine.export.report import fact_rows
+from ovit_engine.export.stated import contradictions, unproven
 from ovit_engine.export.verify import verify_file
 from ovit_engine.export.writer import build_onnx, set_metadata
 from ovit_engine.gates import find_sites, install, installed, set_gate
@@ -165,9 +168,34 @@ def test_the_recipe_line_removes_what_pruning_left_dead(harvested: Any) -> None:
     assert certificate.sparsity_with_dead > certificate.sparsity
     text = " ".join(str(certificate).split())
     assert f"weights that are said to have left as dead, {wanted:.2%} of the pruned ones are zero" in text
-    assert "which can't be measured" in certificate.notes[-1]
     kept_dead = smaller(copy.deepcopy(engine.model), engine.run.masks, dead=False)
     assert {layer.name: layer.removed for layer in kept_dead.layers}[name] == 32 * 32
+
+
+def test_what_left_is_told_apart_from_what_is_measured(harvested: Any, tmp_path: Path) -> None:
+    """A forger who makes all anew says that everything removed was dead, and that ever so much was."""
+    path, honest = copied(harvested, tmp_path), harvested[1]
+    change_manifest(path, lambda manifest: [part.update(of=1000 * part["of"]) for part in manifest["parts"][1::2]])
+    manifest = Origin.read(onnx.load(path)).manifest
+    shapes = {layer.name: layer.shape for layer in honest.layers}
+
+    def all_dead(promise: Any) -> Any:
+        for layer in promise["layers"]:
+            layer["removed"] = layer["dead"] = manifest.removed_from(layer["name"], shapes[layer["name"]])
+        return promise
+
+    for _ in range(2):  # once more with fingerprints of the forged metadata
+        forge(path, promise=all_dead)
+        found = replace(Reference.load(reference_path(path)), prints=fingerprints(onnx.load(path)))
+        reference_path(path).write_bytes(found.to_bytes())
+    forge(path)
+    certificate = verify_file(path)
+    assert certificate.sparsity_with_dead > 0.99
+    assert (certificate.sparsity, certificate.total_sparsity) == (honest.sparsity, honest.total_sparsity)
+    facts = dict(fact_rows(certificate))
+    assert facts["sparsity"] == dict(fact_rows(honest))["sparsity"]
+    assert facts["removed"].startswith(f"{certificate.manifest} are left, as the run said: a file can't show")
+    assert not [name for name, text in facts.items() if f"{certificate.dead:,}" in text and name != "removed"]
 
 
 def test_a_line_that_can_do_nothing_is_refused() -> None:
@@ -228,6 +256,9 @@ def test_sparsity_is_a_share_of_what_gates_leave() -> None:
         return Promise(layers=(PromisedLayer(name="a.weight", zeros=zeros, removed=removed, dead=dead),))
 
     assert contradictions(text, layer(50, 50), facts) == []
+    (note,) = unproven(text, layer(50, 50), facts)  # the file alone has less than the recipe asks for
+    assert "asks for 70.00% zeros, the file has 40.00%: the rest is to have left with 50 dead weights" in note
+    assert unproven(text.replace("0.7", "0.4"), layer(50, 50), facts) == unproven(text, layer(50, 0), facts) == []
     (line,) = contradictions(text, layer(10, 10), facts)
     assert "all it can have pruned has 50.00%" in line
     (line,) = contradictions(text, layer(500, 10), facts)  # what gates removed is no part of the share

@@ -206,6 +206,7 @@ def test_tokens_that_grow_are_no_count() -> None:
     work = measure_work(attention(5, 10))
     assert work.macs == 8 * (5 * 5 + 10 * 10)
     assert work.tokens is None
+    assert work.no_tokens == "they grow along the graph: 5, 5, 10, 10"
 
 
 def test_attention_in_windows_is_no_count_of_tokens() -> None:
@@ -228,6 +229,13 @@ def test_attention_in_windows_is_no_count_of_tokens() -> None:
         model.graph.initializer.append(numpy_helper.from_array(np.array(shape), name))
     assert measure_work(model).macs == 2 * 4 * 8 * 81
     assert measure_work(model).tokens is None
+    assert measure_work(model).no_tokens == "attention is that of windows, not of an image"
+
+
+def test_attention_as_one_operator_is_told_with_the_way_out() -> None:
+    model = attention(9, 9)
+    model.graph.node[0].op_type = "Attention"
+    assert "export at opset 21, where it is written out" in measure_work(model).no_tokens
 
 
 def test_weights_are_not_looked_at() -> None:
