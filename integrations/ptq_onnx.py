@@ -21,6 +21,7 @@ from timm.data.config import resolve_data_config
 from ovit_engine.export import Promise, PromisedLayer
 from ovit_engine.export.exporter import check_target, publish
 from ovit_engine.export.measure import Origin, input_types
+from ovit_engine.export.module_names import name_by_module
 from ovit_engine.export.parity import make_reference, take_sample
 from ovit_engine.export.runtime import open_session, run_outputs
 from ovit_engine.export.tensors import keep_all
@@ -85,7 +86,7 @@ def ptq_onnx(
 
 
 def read(source: Path) -> onnx.ModelProto:
-    """A float ONNX file with one image input.
+    """A float ONNX file with one image input, its weights named after their modules where it tells them.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -108,6 +109,7 @@ def read(source: Path) -> onnx.ModelProto:
     if len(shapes) != 1 or len(shapes[0]) != 4 or types[0] != np.float32 or not all(shapes[0][1:]):
         inputs = ", ".join(f"{list(shape)} {kind}" for shape, kind in zip(shapes, types, strict=True))
         raise ValueError(f"{source.name} takes {inputs}: one float32 input [batch, C, H, W] of fixed size is needed")
+    name_by_module(model)
     return model
 
 

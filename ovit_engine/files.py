@@ -22,6 +22,10 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
         OSError: the disk is full, the folder missing or not writable; whatever else `write` raises.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a folder: name the file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no such folder: {path.parent}")
     remove_leftovers(path)
     # the name is new each time: what a killed process left is never in the way
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

@@ -83,6 +83,7 @@ def of_file(path: Path) -> "tuple[list[SparseLayer], dict[str, tuple[int | str, 
     from ovit_engine.export.ampere import from_facts
     from ovit_engine.export.graph import measure_layers
     from ovit_engine.export.measure import input_shapes
+    from ovit_engine.export.module_names import name_by_module
 
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
@@ -90,6 +91,7 @@ def of_file(path: Path) -> "tuple[list[SparseLayer], dict[str, tuple[int | str, 
         model = onnx.load(path)
     except DecodeError:
         raise ValueError(f"{str(path)!r} is no ONNX file") from None
+    name_by_module(model)
     layers = [from_facts(facts) for facts in measure_layers(model, Promise(), {})]
     if not layers:
         raise ValueError(f"{str(path)!r} has no MatMul, Gemm or Conv that reads a weight")

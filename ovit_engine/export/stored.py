@@ -34,7 +34,7 @@ def count_others(model: onnx.ModelProto, weights: Collection[str]) -> int:
     Strings of Constants count by their bytes, since a graph can turn them into numbers.
     """
     stored = stored_tensors(model)
-    held = sum(math.prod(tensor.dims) for name, tensor in stored.items() if name not in weights)
+    held: int = sum(math.prod(tensor.dims) for name, tensor in stored.items() if name not in weights)
     for node in walk_nodes(model.graph):
         for attribute in node.attribute:
             if node.op_type == "Constant":

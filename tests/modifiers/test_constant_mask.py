@@ -88,3 +88,12 @@ def test_a_resumed_run_does_not_take_chance_zeros() -> None:
     resumed.attach(optimizer)
     plain(other, optimizer)
     assert (zeros(other[0]), zeros(other[2])) == (60, 0)
+
+
+def test_zeros_that_are_two_of_four_are_promised_as_such() -> None:
+    model = sparse()
+    groups = model[2].weight.detach().view(-1, 4)  # type: ignore[union-attr, operator]
+    with torch.no_grad():
+        groups[:, ::2] = 0.0
+    masks = trained(model).run.masks
+    assert (masks.pattern("0.weight"), masks.pattern("2.weight")) == ("unstructured", "2:4")
