@@ -13,6 +13,7 @@ from ovit_engine.export.json_text import read_object
 from ovit_engine.export.page import to_html
 from ovit_engine.export.parity import Reference, wilson
 from ovit_engine.export.promise import Promise, PromisedLayer
+from ovit_engine.export.report import has_2_4, matrices
 from ovit_engine.export.verify import verify_file
 from ovit_engine.manifest import Manifest, Part
 from tests.export.test_lying_files import findings, forge, some
@@ -236,3 +237,26 @@ def test_arrays_of_the_reference_have_no_other_type(vit_copy):
     ):
         np.savez_compressed(path, **{**parts, key: array})
         assert some(findings(vit_copy.path), "model.reference.npz was changed"), key
+
+
+def test_a_layer_that_a_pruner_left_dense_counts_in_the_sparsity(vit_copy):
+    """Erdős–Rényi-Kernel leaves small layers whole: the share of zeros is of all that it was given."""
+    whole = vit_copy.certificate
+    head = next(layer for layer in whole.layers if layer.name == "head.weight")
+    promise = whole.promise.model_copy(
+        update={"layers": (*whole.promise.layers, PromisedLayer(name="head.weight", pruned=True))}
+    )
+    more = whole.model_copy(update={"promise": promise})
+    zeros, numel = (sum(getattr(layer, key) for layer in whole.pruned) for key in ("zeros", "numel"))
+    assert more.sparsity == (zeros + head.zeros) / (numel + head.numel) < whole.sparsity
+    assert len(more.pruned) == len(whole.pruned) + 1
+
+
+def test_the_table_of_2_4_is_of_the_weights_that_are_promised_it(vit_copy):
+    whole = vit_copy.certificate
+    first, *others = whole.promise.layers
+    loose = whole.promise.model_copy(update={"layers": (first.model_copy(update={"pattern": "unstructured"}), *others)})
+    names = [layer.name for layer in matrices(whole.model_copy(update={"promise": loose}))]
+    assert sorted([*names, first.name]) == sorted(layer.name for layer in matrices(whole))
+    none = tuple(layer.model_copy(update={"pattern": "unstructured"}) for layer in whole.promise.layers)
+    assert not has_2_4(whole.model_copy(update={"promise": Promise(layers=none)}))

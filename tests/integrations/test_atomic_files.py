@@ -96,3 +96,10 @@ def test_what_kills_left_goes_with_a_later_write(tmp_path: Path) -> None:
         os.utime(tmp_path / name, (time.time() - 7200, time.time() - (60 if "ffff" in name else 7200)))
     atomic_write(path, lambda stream: stream.write(b"new"))
     assert sorted(os.listdir(tmp_path)) == sorted(["a[1].bin", *names[1:]])
+
+
+def test_a_folder_is_told_by_its_name(tmp_path):
+    with pytest.raises(IsADirectoryError, match=f"'{tmp_path}' is a folder: name the file"):
+        atomic_write(tmp_path, lambda stream: stream.write(b"x"))
+    with pytest.raises(FileNotFoundError, match=f"no such folder: {tmp_path / 'no'}"):
+        atomic_write(tmp_path / "no" / "file", lambda stream: stream.write(b"x"))
