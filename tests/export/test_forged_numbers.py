@@ -132,6 +132,11 @@ def test_a_key_is_there_once(vit_copy):
     path = certificate_path(vit_copy.path)
     path.write_text('{"bytes": 5,' + path.read_text()[1:])
     assert some(findings(vit_copy.path), "the key 'bytes' is there twice")
+    whole = vit_copy.certificate.to_json()
+    text = whole.replace(f'"max_error": {vit_copy.certificate.parity.max_error}', '"max_error": 1e999')
+    assert text != whole
+    with pytest.raises(ValueError, match="Input should be a finite number"):
+        Certificate.from_json(text)
     with pytest.raises(ValueError, match="nested too deeply"):
         read_object("[" * 100_000)
     with pytest.raises(ValueError, match="no JSON object: '5'"):
