@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 import numpy as np
 import onnx
@@ -133,7 +134,7 @@ def test_a_key_is_there_once(vit_copy):
     path.write_text('{"bytes": 5,' + path.read_text()[1:])
     assert some(findings(vit_copy.path), "the key 'bytes' is there twice")
     whole = vit_copy.certificate.to_json()
-    text = whole.replace(f'"max_error": {vit_copy.certificate.parity.max_error}', '"max_error": 1e999')
+    text = re.sub(r'"max_error": [^\s,]+', '"max_error": 1e999', whole)
     assert text != whole
     with pytest.raises(ValueError, match="Input should be a finite number"):
         Certificate.from_json(text)
