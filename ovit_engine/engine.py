@@ -26,6 +26,7 @@ from ovit_engine.guards import (
     check_supported,
     check_surgery,
     check_teacher,
+    forget_compiled,
     layers_of,
 )
 from ovit_engine.hooks import Attachment, StepHooks
@@ -121,6 +122,7 @@ class Engine:
         if self._stage is not None:
             raise RuntimeError("engine.prepare() was called before: once is enough")
         check_surgery(self.model, self.modifiers)
+        forget_compiled(self.modifiers)
         if any(modifier.needs_teacher() for modifier in self.modifiers):
             self.run.teacher = Teacher(self.model, self._teacher)
         before = {id(parameter) for parameter in self.model.parameters()}

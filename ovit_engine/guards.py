@@ -1,6 +1,7 @@
 """What the engine refuses: surgery that comes too late, two writers of one thing."""
 
 import gc
+import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -160,6 +161,15 @@ def check_gates(run: Run, modifiers: Iterable[Modifier]) -> None:
                     f"{off} of {site.count} {site.kind} of {site.owner_name} are off already, and export would remove "
                     "them, which this recipe doesn't ask for: shrink(model) first (ovit_engine.shrink)"
                 )
+
+
+def forget_compiled(modifiers: Iterable[Modifier]) -> None:
+    """Let functions that were compiled around the model be compiled again: nothing tells of them.
+
+    Guards of torch 2.11 do not see that a module's class changes; those of 2.15 do.
+    """
+    if "torch._dynamo" in sys.modules and any(map(_changes, modifiers)):
+        torch.compiler.reset()
 
 
 def _changes(modifier: Modifier) -> bool:
