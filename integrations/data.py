@@ -29,6 +29,11 @@ log = logging.getLogger(__name__)
 
 TRAIN, VALIDATION = ("train", "training"), ("val", "validation", "valid")
 PREFIXES = ("torch", "hfds")
+_TOLD = ("size", "mean", "std", "crop", "interpolation")
+_EXAMPLE = (
+    "preprocessing={'size': [3, 224, 224], 'mean': [0.485, 0.456, 0.406], 'std': [0.229, 0.224, 0.225], 'crop': 1.0, "
+    "'interpolation': 'bicubic'}, with your values"
+)
 WHAT = f"give 'digits', an image folder with train/ and val/, or a timm dataset name ({'/..., '.join(PREFIXES)}/...)"
 
 
@@ -129,8 +134,11 @@ def config_of(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
     """The `config` that `preprocessing` (of a checkpoint or an ONNX file) came from.
 
     Raises:
-        ValueError: something that this project did not write.
+        ValueError: something is missing or is no such value.
     """
+    missing = [key for key in _TOLD if key not in preprocessing]
+    if missing:
+        raise ValueError(f"the preprocessing of the images is not told ({', '.join(missing)}): export with {_EXAMPLE}")
     try:
         return {
             "input_size": tuple(preprocessing["size"]),
@@ -140,10 +148,9 @@ def config_of(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
             "interpolation": preprocessing["interpolation"],
             "crop_mode": preprocessing.get("crop_mode", "center"),
         }
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"the preprocessing is not told (no {error} in {dict(preprocessing)}): export with preprocessing="
-        ) from None
+    except TypeError:
+        told = {key: preprocessing[key] for key in ("size", "mean", "std")}
+        raise ValueError(f"size, mean and std must be lists, not {told}: export with {_EXAMPLE}") from None
 
 
 def _preprocessing(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -318,7 +318,7 @@ class Engine:
             example_inputs: one batch that the model takes.
             model: another copy to export (EMA) instead of the trained model.
             data: (inputs, targets) batches for parity and accuracy; without it parity is on random inputs.
-            preprocessing: size, mean, std and the like, for the file's metadata.
+            preprocessing: size [C, H, W], mean, std, crop, interpolation, for `--data` of ovit verify and diagnose.
             dynamic_batch: leave the first dimension of every input free; otherwise it is that of `example_inputs`.
 
         Raises:

@@ -211,5 +211,18 @@ def test_no_readable_image_at_all(image_folder: MakeFolder) -> None:
 
 
 def test_preprocessing_of_someone_else() -> None:
-    with pytest.raises(ValueError, match=r"the preprocessing is not told \(no 'size' in"):
+    with pytest.raises(
+        ValueError, match=r"not told \(size, std, crop, interpolation\): export with preprocessing=\{'size'"
+    ):
         config_of({"mean": [0.5]})
+
+
+@pytest.mark.parametrize("wrong", [{"size": 8}, {"mean": 0.5}, {"std": 0.5}])
+def test_preprocessing_of_another_form(wrong: dict[str, object]) -> None:
+    told = {"size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.5] * 3, "crop": 1.0, "interpolation": "bicubic"}
+    assert config_of(told)["input_size"] == (3, 8, 8)
+    ((key, value),) = wrong.items()
+    with pytest.raises(
+        ValueError, match=rf"size, mean and std must be lists, not \{{.*'{key}': {value}\b.*export with"
+    ):
+        config_of({**told, **wrong})
