@@ -19,6 +19,8 @@ from ovit_engine.verify_resume.compare import Difference, differences
 from ovit_engine.verify_resume.kills import Kill, plan_kills
 from ovit_engine.verify_resume.loop import ERROR, JOURNAL, Job, checkpoints, newest, train_in_child
 
+_GUARD = "its error stands above; a script that calls verify_resume needs `if __name__ == '__main__':` around it"
+
 
 @dataclass(frozen=True)
 class Restart:
@@ -105,7 +107,8 @@ def start_training(job: Job, folder: Path, kill: Kill | None) -> None:
         raise ValueError((folder / ERROR).read_text())
     expected = 0 if kill is None else -signal.SIGKILL
     if code != expected:
-        raise RuntimeError(f"the training ended with exit code {code}, not {expected} (out of memory?)")
+        why = "out of memory?" if code == -signal.SIGKILL else _GUARD
+        raise RuntimeError(f"the training ended with exit code {code}, not {expected} ({why})")
 
 
 @contextmanager
