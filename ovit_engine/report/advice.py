@@ -57,7 +57,7 @@ def _unfinished(run: RunFolder) -> list[Advice]:
         Advice(
             what="Finish the training.",
             why=f"The last checkpoint is of step {done} of {total}; a schedule that is cut off is not what was asked.",
-            command=f"ovit train --resume {_quoted(run.path)}",
+            command=f"ovit train --resume {_quoted(run.path)}" if training.bundled else None,
         )
     ]
 
@@ -170,7 +170,9 @@ def _not_exported(run: RunFolder) -> list[Advice]:
         Advice(
             what="Export a verified ONNX file.",
             why="The folder holds none: what would be deployed has not been measured.",
-            command=f"ovit export {_quoted(run.path)} --output {_quoted(run.path / 'model.onnx')}",
+            command=f"ovit export {_quoted(run.path)} --output {_quoted(run.path / 'model.onnx')}"
+            if run.training.bundled
+            else f"engine.export({str(run.path / 'model.onnx')!r}, ...)",
         )
     ]
 

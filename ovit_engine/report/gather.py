@@ -69,6 +69,8 @@ class Training:
     history: tuple[tuple[int, str, float], ...]
     # every weight that has a mask
     layers: tuple[Layer, ...]
+    # whether ovit train wrote it, so that ovit train and export can read it; else a loop of someone's own did
+    bundled: bool = True
 
     @property
     def sparsity_steps(self) -> list[tuple[int, str, float]]:
@@ -215,14 +217,17 @@ def _checkpoint(folder: Path) -> Path | None:
 def _read_training(path: Path) -> Training:
     content = load_file(path, lazily=True)
     try:
-        engine = content["engine"]
+        engine, bundled = content["engine"], "data" in content
+        # a loop of someone's own may save last between the last step and engine.detach()
+        over = engine["step"] >= engine["total_steps"] and not bundled
         return Training(
             clock=Clock(engine["steps_per_epoch"], engine["total_steps"]),
             step=engine["step"],
-            finished=bool(engine["finished"]),
+            finished=bool(engine["finished"]) or over,
             recipe_text=engine["recipe"],
             history=tuple((int(step), str(name), float(value)) for step, name, value in engine["history"]),
             layers=tuple(_read_mask(name, packed) for name, packed in engine["masks"].items()),
+            bundled=bundled,
         )
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"{str(path)!r} is no checkpoint of a run: {type(error).__name__} {error}") from error

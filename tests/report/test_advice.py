@@ -99,6 +99,10 @@ def test_a_run_that_was_broken_off():
     assert advice.command == "ovit train --resume 'runs/my run'"
     assert "step 37 of 100" in advice.why
     assert "Finish the training." not in said(run(training=training()))
+    of_ones_own = replace(training(step=37, finished=False), bundled=False)
+    (advice,) = advise(run(training=of_ones_own))
+    assert advice.what == "Finish the training."
+    assert advice.command is None
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,12 @@ import torch
 from click.testing import CliRunner
 from onnx import numpy_helper
 
+from ovit_engine import Engine, Recipe
 from ovit_engine.cli import main
 from ovit_engine.export.bench_paired import Ratio
 from ovit_engine.export.break_even import ProductRow, SparseTable, write_table
 from ovit_engine.report import gather, render
+from ovit_engine.report.advice import advise
 
 
 def test_a_real_run_is_read_whole(whole_run):
@@ -219,3 +221,21 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_read(whole_run, tmp_
     alone = CliRunner().invoke(main, ["report", str(tmp_path)])
     assert alone.exit_code == 1
     assert f"'{tmp_path}/last.pt' is damaged" in alone.stderr
+
+
+@pytest.mark.parametrize(("steps", "finished"), [(3, False), (4, True)])
+def test_a_checkpoint_of_a_loop_of_ones_own(tmp_path, steps, finished):
+    """Saved before engine.detach(), and nothing that ovit train or ovit export could read."""
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    engine = Engine(model, Recipe.parse("name: own\nmodifiers: []"), steps_per_epoch=4, epochs=1)
+    engine.attach(optimizer)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+    torch.save({"model": model.state_dict(), "engine": engine.state_dict()}, tmp_path / "last.pt")
+    run = gather(tmp_path)
+    assert run.recipe.name == "own"
+    assert (run.training.step, run.training.finished, run.training.bundled) == (steps, finished, False)
+    assert not any((advice.command or "").startswith(("ovit train", "ovit export")) for advice in advise(run))
