@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 IMAGES = 256  # that ranges are taken from
 _SUFFIX = "_quantized"
+_WEIGHTS_ALONE = 4  # the IR version since which initializers need not be inputs
 # outputs that hold values, and places of values
 _CHOOSING = {"TopK": (0, 1), "ArgMax": (None, 0), "ArgMin": (None, 0)}
 _WEIGHTED = ("MatMul", "Gemm", "Conv")
@@ -100,6 +101,7 @@ def read(source: Path) -> onnx.ModelProto:
         raise ValueError(f"{str(source)!r} is no ONNX file: {str(error).splitlines()[0]}") from error
     if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
         raise ValueError(f"{source.name} is quantized already: give the float file")
+    _keep_weights_inside(model)
     shapes, types = input_types(model)
     if len(shapes) == 1 and shapes[0] and shapes[0][0]:
         raise ValueError(
@@ -111,6 +113,15 @@ def read(source: Path) -> onnx.ModelProto:
         raise ValueError(f"{source.name} takes {inputs}: one float32 input [batch, C, H, W] of fixed size is needed")
     name_by_module(model)
     return model
+
+
+def _keep_weights_inside(model: onnx.ModelProto) -> None:
+    """Weights are no inputs: until 2019 files had to list them there, as some exporters do to this day."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in stored]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    model.ir_version = max(model.ir_version, _WEIGHTS_ALONE)
 
 
 def image_config(source: Path, model: str | None, data: str) -> dict[str, Any]:

@@ -141,14 +141,16 @@ def promise_of(
         if isinstance(module, (QuantLinear, QuantConv2d)) and module.weight_quantizer.enabled
     }
     layers = []
+    first = _first_names(model)
     for name in dict.fromkeys([*masks.names(), *sorted(quantized)]):
-        mask = masks.get(name)
+        masked = first.get(name, name)
+        mask = masks.get(masked)
         size = 0 if mask is None else mask.numel()
         layers.append(
             PromisedLayer(
                 name=name,
                 zeros=0 if mask is None else int((~mask).sum()),
-                pattern="unstructured" if mask is None else masks.pattern(name),
+                pattern="unstructured" if mask is None else masks.pattern(masked),
                 removed=(whole or {}).get(name, size) - size,
                 dead=(gated or {}).get(name, size) - size,
                 pruned=mask is not None,
@@ -157,6 +159,13 @@ def promise_of(
         )
     hooks = hooks_of(model)
     return Promise(layers=tuple(layers), tokens=None if hooks is None else hooks.token_counts())
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Name of each parameter -> the name that its mask has, where two layers share it."""
+    first = {parameter: clean_name(name) for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {clean_name(name): first[parameter] for name, parameter in every}
 
 
 def _size(masks: Masks, name: str) -> int:

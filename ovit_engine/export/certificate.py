@@ -254,13 +254,18 @@ class Certificate(_Facts):
 
 def count_weights(layers: Iterable[LayerFacts]) -> int:
     """How many weights these hold; one that is stored once for two layers counts once."""
-    return sum(layer.numel for layer in layers if layer.shared_with is None)
+    return sum(layer.numel for layer in _each_stored(layers))
 
 
 def _share_of_zeros(layers: Sequence[LayerFacts], left: int = 0) -> float:
     """With so many more that ``left``, zeros all."""
     total = left + count_weights(layers)
-    return (left + sum(layer.zeros for layer in layers if layer.shared_with is None)) / total if total else 0.0
+    return (left + sum(layer.zeros for layer in _each_stored(layers))) / total if total else 0.0
+
+
+def _each_stored(layers: Iterable[LayerFacts]) -> Iterable[LayerFacts]:
+    """Of those that share a weight one, whichever of them are there."""
+    return {layer.shared_with or layer.name: layer for layer in layers}.values()
 
 
 def certificate_path(path: Path) -> Path:

@@ -24,11 +24,12 @@ from ovit_engine.export.graph import measure_layers
 from ovit_engine.export.measure import Origin, measure_file
 from ovit_engine.export.page import to_html
 from ovit_engine.export.parity import Reference, Sample, accuracy, compare, make_reference, random_sample, take_sample
-from ovit_engine.export.promise import Promise, check
+from ovit_engine.export.promise import Promise, check, no_tokens
 from ovit_engine.export.runtime import open_session, run_outputs
-from ovit_engine.export.stated import contradictions
+from ovit_engine.export.stated import contradictions, left_out
 from ovit_engine.export.stored import hidden
 from ovit_engine.export.tensors import keep_all
+from ovit_engine.export.unread import unread
 from ovit_engine.export.writer import MIN_OPSET, as_inputs, build_onnx, check_float32, serialize, set_metadata
 from ovit_engine.manifest import Manifest
 from ovit_engine.second_order.precision import exact_arithmetic
@@ -83,7 +84,7 @@ def export_model(
         recipe_text=recipe_text,
         promise=promise,
         manifest=manifest,
-        preprocessing=json.loads(json.dumps(dict(preprocessing or {}))),
+        preprocessing=json.loads(json.dumps(dict(preprocessing or {}), allow_nan=False)),
         shared_weights={layer.name: shared[layer.name] for layer in promise.layers if layer.name in shared},
     )
     state = {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
@@ -122,7 +123,11 @@ def publish(proto: onnx.ModelProto, path: Path, origin: Origin, sample: Sample, 
             raise ExportError(error.summary, error.violations) from error
         violations = [
             *check(certificate, promise),
-            *contradictions(origin.recipe_text, promise, certificate.layers, certificate.tokens),
+            *contradictions(
+                origin.recipe_text, promise, certificate.layers, certificate.tokens, no_tokens(certificate)
+            ),
+            *left_out(origin.recipe_text, promise, certificate.layers),
+            *unread(proto),
             *origin.manifest.contradictions({layer.name: layer.shape for layer in certificate.layers}),
         ]
         if violations:

@@ -23,6 +23,7 @@ from ovit_engine.export.promise import TOKENS_UNKNOWN, Promise
 from ovit_engine.export.runtime import INTEGER_KERNELS, count_ops, integer_kernels, runtime_graph
 from ovit_engine.export.sizes import gzip_size, weight_bytes, zstd_size
 from ovit_engine.export.stated import unproven
+from ovit_engine.export.stated_tokens import REDUCERS
 from ovit_engine.export.stored import count_others
 from ovit_engine.export.work import Work, measure_work
 from ovit_engine.manifest import Manifest
@@ -169,7 +170,7 @@ def measure_file(
         versions=versions(),
     )
     return certificate.model_copy(
-        update={"notes": (*notes_of(certificate, origin.recipe_text), *unknown_work(work, origin.promise))}
+        update={"notes": (*notes_of(certificate, origin.recipe_text), *unknown_work(work, origin))}
     )
 
 
@@ -180,11 +181,11 @@ def _names(found: Mapping[str, Any]) -> dict[str, str]:
     return dict(found)
 
 
-def unknown_work(work: Work, promise: Promise) -> Iterator[str]:
-    """Notes on multiply-adds and promised tokens that can't be counted."""
+def unknown_work(work: Work, origin: Origin) -> Iterator[str]:
+    """Notes on multiply-adds, and on tokens that are to be fewer, that can't be counted."""
     if work.unknown:
         yield f"multiply-adds are not counted: {work.unknown}"
-    if work.no_tokens and promise.tokens is not None:
+    if work.no_tokens and (origin.promise.tokens is not None or any(name in origin.recipe_text for name in REDUCERS)):
         yield f"{TOKENS_UNKNOWN}: {work.no_tokens}"
 
 

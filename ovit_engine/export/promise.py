@@ -119,16 +119,20 @@ def check(certificate: Certificate, promise: Promise) -> list[str]:
         else:
             violations += _check_layer(layer, facts)
     if promise.tokens is not None and certificate.tokens is None:
-        reason = [note for note in certificate.notes if note.startswith(TOKENS_UNKNOWN)]
-        violations.append(f"tokens: promised {promise.tokens}; {'; '.join(reason) or TOKENS_UNKNOWN}")
+        violations.append(f"tokens: promised {promise.tokens}; {no_tokens(certificate)}")
     elif promise.tokens is not None and certificate.tokens != promise.tokens:
         violations.append(f"tokens: promised {promise.tokens}, the file has {certificate.tokens}")
     wanted = MIN_AGREEMENT_RANDOM if certificate.parity.source == "random" else MIN_AGREEMENT
-    violations += _check_parity(certificate.parity, wanted)
+    violations += _check_parity(certificate.parity, wanted, certificate.reference)
     stored = certificate.parity_stored
     if stored is not None:  # a few images: one that falls the other way is no breach
-        violations += _check_parity(stored, min(wanted, 1 - 1 / stored.images))
+        violations += _check_parity(stored, min(wanted, 1 - 1 / stored.images), certificate.reference)
     return violations
+
+
+def no_tokens(certificate: Certificate) -> str:
+    """Why the file's tokens are not counted."""
+    return next((note for note in certificate.notes if note.startswith(TOKENS_UNKNOWN)), TOKENS_UNKNOWN)
 
 
 def _check_layer(layer: PromisedLayer, facts: LayerFacts) -> list[str]:
@@ -149,11 +153,11 @@ def _check_layer(layer: PromisedLayer, facts: LayerFacts) -> list[str]:
     return violations
 
 
-def _check_parity(parity: Parity, agreement: float) -> list[str]:
+def _check_parity(parity: Parity, agreement: float, reference: str) -> list[str]:
     violations = []
     if parity.agreement < agreement:
         violations.append(
-            f"parity: {parity.agreement:.2%} of {parity.images} images agree with PyTorch, {agreement:.0%} needed"
+            f"parity: {parity.agreement:.2%} of {parity.images} images agree with {reference}, {agreement:.0%} needed"
         )
     if parity.cosine < MIN_COSINE:
         violations.append(f"parity: mean cosine of the logits {parity.cosine:.4f}, {MIN_COSINE} needed")

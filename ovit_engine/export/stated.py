@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from ovit_engine.export.certificate import LayerFacts
-from ovit_engine.export.promise import Promise, PromisedLayer, read_pattern
+from ovit_engine.export.promise import TOKENS_UNKNOWN, Promise, PromisedLayer, read_pattern
 from ovit_engine.export.stated_tokens import REDUCERS, token_contradictions
 from ovit_engine.token_counts import TokenCounts
 
@@ -82,11 +82,15 @@ def may_remove(modifiers: Iterable[str]) -> bool:
 
 
 def contradictions(
-    recipe_text: str, promise: Promise, layers: Sequence[LayerFacts], tokens: TokenCounts | None = None
+    recipe_text: str,
+    promise: Promise,
+    layers: Sequence[LayerFacts],
+    tokens: TokenCounts | None = None,
+    no_tokens: str = TOKENS_UNKNOWN,
 ) -> list[str]:
     """Where the recipe denies the file's promise, weights or tokens, a line each. An empty text says nothing.
 
-    `tokens` is None where the file's graph has none to count.
+    `tokens` is None where the file's graph has none to count, `no_tokens` says why.
     """
     if not recipe_text.strip():
         return []
@@ -115,7 +119,7 @@ def contradictions(
     for step in certain:
         found += _amount(step, promised, layers)
     try:
-        return found + token_contradictions([(step.name, step.options) for step in steps], tokens)
+        return found + token_contradictions([(step.name, step.options) for step in steps], tokens, no_tokens)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         return [*found, f"the recipe in the metadata says of tokens what can't be read: {error}"]
 
@@ -124,12 +128,25 @@ def _unasked(
     pruners: list[_Step], quantizers: list[_Step], promised: Mapping[str, PromisedLayer], layers: Iterable[LayerFacts]
 ) -> Iterable[str]:
     """What the file has and no modifier of the recipe can have done."""
+    names = _all_names(layers)
     for layer in promised.values():
-        if layer.zeros and not any(step.may_take(layer.name) for step in pruners):
+        if layer.zeros and not _may_be_of(pruners, names.get(layer.name, [layer.name])):
             yield f"{layer.name}: {layer.zeros} zeros are promised, the recipe does not prune it"
     for facts in layers:
-        if facts.quantized and not any(step.may_take(facts.name) for step in quantizers):
+        if facts.quantized and not _may_be_of(quantizers, names[facts.name]):
             yield f"{facts.name}: stored as {facts.dtype}, the recipe does not quantize it"
+
+
+def _may_be_of(steps: list[_Step], names: Iterable[str]) -> bool:
+    return any(step.may_take(name) for step in steps for name in names)
+
+
+def _all_names(layers: Iterable[LayerFacts]) -> dict[str, list[str]]:
+    """What a modifier does to a weight that several layers share, it does under the name of one of them."""
+    of_owner: dict[str, list[str]] = {}
+    for facts in layers:
+        of_owner.setdefault(facts.shared_with or facts.name, []).append(facts.name)
+    return {name: names for names in of_owner.values() for name in names}
 
 
 def _patterns(pruners: list[_Step], promised: Iterable[PromisedLayer]) -> Iterable[str]:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ovit_engine.export.promise import TOKENS_UNKNOWN
 from ovit_engine.token_counts import TokenCounts, counts_after
 
 REDUCERS = ("dynamic_vit", "svite_tokens", "evit", "tome")
@@ -19,14 +20,19 @@ _PREFIXES = range(1, 18)
 _SLACK = 1e-9
 
 
-def token_contradictions(steps: Iterable[tuple[str, Mapping[str, Any]]], tokens: TokenCounts | None) -> list[str]:
-    """Where modifiers (name, options) ask for other counts than a file has, a line each."""
+def token_contradictions(
+    steps: Iterable[tuple[str, Mapping[str, Any]]], tokens: TokenCounts | None, reason: str = TOKENS_UNKNOWN
+) -> list[str]:
+    """Where modifiers (name, options) ask for other counts than a file has, a line each.
+
+    `tokens` is None where the file has none to count; `reason` says why.
+    """
     found = []
     for name, options in steps:
         if name not in REDUCERS:
             continue
         if tokens is None:
-            found.append(f"tokens: the recipe's {name} reduces them, the file has none to count")
+            found.append(f"tokens: the recipe's {name} reduces them; {reason}")
             continue
         asked = [_asked(name, options, tokens, prefix) for prefix in _PREFIXES if prefix < tokens.entering]
         if tokens not in asked:

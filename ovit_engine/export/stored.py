@@ -12,6 +12,8 @@ from onnx import numpy_helper
 
 from ovit_engine.export.runtime import walk_graphs, walk_nodes
 
+# more integers than axes, paddings and the like have are values
+_SETTINGS = 16
 _LISTS = ("value_floats", "value_ints", "value_float", "value_int")
 
 
@@ -37,11 +39,13 @@ def count_others(model: onnx.ModelProto, weights: Collection[str]) -> int:
     held: int = sum(math.prod(tensor.dims) for name, tensor in stored.items() if name not in weights)
     for node in walk_nodes(model.graph):
         for attribute in node.attribute:
+            held += sum(map(len, attribute.strings))
             if node.op_type == "Constant":
-                held += len(attribute.s) + sum(map(len, attribute.strings))
+                held += len(attribute.s)
             else:
                 tensors = [tensor for tensor in (attribute.t, *attribute.tensors) if tensor.ByteSize()]
                 held += len(attribute.floats) + sum(math.prod(tensor.dims) for tensor in tensors)
+                held += len(attribute.ints) if len(attribute.ints) > _SETTINGS else 0
     return held
 
 
@@ -58,10 +62,11 @@ def hidden(model: onnx.ModelProto) -> list[str]:
         found.append("training_info: a second graph, which is not measured")
     fed = {value.name for graph in walk_graphs(model.graph) for value in graph.input}
     names = [tensor.name for graph in walk_graphs(model.graph) for tensor in graph.initializer]
+    constants = [name for node in walk_nodes(model.graph) if node.op_type == "Constant" for name in node.output]
     found += [
         f"{name}: an input as well, so that whoever runs the file can replace it" for name in names if name in fed
     ]
-    found += [f"{name}: stored twice" for name in _twice(names)]
+    found += [f"{name}: stored twice" for name in _twice((*names, *constants))]
     found += [f"{key}: twice in the metadata" for key in _twice(entry.key for entry in model.metadata_props)]
     return found
 

@@ -22,7 +22,7 @@ def unread(model: onnx.ModelProto) -> list[str]:
             found.append(f"{node.name or node.output[0]}: this {node.op_type} does not act on any output")
         else:
             needed.update(_inputs(node))
-    return found + _computed(model, nodes)
+    return found + computed(model)
 
 
 def _inputs(node: onnx.NodeProto) -> set[str]:
@@ -31,8 +31,9 @@ def _inputs(node: onnx.NodeProto) -> set[str]:
     return {*node.input, *(name for graph in inner for each in walk_nodes(graph) for name in each.input)}
 
 
-def _computed(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> list[str]:
+def computed(model: onnx.ModelProto) -> list[str]:
     """Products with a weight that other operators make of constants when the file runs: no one measures it."""
+    nodes = list(walk_nodes(model.graph))
     stored = stored_tensors(model)
     producers = {output: node for node in nodes for output in node.output}
     constant = set(stored)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from ovit_engine.export.machine import NO_VNNI
 from ovit_engine.export.measure import Origin, input_types, measure_file, notes_of
 from ovit_engine.export.page import to_html
 from ovit_engine.export.parity import Reference, accuracy, compare, find_stored, take_sample
-from ovit_engine.export.promise import TOKENS_UNKNOWN, check
+from ovit_engine.export.promise import TOKENS_UNKNOWN, check, no_tokens
 from ovit_engine.export.runtime import open_session, run_outputs
 from ovit_engine.export.stated import contradictions, left_out
 from ovit_engine.export.stored import hidden
@@ -105,7 +106,7 @@ def verify_file(path: str | Path, *, data: Any = None) -> Certificate:
         *_page_violations(path, stated),
         *check(whole, origin.promise),
         *tampered,
-        *contradictions(origin.recipe_text, origin.promise, measured.layers, measured.tokens),
+        *contradictions(origin.recipe_text, origin.promise, measured.layers, measured.tokens, no_tokens(measured)),
         *differences(stated, measured),
         *inconsistencies(stated, reference),
         *(left_out(origin.recipe_text, origin.promise, measured.layers) if stated.format >= _STRICT_SINCE else ()),
@@ -142,7 +143,7 @@ def differences(stated: Certificate, measured: Certificate) -> list[str]:
         before, now = getattr(stated, name), getattr(measured, name)
         if before is None and stated.format < _SINCE.get(name, 0):
             continue
-        if before != now:
+        if before != now or (name == "preprocessing" and json.dumps(before) != json.dumps(now)):  # True == 1.0
             found.append(f"{name} differs: the certificate says {_short(before)}, the file {_short(now)}")
     found += _layer_differences(stated.layers, measured.layers)
     for name in ("gzip_bytes", "zstd_bytes"):

@@ -7,12 +7,13 @@ import hashlib
 import io
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxscript.optimizer
 import torch
 from onnx import numpy_helper
 from onnxscript import opset21
@@ -22,6 +23,8 @@ from torch.utils import _pytree as pytree
 from ovit_engine.export.atomic import staged, write_bytes
 from ovit_engine.export.errors import ExportError
 from ovit_engine.export.opset import has_int8_activations, step_down
+from ovit_engine.export.runtime import walk_graphs, walk_nodes
+from ovit_engine.export.unread import computed
 from ovit_engine.quant.ops import DEQUANTIZE_OVERLOAD, QUANTIZE_OVERLOAD
 
 MIN_OPSET = 21
@@ -78,6 +81,9 @@ def build_onnx(
         dynamic_shapes=tuple({0: batch} for _ in inputs) if dynamic_batch else None,
     )
     proto: onnx.ModelProto = program.model_proto
+    if computed(proto):
+        # the exporter folds up to a megabyte; a large weight that is scaled or standardised would stay unmeasurable
+        onnxscript.optimizer.fold_constants(proto, input_size_limit=_MAX_BYTES, output_size_limit=_MAX_BYTES)
     if dynamic_batch:
         _check_dynamic(proto)
     names = name_weights(proto, model)
@@ -141,7 +147,7 @@ def name_weights(proto: onnx.ModelProto, model: nn.Module) -> dict[str, str]:
             renamed[found] = name
     for tensor in proto.graph.initializer:
         tensor.name = renamed.get(tensor.name, tensor.name)
-    for node in _nodes(proto.graph):
+    for node in walk_nodes(proto.graph):
         for position, value_name in enumerate(node.input):
             node.input[position] = renamed.get(value_name, value_name)
     return shared
@@ -155,7 +161,7 @@ def remove_debris(proto: onnx.ModelProto) -> None:
     proto.producer_name, proto.producer_version = "ovit-engine", ""
     proto.ClearField("doc_string")
     del proto.metadata_props[:]
-    for graph in _graphs(proto.graph):
+    for graph in walk_graphs(proto.graph):
         del graph.value_info[:]
         for item in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
             item.ClearField("doc_string")
@@ -222,16 +228,3 @@ def _numbered(single: str, several: str, count: int) -> list[str]:
 
 def _fingerprint(array: np.ndarray) -> tuple[tuple[int, ...], bytes]:
     return array.shape, hashlib.sha256(array.tobytes()).digest()
-
-
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-                yield from _graphs(inner)
-
-
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for inner in _graphs(graph):
-        yield from inner.node

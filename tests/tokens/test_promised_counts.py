@@ -88,7 +88,7 @@ def test_training_that_keeps_more_promises_what_inference_keeps() -> None:
 def test_a_file_without_attention_denies_a_recipe_of_tokens() -> None:
     text = "modifiers: [{tome: {r: 3}}]"
     assert contradictions(text, Promise(), [], None) == [
-        "tokens: the recipe's tome reduces them, the file has none to count"
+        "tokens: the recipe's tome reduces them; those of the file are not counted"
     ]
     assert contradictions("modifiers: [{distill: {}}]", Promise(), [], None) == []
     many = TokenCounts(entering=1, attention=(1,), leaving=1)
