@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Sequence
 from html import escape
 
 from ovit_engine.export.ampere import READINESS_COLUMNS, from_facts, readiness_row
@@ -19,10 +20,11 @@ table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); }
 .facts th { white-space: nowrap; } .facts td { overflow-wrap: anywhere; }
 .layers td { white-space: nowrap; font-variant-numeric: tabular-nums; }
-.layers :is(th, td):nth-child(4) { text-align: right; }
+.layers .number { text-align: right; padding-right: 1.6rem; }
 .note { border-left: .25rem solid #c80; padding-left: .8rem; }
 code { overflow-wrap: anywhere; }
 """
+_NUMBER = re.compile(r"[\d,.]+%?")
 
 
 def to_html(certificate: Certificate) -> str:
@@ -73,12 +75,20 @@ def _operators(certificate: Certificate) -> list[tuple[str, ...]]:
     return [(name, str(certificate.ops.get(name, 0)), str(certificate.runtime_ops.get(name, 0))) for name in names]
 
 
-def _table(columns: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th scope=col>{escape(column)}</th>" for column in columns)
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    numbers = [all(_NUMBER.fullmatch(row[i]) for row in rows) for i in range(len(columns))]
+    head = "".join(_cell("th scope=col", text, right) for text, right in zip(columns, numbers, strict=True))
+    body = "\n".join(
+        f"<tr>{''.join(_cell('td', text, right) for text, right in zip(row, numbers, strict=True))}</tr>"
+        for row in rows
+    )
     return (
         f'<div class="wide"><table class="layers"><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
     )
+
+
+def _cell(tag: str, text: str, is_number: bool) -> str:
+    return f"<{tag}{' class=number' if is_number else ''}>{escape(text)}</{tag.split()[0]}>"
 
 
 def _document(title: str, body: str) -> str:

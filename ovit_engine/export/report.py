@@ -39,7 +39,7 @@ def fact_rows(certificate: Certificate) -> list[tuple[str, str]]:
         ("file", f"{certificate.file}  sha256 {certificate.sha256[:16]}  opset {certificate.opset}"),
         ("recipe", recipe_text(certificate)),
         ("size", sizes_text(certificate)),
-        ("inputs", ", ".join(f"{name} {list(shape)}" for name, shape in certificate.inputs.items())),
+        ("inputs", ", ".join(f"{name} [{', '.join(map(str, shape))}]" for name, shape in certificate.inputs.items())),
         (
             "sparsity",
             f"{certificate.sparsity:.2%} of {count_weights(certificate.pruned):,} pruned weights, "

@@ -217,7 +217,7 @@ def unproven(recipe_text: str, promise: Promise, layers: Sequence[LayerFacts]) -
         taken = _taken(step, promised, layers)
         asked, share = _final(step), _share(taken, 0)
         dead = sum(promised[facts.name].dead for facts in taken)
-        if dead and asked is not None and (share or 0.0) < asked - _SLACK:
+        if asked is not None and (share or 0.0) < asked - _SLACK:
             found.append(
                 f"the recipe's {step.name} asks for {asked:.2%} zeros, the file has {share or 0.0:.2%}: the rest is to "
                 f"have left with {dead:,} dead weights, which can't be measured"

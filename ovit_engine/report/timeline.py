@@ -127,13 +127,20 @@ def _metric_line(run: RunFolder) -> tuple[Point, ...]:
 
 
 def _stairs(run: RunFolder) -> tuple[tuple[str, tuple[Point, ...]], ...]:
-    if run.training is None:
+    if run.training is None or (run.epochs and _has_namesakes(run, run.training.sparsity_steps)):
         points = [(float(row.epoch), row.sparsity) for row in run.epochs]
         return (("sparsity", ((0.0, 0.0), *points)),) if any(y for _, y in points) else ()
     lines: dict[str, list[Point]] = {}
     for step, name, value in run.training.sparsity_steps:
         lines.setdefault(name, [(0.0, 0.0)]).append((run.training.clock.epochs(step), value))
     return tuple((name, tuple(points)) for name, points in lines.items())
+
+
+def _has_namesakes(run: RunFolder, changes: Sequence[tuple[int, str, float]]) -> bool:
+    """Whether pruners of one name each tell the sparsity of their own weights: together these make no line."""
+    pruners = {name for _, name, _ in changes}
+    names = [] if run.recipe is None else [modifier.name for modifier in run.recipe.modifiers]
+    return any(names.count(name) > 1 for name in pruners)
 
 
 def _draw_marks(drawing: ET.Element, run: RunFolder, across: Axis, top: float, bottom: float) -> None:

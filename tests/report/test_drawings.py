@@ -1,6 +1,7 @@
 """Axes and marks: where values land, and that drawings say what was measured."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -106,6 +107,25 @@ def test_a_timeline_without_a_checkpoint_is_that_of_the_metrics():
     titles = [title.text for title in timeline.draw(bare, 500).iter("title")]
     assert "epoch 2: accuracy 20 %" in titles
     assert timeline.draw(RunFolder(path=run.path), 500) is None
+
+
+def test_two_pruners_of_one_name_make_the_line_of_all_weights():
+    run = small_run()
+    recipe = Recipe.parse(
+        """
+        modifiers:
+        - magnitude_prune: {sparsity: 0.75, targets: [a.weight]}
+        - magnitude_prune: {pattern: "2:4", targets: [b.weight]}
+        """
+    )
+    history = ((1, "magnitude_prune/sparsity", 0.75), (1, "magnitude_prune/sparsity", 0.5))
+    training = replace(run.training, history=history)
+    both = replace(run, recipe=recipe, training=training)
+    (panel,) = [panel for panel in timeline.panels(both) if panel.title == "share of zeros"]
+    assert panel.series == (("sparsity", ((0.0, 0.0), *((float(row.epoch), row.sparsity) for row in run.epochs))),)
+    alone = replace(both, recipe=Recipe.parse("modifiers: [{magnitude_prune: {sparsity: 0.75, targets: [a.weight]}}]"))
+    (panel,) = [panel for panel in timeline.panels(alone) if panel.title == "share of zeros"]
+    assert panel.series[0][0] == "magnitude_prune"
 
 
 def test_words_of_others_are_escaped():
