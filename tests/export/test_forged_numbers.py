@@ -15,7 +15,7 @@ from ovit_engine.export.page import to_html
 from ovit_engine.export.parity import Reference, wilson
 from ovit_engine.export.promise import Promise, PromisedLayer
 from ovit_engine.export.report import has_2_4, matrices
-from ovit_engine.export.verify import verify_file
+from ovit_engine.export.verify import differences, verify_file
 from ovit_engine.manifest import Manifest, Part
 from tests.export.test_lying_files import findings, forge, some
 
@@ -82,6 +82,12 @@ def many_kernels(content):
 def test_an_edited_number_is_told(vit_copy, change, words):
     edit(vit_copy.path, change)
     assert some(findings(vit_copy.path), words)
+
+
+def test_true_is_not_one(vit):
+    one = vit.certificate.model_copy(update={"preprocessing": {"crop": 1.0}})
+    (line,) = differences(one.model_copy(update={"preprocessing": {"crop": True}}), one)
+    assert line.startswith("preprocessing differs: the certificate says {'crop': True}")
 
 
 def test_a_note_can_not_be_left_out(convnet, tmp_path):
