@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from ovit_engine import Engine, Recipe
-from ovit_engine.export import ExportError, Promise
+from ovit_engine.export import ExportError, Promise, PromisedLayer
 from ovit_engine.export.certificate import LayerFacts, count_weights
 from ovit_engine.export.exporter import export_model, publish
 from ovit_engine.export.measure import Origin
@@ -97,6 +97,21 @@ def test_a_file_that_would_fail_verification_is_not_written(tmp_path):
     with pytest.raises(ExportError, match="spare: no node reads it"):
         publish(proto, tmp_path / "bad.onnx", origin, sample, reference)
     assert not (tmp_path / "bad.onnx").exists()
+
+
+def test_a_weight_that_the_recipe_prunes_is_counted_among_the_pruned_at_export(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with torch.no_grad():
+        model[0].weight.zero_()
+    first = PromisedLayer(name="0.weight", zeros=64, pruned=True)
+    text = "modifiers: [{magnitude_prune: {sparsity: 0.5, targets: ['0.weight', '1.weight']}}]"
+    options = {"example_inputs": torch.randn(2, 8), "recipe_text": text}
+    with pytest.raises(ExportError, match=r"1\.weight: the recipe prunes it, the file does not count it"):
+        export_model(
+            model, tmp_path / "m.onnx", promise=Promise(layers=(first, PromisedLayer(name="1.weight"))), **options
+        )
+    both = Promise(layers=(first, PromisedLayer(name="1.weight", pruned=True)))
+    assert export_model(model, tmp_path / "m.onnx", promise=both, **options).sparsity == 0.5
 
 
 def test_preprocessing_that_is_no_json_is_refused_before_anything_is_written(tmp_path):
