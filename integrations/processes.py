@@ -95,7 +95,8 @@ def joined(device: torch.device) -> Iterator[Processes]:
     try:
         if dist.is_torchelastic_launched():
             store = _store(_PATIENCE)
-            present = dist.PrefixStore("ovit", store)  # type: ignore[attr-defined]
+            # jobs of other names may share the store: their agents were given one endpoint
+            present = dist.PrefixStore(f"ovit/{os.environ['TORCHELASTIC_RUN_ID']}", store)  # type: ignore[attr-defined]
             present = dist.PrefixStore(meet(present, processes.rank, processes.count, _PATIENCE), present)  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=present, rank=processes.rank, world_size=processes.count)
         else:
@@ -143,8 +144,8 @@ def first_to_fail() -> bool:
         if dist.is_initialized():
             return bool(dist.distributed_c10d._get_default_store().add("failed", 1) == 1)
         # before they have met; a number of this machine alone, so two machines may tell one error twice
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return bool(_store(timedelta(seconds=10)).add(f"ovit/failed/{attempt}", 1) == 1)
+        name, attempt = (os.environ.get(f"TORCHELASTIC_{each}", "0") for each in ("RUN_ID", "RESTART_COUNT"))
+        return bool(_store(timedelta(seconds=10)).add(f"ovit/{name}/failed/{attempt}", 1) == 1)
     except (KeyError, ValueError, RuntimeError):  # no store: better told twice than not at all
         return True
 

@@ -38,11 +38,10 @@ class GateModifier(Modifier):
     _model: nn.Module | None = PrivateAttr(default=None)
     _done: int = PrivateAttr(default=-1)  # the last of its times at which it acted
     _sums: dict[str, Tensor] = PrivateAttr(default_factory=dict)  # of the present window, over all processes
-    _loaded: dict[str, Tensor] | None = PrivateAttr(default=None)  # gates of a loaded state
-    _written: dict[str, Tensor] = PrivateAttr(default_factory=dict)  # gates that it put in force
+    _loaded: bool = PrivateAttr(default=False)  # whether a state was loaded
+    _gates: dict[str, Tensor] = PrivateAttr(default_factory=dict)  # those of the run
     _scored: list[int] = PrivateAttr(default_factory=list)  # steps at whose end scores are needed, in order
     _window: int = PrivateAttr(default=0)  # steps that are recorded before each of them
-    _final: dict[str, Tensor] = PrivateAttr(default_factory=dict)  # gates at the end: the model may be shrunk then
     _records: bool = PrivateAttr(default=False)  # whether the tallies at the gates are its own
 
     _groups: dict[str, Groups] = PrivateAttr(default_factory=dict)  # heads and units that go together, by site
@@ -70,6 +69,7 @@ class GateModifier(Modifier):
             raise self.error(str(error)) from None
         install(self._sites)
         self._model = run.model
+        self._gates = run.gates
 
     def settle(self, run: Run) -> None:
         self._groups = {site.name: Groups.of(site, run.tiles) for site in self._sites}
@@ -101,8 +101,8 @@ class GateModifier(Modifier):
                 yield spell_kept(kind, [kept[site.name] for site in sites], [site.count for site in sites])
 
     def attach(self, run: Run) -> None:
-        if self._loaded is not None:
-            self._check_model_came_too(run, self._loaded)
+        if self._loaded:
+            self._check_model_came_too(run)
             begin = self._begin(run.step)
             if begin is not None and begin < run.step and not self._sums:
                 raise self.error(f"half a state was loaded: it lacks the scores recorded since step {begin}")
@@ -121,24 +121,24 @@ class GateModifier(Modifier):
 
     def detach(self, run: Run) -> None:
         self._stop()
-        self._final = {site.name: site.gate.clone() for site in self._sites}
+        for site in self._sites:  # the model may be shrunk from now on
+            run.gates.setdefault(site.name, site.gate.clone())
 
     def check(self, model: nn.Module) -> None:
-        gates = self._final or self._loaded or {}
         sites = {site.name: site for site in installed(model)}
         if not sites and manifest_of(model):  # shrunk since
             return
-        for name, gate in gates.items():
-            if name not in sites or not torch.equal(sites[name].gate.cpu(), gate.cpu()):
+        for name in (site.name for site in self._sites if site.name in self._gates):
+            if name not in sites or not torch.equal(sites[name].gate.cpu(), self._gates[name].cpu()):
                 raise RuntimeError(
                     f"{self.name}: the gate of {name!r} is not as training left it: load the model's whole state, with "
                     "its gates, before the export"
                 )
 
     def reloaded(self, run: Run) -> None:
-        gates = self._written or self._loaded or {}
-        for site in self._sites if gates else ():
-            set_gate(site, gates[site.name])
+        for site in self._sites:
+            if site.name in run.gates:
+                set_gate(site, run.gates[site.name])
 
     def apply_to(self, model: nn.Module) -> None:
         assert self._model is not None
@@ -161,8 +161,8 @@ class GateModifier(Modifier):
         """Put gates in force, by site name; a window that led to them is over."""
         for site in self._sites:
             set_gate(site, keeps.get(site.name, site.gate))
+            run.gates[site.name] = site.gate.clone()
             run.shared[f"the gate of {site.name!r}"] = site.gate
-        self._written = {site.name: site.gate.clone() for site in self._sites}
         run.copies_behind = True
         self._sums = {}
         for kind in self.kinds():
@@ -170,9 +170,11 @@ class GateModifier(Modifier):
             run.log(f"{self.name}/{kind}_off", off / sum(site.count for site in self.sites(kind)))
 
     def state_dict(self) -> dict[str, Any]:
+        absent = [site for site in self._sites if site.name not in self._gates]
+        present = {**self._gates, **{site.name: site.gate for site in absent}}
         return {
             "done": self._done,
-            "gates": self._final or {site.name: site.gate.clone() for site in self._sites},
+            "gates": {site.name: present[site.name].clone() for site in self._sites},
             "sums": {name: sums.clone() for name, sums in self._sums.items()},
         }
 
@@ -189,13 +191,14 @@ class GateModifier(Modifier):
         for name, sums in state["sums"].items():
             check_sums(sites[name], sums, self.tally)
         self._done = state["done"]
-        self._loaded = {name: gate.clone() for name, gate in state["gates"].items()}
+        self._loaded = True
+        self._gates.update({name: gate.clone() for name, gate in state["gates"].items()})
         self._sums = {name: sums.to(sites[name].gate.device, copy=True) for name, sums in state["sums"].items()}
 
-    def _check_model_came_too(self, run: Run, gates: Mapping[str, Tensor]) -> None:
+    def _check_model_came_too(self, run: Run) -> None:
         """Gates are the model's own: without its state a resumed run would go on with all heads and units."""
         for site in self._sites:
-            if not bool((site.gate.cpu() == gates[site.name].cpu()).all()):
+            if not bool((site.gate.cpu() == run.gates[site.name].cpu()).all()):
                 raise RuntimeError(
                     f"{self.name}: at step {run.step} the gate of {site.name!r} is not that of the loaded state: load "
                     f"the model's state of that step, with its {f'{site.name}.input_gate'!r}, once "

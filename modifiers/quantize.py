@@ -79,6 +79,7 @@ class Quantize(Modifier):
     _model: nn.Module | None = PrivateAttr(default=None)
     _done: int = PrivateAttr(default=-1)  # the last step whose phase is in force
     _reloaded: bool = PrivateAttr(default=False)  # whether the loop loaded a state since the last step
+    _frozen: set[str] = PrivateAttr(default_factory=set)  # quantizers that round by a range that is frozen
     _times: _Times = PrivateAttr(default=_Times(0, 0, 0, None))
 
     def _resolve(self, clock: Clock) -> _Times:
@@ -141,6 +142,8 @@ class Quantize(Modifier):
             )
         self._check_model_came_too(run)
         self._act(run)
+        if self._done >= self._times.freeze:
+            self._frozen = self._rounding(run.model)
         norm = self._times.freeze_norm
         if norm is not None and norm <= run.step:  # resumed: the hold on the statistics is in no state dict
             quant.freeze_batch_norm(run.model)
@@ -164,14 +167,17 @@ class Quantize(Modifier):
 
     def _check_reloaded(self, run: Run) -> None:
         """Not at once: weights of an earlier phase may be there for an evaluation, and go again."""
-        rounded = (bool(quantizer.enabled) for _, quantizer in quant.quantizers(run.model))
-        if self._reloaded and self._done >= self._times.freeze and not any(rounded):
+        if self._reloaded and (lost := self._frozen - self._rounding(run.model)):
             raise RuntimeError(
                 f"{self.name}: ranges are frozen at step {run.step}, and the state that the loop loaded into the model "
-                "has none: load one of after quantization began, or go back with a new Engine that loads the engine's "
-                "state of that step"
+                f"has none of {min(lost)!r}: load one of after quantization began, or go back with a new Engine that "
+                "loads the engine's state of that step"
             )
         self._reloaded = False
+
+    @staticmethod
+    def _rounding(model: nn.Module) -> set[str]:
+        return {name for name, quantizer in quant.quantizers(model) if bool(quantizer.enabled)}
 
     def pre_step(self, run: Run) -> None:
         self._check_reloaded(run)
@@ -305,6 +311,7 @@ class Quantize(Modifier):
         for name, quantizer in quant.quantizers(run.model):
             run.shared[f"the range of {name!r}"] = torch.stack((quantizer.minimum, quantizer.maximum))
         unseen = quant.leave_unseen(run.model)
+        self._frozen = self._rounding(run.model)
         if unseen:
             warnings.warn(
                 f"{self.name}: {', '.join(unseen)} stayed float, since training never called "

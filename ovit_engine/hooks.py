@@ -24,24 +24,44 @@ class Attachment(Mark):
 
     def __init__(self, model: nn.Module, run: Run, modifiers: Sequence[Modifier]) -> None:
         super().__init__(model)
-        self._handle = unwrapped(model).register_load_state_dict_post_hook(_Reload(run, modifiers))
+        whole = unwrapped(model)
+        reload = _Reload(whole, run, modifiers)
+        self._handles = [
+            handle
+            for module in whole.modules()  # a part may be loaded alone
+            for handle in (
+                module.register_load_state_dict_pre_hook(reload.begin),
+                module.register_load_state_dict_post_hook(reload.end),
+            )
+        ]
 
     def remove(self) -> None:
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         super().remove()
 
 
 class _Reload:
-    """The hook after `model.load_state_dict`; that of a copy of the model does nothing."""
+    """The hooks around `load_state_dict` of the model or of a part of it; those of a copy of the model do nothing."""
 
-    def __init__(self, run: Run | None = None, modifiers: Sequence[Modifier] = ()) -> None:
-        self._run, self._modifiers = run, modifiers
+    def __init__(
+        self, whole: nn.Module | None = None, run: Run | None = None, modifiers: Sequence[Modifier] = ()
+    ) -> None:
+        self._whole, self._run, self._modifiers = whole, run, modifiers
+        self._called: nn.Module | None = (
+            None  # whose `load_state_dict` runs; of the modules inside it come the hooks too
+        )
 
     def __reduce__(self) -> tuple[type["_Reload"], tuple[()]]:
         return _Reload, ()
 
-    def __call__(self, module: nn.Module, keys: object) -> None:
-        if self._run is not None:
+    def begin(self, module: nn.Module, state: object, prefix: str, *others: object) -> None:
+        if not prefix:
+            self._called = module
+
+    def end(self, module: nn.Module, keys: object) -> None:
+        if self._run is not None and (module is self._called or module is self._whole):
+            self._called = None
             self._run.masks.project()
             for modifier in self._modifiers:
                 modifier.reloaded(self._run)

@@ -48,6 +48,8 @@ class Run:
     logs: list[Log] = field(default_factory=list)  # who is told; `Engine.log_to` adds to it
     # by weight, the rows and columns that its patterns will hold together; complete once all have prepared
     tiles: dict[str, Tile] = field(default_factory=dict)
+    # by site, the gates that a modifier put in force last: several may write one, each in its time
+    gates: dict[str, Tensor] = field(default_factory=dict)
     # by name, what a modifier just made final: it must be the same in all processes, or the run stops (masks always do)
     shared: dict[str, Tensor] = field(default_factory=dict)
 

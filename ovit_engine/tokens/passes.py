@@ -29,10 +29,13 @@ class Passes:
         self._trained = training
         if not training:
             return x
+        self._open = [each for each in self._open if each() is not None]  # nobody may ever ask, nor end a step
         marker = _Marker()
         marked: Tensor = _Mark.apply(x, marker)
-        # without a graph here nothing tells how long the pass may still be run again
-        self._open.append(weakref.ref(marker) if marked.grad_fn is not None else lambda: marker)
+        if marked.grad_fn is not None:
+            self._open.append(weakref.ref(marker))
+        elif self._open[-2:] != [_unknown, _unknown]:  # of three no more would be known than of two
+            self._open.append(_unknown)
         return marked
 
     def begin_step(self) -> None:
@@ -58,15 +61,25 @@ class Passes:
         self._open = []
 
 
+def _unknown() -> bool:
+    """Of a pass without a graph here: nothing tells how long it may still be run again."""
+    return True
+
+
 class _Marker:
     """Lives as long as the graph of a forward pass."""
 
 
 class _Mark(torch.autograd.Function):
+    generate_vmap_rule = True  # gradients of single images by torch.func
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, marker: _Marker) -> Tensor:
-        ctx.marker = marker
+    def forward(x: Tensor, marker: _Marker) -> Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, _Marker], output: Tensor) -> None:
+        ctx.marker = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
