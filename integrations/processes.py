@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ovit_engine.integrations.rounds import meet
+from ovit_engine.integrations.rounds import open_round
 from ovit_engine.processes import ApartError
 
 _PATIENCE = timedelta(minutes=30)  # as torch has with each exchange
@@ -94,10 +94,8 @@ def joined(device: torch.device) -> Iterator[Processes]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         if dist.is_torchelastic_launched():
-            store = _store(_PATIENCE)
-            # jobs of other names may share the store: their agents were given one endpoint
-            present = dist.PrefixStore(f"ovit/{os.environ['TORCHELASTIC_RUN_ID']}", store)  # type: ignore[attr-defined]
-            present = dist.PrefixStore(meet(present, processes.rank, processes.count, _PATIENCE), present)  # type: ignore[attr-defined]
+            job = os.environ["TORCHELASTIC_RUN_ID"]
+            present = open_round(_store(_PATIENCE), job, processes.rank, processes.count, _PATIENCE)
             dist.init_process_group(backend, store=present, rank=processes.rank, world_size=processes.count)
         else:
             dist.init_process_group(backend)

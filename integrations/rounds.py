@@ -5,6 +5,17 @@ import uuid
 from datetime import timedelta
 from typing import Any
 
+import torch.distributed as dist
+
+
+def open_round(store: Any, job: str, rank: int, count: int, patience: timedelta) -> Any:
+    """The part of `store` that belongs to the present round of `job` alone, once all its processes are there.
+
+    Jobs of other names (`--rdzv-id`) share the store of agents that were given one endpoint.
+    """
+    own = dist.PrefixStore(f"ovit/{job}", store)  # type: ignore[attr-defined]
+    return dist.PrefixStore(meet(own, rank, count, patience), own)  # type: ignore[attr-defined]
+
 
 def meet(store: Any, rank: int, count: int, patience: timedelta) -> str:
     """A name for the present round that all `count` processes of it get, and that no round before had.

@@ -27,15 +27,16 @@ def exact_arithmetic() -> Iterator[None]:
 @contextmanager
 def _highest_precision() -> Iterator[None]:
     """PyTorch has two interfaces for one setting, and reading the old one raises after the new one was used."""
-    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, convolutions  # type: ignore[attr-defined]
+    convolutions = torch.backends.cudnn.conv, torch.backends.mkldnn.conv  # type: ignore[attr-defined]
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, *convolutions  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:
         legacy = torch.get_float32_matmul_precision()
     except RuntimeError:
         legacy = "highest"  # untouched: the new interface was used
     torch.set_float32_matmul_precision("highest")
-    convolutions.fp32_precision = "ieee"
+    for backend in convolutions:
+        backend.fp32_precision = "ieee"
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from ovit_engine.integrations.rounds import meet
+from ovit_engine.integrations.rounds import meet, open_round
 
 LONG = timedelta(seconds=20)
 
@@ -51,3 +51,20 @@ def test_a_round_that_one_process_never_came_to(dead: int) -> None:
     (name,) = set(met(store, 3, (0.1, 0.0, 0.0)))
     assert len(set(met(store, 2, (0.1, 0.0)))) == 1  # fewer processes than before
     assert name
+
+
+def test_jobs_that_share_a_store_do_not_meet() -> None:
+    """Their processes come at the same time, those of one rank as well."""
+    store = dist.HashStore()
+
+    def come(job: str, rank: int) -> bytes:
+        time.sleep(0.05 * (job == "a") * (rank == 0))
+        part = open_round(store, job, rank, 2, LONG)
+        if rank == 0:
+            part.set("who", job)
+        found: bytes = part.get("who")
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(come, "abab", (0, 0, 1, 1)))
+    assert found == [b"a", b"b", b"a", b"b"]

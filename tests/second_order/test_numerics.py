@@ -60,9 +60,10 @@ def read(get):
     except RuntimeError:  # the two interfaces were mixed
         return "mixed"
 def flags():
-    matmul = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.cudnn.conv
+    matmul = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    convolutions = torch.backends.cudnn.conv, torch.backends.mkldnn.conv
     old = read(torch.get_float32_matmul_precision), read(lambda: matmul[0].allow_tf32)
-    return *old, *(each.fp32_precision for each in matmul)
+    return *old, *(each.fp32_precision for each in (*matmul, *convolutions))
 torch.manual_seed(0)
 weights, gradients, seen, real = [torch.randn(8, 32)], [torch.randn(40, 8, 32)], set(), block_inverse.absorb
 def spy(*arguments):
@@ -82,7 +83,7 @@ for setting in SETTINGS:
         pass
     assert flags() == before, setting
     torch.set_float32_matmul_precision("highest")
-assert seen == {("highest", False, "ieee", "ieee", "ieee")}, seen
+assert seen == {("highest", False, *["ieee"] * 4)}, seen
 """
 
 
