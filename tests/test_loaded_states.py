@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ovit_engine import Engine
+from ovit_engine.attached import is_attached
 from ovit_engine.gates import installed
 from ovit_engine.quant import quantizers
-from tests.loops import plain, recipe, zeros
+from tests.loops import mlp, plain, recipe, zeros
 from tests.modifiers.gated import IMAGES, LABELS, engine_for, train, vit
-from tests.test_users_loops import INT8, PRUNE, STEPS, attached, sgd
+from tests.test_users_loops import INT8, PRUNE, STEPS, attached, engine_of, sgd
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -52,15 +53,26 @@ def test_masks_and_phases_are_put_in_force_once_a_load(monkeypatch: pytest.Monke
         model[0].load_state_dict({})
     model.load_state_dict({}, strict=False)
     assert len(calls) == 3
+    assert is_attached(model)
     engine._remove_hooks()
+    assert not is_attached(model)
     assert not any(part._load_state_dict_post_hooks or part._load_state_dict_pre_hooks for part in model.modules())
 
 
-def test_ranges_of_one_layer_lost_when_they_are_frozen() -> None:
-    model, optimizer, _ = attached(PRUNE, "quantize: {start: 3st, freeze_observers: 5st}")
+@pytest.mark.parametrize("resumed", [False, True])
+def test_ranges_of_one_layer_lost_when_they_are_frozen(resumed: bool) -> None:
+    lines = [PRUNE, "quantize: {start: 3st, freeze_observers: 5st}"]
+    model, optimizer, engine = attached(*lines)
     early = copy.deepcopy(model[0].state_dict())
     for _ in range(6):
         plain(model, optimizer)
+    if resumed:
+        weights, state, model = model.state_dict(), engine.state_dict(), mlp()
+        engine = engine_of(model, *lines)
+        engine.load_state_dict(state)
+        model.load_state_dict(weights)
+        optimizer = sgd(model.parameters())
+        engine.attach(optimizer)
     model[0].load_state_dict(early)
     with pytest.raises(RuntimeError, match=r"ranges are frozen at step 6, .* has none of '0.input_quantizer'"):
         plain(model, optimizer)
