@@ -30,8 +30,8 @@ class Attachment(Mark):
             handle
             for module in whole.modules()  # a part may be loaded alone
             for handle in (
-                module.register_load_state_dict_pre_hook(reload.begin),
-                module.register_load_state_dict_post_hook(reload.end),
+                module.register_load_state_dict_pre_hook(reload.begin),  # type: ignore[no-untyped-call]
+                module.register_load_state_dict_post_hook(reload.end),  # type: ignore[no-untyped-call]
             )
         ]
 
@@ -93,7 +93,7 @@ class StepHooks:
 
     def hold_after(self, optimizer: Optimizer) -> RemovableHandle:
         """Hold the masks after each step of another optimizer, or of a wrapper, which is no clock."""
-        return optimizer.register_step_post_hook(torch.compiler.disable(self._after_other))
+        return optimizer.register_step_post_hook(torch.compiler.disable(self._after_other))  # type: ignore[no-untyped-call]
 
     @staticmethod
     def are_on(optimizer: Optimizer) -> bool:
