@@ -320,6 +320,7 @@ def test_an_interrupt_leaves_the_optimizer_clean_and_export_says_so(tmp_path: Pa
 
     def interrupted() -> None:
         with engine.attach(optimizer):
+            engine.keep(model.register_forward_hook(lambda *_: None))  # an integration's
             for _ in range(5):
                 plain(model, optimizer)
             raise KeyboardInterrupt
@@ -327,6 +328,7 @@ def test_an_interrupt_leaves_the_optimizer_clean_and_export_says_so(tmp_path: Pa
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert not optimizer._optimizer_step_post_hooks  # type: ignore[attr-defined]
+    assert not model._forward_hooks
     assert not any(part._load_state_dict_post_hooks or part._load_state_dict_pre_hooks for part in model.modules())
     with pytest.raises(RuntimeError, match="at step 5 of 10, and training was cut short"):
         engine.export(tmp_path / "m.onnx", X[:2])
