@@ -66,7 +66,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     state = _read(file)
     missing = KEYS - set(state) if isinstance(state, dict) else KEYS
     if missing:
-        raise ValueError(f"{str(file)!r} is no checkpoint of ovit train: it lacks {', '.join(sorted(missing))}")
+        raise ValueError(
+            f"{str(file)!r} is no checkpoint of ovit train: it lacks {', '.join(sorted(missing))}; what a loop of your "
+            "own trains is exported by engine.export(...)"
+        )
     with zipfile.ZipFile(file) as parts:  # torch reads past checksums
         broken = parts.testzip()
     if broken is not None:

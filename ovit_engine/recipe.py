@@ -141,6 +141,8 @@ class Recipe:
         Raises:
             RecipeError: no such file or name, or anything in it that can't be followed.
         """
+        if "\n" in str(source):
+            raise RecipeError("a recipe's text stands where its path or name goes: Recipe.parse(text) reads text")
         path = Path(source)
         if path.is_file():
             try:

@@ -114,6 +114,8 @@ def test_files(tmp_path: Path) -> None:
         Recipe.load(path)
     with pytest.raises(RecipeError, match=r"no recipe file '.*nope.yaml', and none of ours has that name"):
         Recipe.load(tmp_path / "nope.yaml")
+    with pytest.raises(RecipeError, match=r"a recipe's text stands where .*: Recipe\.parse\(text\) reads text"):
+        Recipe.load("modifiers:\n  - constant_mask: {}\n" * 200)  # longer than a name may be
     with pytest.raises(RecipeError, match="no recipe file"):
         Recipe.load(tmp_path)
 

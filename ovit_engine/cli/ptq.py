@@ -1,5 +1,6 @@
 """ovit ptq: int8 without training."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,8 @@ from ovit_engine.cli import options
 if TYPE_CHECKING:
     from ovit_engine.integrations.ptq import Compared
     from ovit_engine.recipe import Recipe
+
+log = logging.getLogger(__name__)
 
 
 @click.command(short_help="Quantize a trained model without training, to a verified ONNX file.")
@@ -114,6 +117,9 @@ def _from_weights(
         config=None if run is None else config_of(run["preprocessing"]),  # as the run's images were
     )
     images = bench.plain()
+    if checkpoint is not None and run is None and data != "digits":
+        told = ", ".join(f"{key} {images.preprocessing[key]}" for key in ("mean", "std", "crop"))
+        log.warning("%s does not tell its preprocessing: timm's of that model is taken (%s)", checkpoint.name, told)
     batches = after.calibration_batches(images.train, modifier.calibration_images, seed=read.training.seed)
     write = after.ptq
     if modifier.search is not None:

@@ -82,7 +82,7 @@ def verify_file(path: str | Path, *, data: Any = None) -> Certificate:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
+        raise FileNotFoundError(f"{path} is a folder: name the ONNX file" if path.is_dir() else f"no such file: {path}")
     stated = _read_certificate(certificate_path(path))
     reference, digest = _read_reference(reference_path(path))
     try:

@@ -14,6 +14,7 @@ from onnx import helper, numpy_helper
 from PIL import Image
 
 from ovit_engine.export.verify import verify_file
+from ovit_engine.integrations.checkpoint import load_checkpoint
 from ovit_engine.integrations.digits import split_digits
 from ovit_engine.integrations.restore import restore
 from tests.cli.conftest import Ovit
@@ -197,6 +198,11 @@ def test_images_of_another_folder_are_prepared_as_the_runs_were(ovit: Ovit, run:
     trained = restore(run).preprocessing
     for key in ("size", "mean", "std", "crop", "interpolation"):
         assert told[key] == trained[key], key
+    assert "does not tell its preprocessing" not in done.output
+    torch.save(load_checkpoint(run)["model"], "own.pt")  # as a loop of one's own keeps it
+    Path("short.yaml").write_text(TRAINED.replace("cyclic_lr: {max: 4.0e-3, min: 1.0e-4, warmup: 1ep}", "quantize: {}"))
+    done = ovit("ptq", "--data", "images", "--checkpoint", "own.pt", "--recipe", "short.yaml", "--output", "own.onnx")
+    assert "own.pt does not tell its preprocessing: timm's of that model is taken (mean [0.5]" in done.output
 
 
 def test_a_file_that_loses_too_much_is_not_written(
