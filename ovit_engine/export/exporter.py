@@ -71,11 +71,12 @@ def export_model(
 
     Raises:
         ExportError: the model cannot be exported or the file breaks the promise; ``path`` is as it was before.
-        ValueError: the data does not fit the model or is too little.
+        ValueError: the data does not fit the model or is too little, or ``preprocessing`` is no JSON.
     """
     path = Path(path)
     check_target(path)
     check_float32(model)
+    told = _as_json(preprocessing or {})
     sample = _sample(as_inputs(example_inputs), data)
     reference = make_reference(sample, _pytorch_logits(reference_model or model, sample))
     proto, shared = build_onnx(model, example_inputs, dynamic_batch=dynamic_batch, opset=opset)
@@ -84,12 +85,19 @@ def export_model(
         recipe_text=recipe_text,
         promise=promise,
         manifest=manifest,
-        preprocessing=json.loads(json.dumps(dict(preprocessing or {}), allow_nan=False)),
+        preprocessing=told,
         shared_weights={layer.name: shared[layer.name] for layer in promise.layers if layer.name in shared},
     )
     state = {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
     reference = replace(reference, tensors=keep_all(proto, state))
     return publish(proto, path, origin, sample, reference)
+
+
+def _as_json(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return dict(json.loads(json.dumps(dict(preprocessing), allow_nan=False)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"preprocessing: {error}; give finite numbers, texts and lists (tensor.tolist())") from None
 
 
 def check_target(path: Path) -> None:

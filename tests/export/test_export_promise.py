@@ -182,6 +182,13 @@ def test_a_missing_folder_is_said_before_any_work(tmp_path):
         export(linear(), tmp_path / "nowhere" / "m.onnx", Promise())
 
 
+def test_preprocessing_that_json_cannot_hold_is_said_before_any_work(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"preprocessing: .* Tensor is not JSON .*; give finite .* \(tensor.tolist\(\)\)"
+    ):
+        export(linear(), tmp_path / "m.onnx", Promise(), preprocessing={"mean": torch.zeros(3)})
+
+
 class _Watched(nn.Linear):
     """Notes with which precision it is to compute."""
 
