@@ -1,4 +1,4 @@
-"""What the engine hangs on a user's optimizer and closure."""
+"""What the engine hangs on a user's optimizer, closure and model."""
 
 import inspect
 import sys
@@ -48,9 +48,8 @@ class _Reload:
         self, whole: nn.Module | None = None, run: Run | None = None, modifiers: Sequence[Modifier] = ()
     ) -> None:
         self._whole, self._run, self._modifiers = whole, run, modifiers
-        self._called: nn.Module | None = (
-            None  # whose `load_state_dict` runs; of the modules inside it come the hooks too
-        )
+        # whose `load_state_dict` runs: the hooks of the modules inside it come too
+        self._called: nn.Module | None = None
 
     def __reduce__(self) -> tuple[type["_Reload"], tuple[()]]:
         return _Reload, ()
