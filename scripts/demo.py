@@ -10,13 +10,13 @@ from pathlib import Path
 
 import timm
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from ovit_engine import Calibration, Engine, Recipe
+from ovit_engine.console import table_console
 from ovit_engine.deploy import promise_of
 from ovit_engine.export import Certificate, Promise
 from ovit_engine.export.bench import bench
@@ -26,7 +26,9 @@ from ovit_engine.integrations.data import ImageData, load_data
 from ovit_engine.modifiers.quantize import Quantize
 from ovit_engine.quant import bake, set_enabled
 
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+console = table_console()
+if not console.is_terminal:
+    console.width = 120
 EXAMPLE = torch.zeros(1, 1, 8, 8)
 
 
