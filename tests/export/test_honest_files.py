@@ -96,6 +96,10 @@ def test_a_file_that_would_fail_verification_is_not_written(tmp_path):
     proto.graph.initializer.append(numpy_helper.from_array(weight, "spare"))
     with pytest.raises(ExportError, match="spare: no node reads it"):
         publish(proto, tmp_path / "bad.onnx", origin, sample, reference)
+    proto.graph.initializer.pop()
+    proto.training_info.add()
+    with pytest.raises(ExportError, match="training_info: a second graph, which is not measured"):
+        publish(proto, tmp_path / "bad.onnx", origin, sample, reference)
     assert not (tmp_path / "bad.onnx").exists()
 
 
