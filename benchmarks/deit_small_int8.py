@@ -13,8 +13,8 @@ import timm
 import torch
 
 from ovit_engine import Engine, Recipe
-from ovit_engine.export import Promise
-from ovit_engine.export.bench import bench
+from ovit_engine.analysis.bench import bench
+from ovit_engine.certificate import Promise
 from ovit_engine.export.exporter import export_model
 
 IMAGE = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ovit_engine.export.bench import bench
+from ovit_engine.analysis.bench import bench
 
 
 def arguments(description: str | None) -> argparse.Namespace:

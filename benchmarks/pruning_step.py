@@ -24,11 +24,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from torch import Tensor, nn
 
-from ovit_engine.calibration import Calibration
-from ovit_engine.progress import TimeLeft, spell_seconds
-from ovit_engine.second_order import Pruned, passes, prune_streamed
-from ovit_engine.second_order.stages import Stages
-from ovit_engine.targets import Slot, find_slots
+from ovit_engine.core.loggers import TimeLeft, spell_seconds
+from ovit_engine.gradients.calibration import Calibration
+from ovit_engine.masking.parameters import Slot
+from ovit_engine.masking.targets import find_slots
+from ovit_engine.pruning import Pruned, prune_streamed
+from ovit_engine.pruning import pruning_step as passes
+from ovit_engine.pruning.pruning_step import Stages
 
 METHODS = {"ovit": 1e-8, "obert": 1e-6}  # with the damp of the recipes
 TARGETS = [r"re:.*(qkv|proj|fc1|fc2)\.weight"]  # attention and MLP of a ViT, and not its patch embedding, a Conv2d
@@ -183,7 +185,7 @@ def solver_seconds(method: str, count: int, block: int, numel: int) -> float:
 
 def sweep(output: Path) -> None:
     """Print and plot the solver's cost against N, B and d."""
-    from ovit_engine.plots import plot_lines
+    from ovit_engine.utils.plots import plot_lines
 
     axes = {"N": "gradients N", "B": "block B", "d": "weights d"}
     titles = {"ovit": "oViT", "obert": "oBERT"}

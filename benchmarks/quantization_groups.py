@@ -18,15 +18,15 @@ import timm
 import torch
 
 from ovit_engine import Recipe
-from ovit_engine.export.bench import bench
-from ovit_engine.export.parity import compare, take_sample
-from ovit_engine.export.runtime import INTEGER_KERNELS, open_session, run_outputs, runtime_ops
+from ovit_engine.analysis.bench import bench
+from ovit_engine.certificate.kernels import INTEGER_KERNELS, open_session, run_outputs, runtime_ops
+from ovit_engine.certificate.parity import compare, take_sample
 from ovit_engine.export.writer import write_onnx
-from ovit_engine.integrations import ptq as after
-from ovit_engine.integrations.checkpoint import load_weights
-from ovit_engine.integrations.data import load_data
-from ovit_engine.integrations.models import make_model
+from ovit_engine.post_training import ptq as after
 from ovit_engine.quant import bake
+from ovit_engine.training.checkpoint import load_weights
+from ovit_engine.training.data import load_data
+from ovit_engine.training.models import make_model
 
 GROUPS = {
     "default": "{}",

@@ -23,7 +23,7 @@ import rank1_reference
 import torch
 from torch import Tensor
 
-from ovit_engine.second_order import prune_tensors
+from ovit_engine.pruning import prune_tensors
 
 SPARSITY, DAMP = 0.75, 1e-8
 SPEED_GOAL, MEMORY_GOAL = 10.0, 1.2

@@ -15,8 +15,8 @@ from paired import arguments, compare
 
 from ovit_engine.export.writer import write_onnx
 from ovit_engine.flops import count_flops
-from ovit_engine.gates import find_sites, install, installed, set_gate
-from ovit_engine.shrink import shrink
+from ovit_engine.structured.gates import find_sites, install, installed, set_gate
+from ovit_engine.structured.shrink_model import shrink
 
 IMAGE = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
 KEEP = {"heads": 0.5, "units": 0.6}

@@ -10,13 +10,13 @@ from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard  # type
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ovit_engine.calibration import Calibration
+from ovit_engine.core.modifier import Run
+from ovit_engine.core.optimizers import layers_of
+from ovit_engine.core.recipe import Recipe
 from ovit_engine.engine import Engine
-from ovit_engine.guards import layers_of
-from ovit_engine.integrations.plain_forward import plain_forward
-from ovit_engine.modifier import Run
-from ovit_engine.recipe import Recipe
-from ovit_engine.targets import Slot
+from ovit_engine.gradients.calibration import Calibration
+from ovit_engine.integrations._common import plain_forward
+from ovit_engine.masking.parameters import Slot
 
 
 def accelerate_engine(

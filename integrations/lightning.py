@@ -4,15 +4,29 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from torch import nn
+from torch.optim import Optimizer
 
-from ovit_engine.calibration import Calibration
+from ovit_engine.core.recipe import Recipe
+from ovit_engine.core.skipped_steps import SkippedSteps
 from ovit_engine.engine import Engine
-from ovit_engine.gradient_pass import LossFunction
-from ovit_engine.integrations.lengths import lightning_length
-from ovit_engine.integrations.lightning_scaler import ScalerCallback
-from ovit_engine.integrations.skipped_steps import SkippedSteps
-from ovit_engine.recipe import Recipe
+from ovit_engine.gradients.backward import LossFunction
+from ovit_engine.gradients.calibration import Calibration
+from ovit_engine.integrations._common import lightning_length
+
+
+class ScalerCallback(Callback):
+    """Tells `skips` of each step of the first optimizer, where there is a scaler; manual optimization too."""
+
+    skips: SkippedSteps
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if optimizer is trainer.optimizers[0] and getattr(trainer.precision_plugin, "scaler", None) is not None:
+            self.skips.begin()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.skips.end()  # before a checkpoint of this step is written
 
 
 class RecipeCallback(ScalerCallback):

@@ -19,13 +19,13 @@ import yaml
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ovit_engine.export import ExportError
-from ovit_engine.export.atomic import staged
-from ovit_engine.integrations.ptq import Compared, Quantizes, ptq, quantize_of
-from ovit_engine.masks import Masks
-from ovit_engine.modifier import Modifier
+from ovit_engine.certificate import ExportError
+from ovit_engine.core.modifier import Modifier
+from ovit_engine.core.recipe import Recipe
+from ovit_engine.masking.masks import Masks
+from ovit_engine.post_training.ptq import Compared, Quantizes, ptq, quantize_of
 from ovit_engine.quant import Scheme, layer_sensitivity
-from ovit_engine.recipe import Recipe
+from ovit_engine.utils.files import staged
 
 # images that trials are measured on: one of them is 0.2 % of accuracy
 _IMAGES = 512

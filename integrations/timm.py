@@ -1,80 +1,67 @@
-"""The bundled trainer: any timm model on any dataset of `load_data`, under a recipe."""
+"""Loops like timm's own train.py: how long they are, and calibration on the loaders that timm makes."""
 
+import math
 from pathlib import Path
+from typing import Any
 
-from ovit_engine.integrations.beginning import begin
-from ovit_engine.integrations.evaluation import evaluate as evaluate
-from ovit_engine.integrations.models import make_model as make_model
-from ovit_engine.integrations.models import model_name as model_name
-from ovit_engine.integrations.models import with_training as with_training
-from ovit_engine.integrations.processes import choose_device, joined
-from ovit_engine.integrations.trainer import SAVE_EVERY, Trainer
-from ovit_engine.integrations.trainer import FinishedRunError as FinishedRunError
-from ovit_engine.integrations.trainer import Trained as Trained
-from ovit_engine.integrations.training_log import SILENT as SILENT
-from ovit_engine.integrations.training_log import EpochMetrics as EpochMetrics
-from ovit_engine.integrations.training_log import Progress as Progress
-from ovit_engine.recipe import Recipe
+from timm.data.loader import PrefetchLoader, fast_collate
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+
+from ovit_engine.core.recipe import Recipe
+from ovit_engine.engine import Engine
+from ovit_engine.gradients.backward import LossFunction
+from ovit_engine.gradients.calibration import Calibration
 
 
-def train(
-    recipe: Recipe,
+def timm_engine(
+    model: nn.Module,
+    recipe: Recipe | str | Path,
+    loader: Any,
     *,
-    data: str | Path,
-    output: str | Path,
-    checkpoint: str | Path | None = None,
-    pretrained: bool = False,
-    resume: str | Path | None = None,
-    device: str = "auto",
-    workers: int = 0,
-    strict: bool = False,
-    root: str | Path | None = None,
-    amp: bool | None = None,
-    save_every: float = SAVE_EVERY,
-    progress: Progress = SILENT,
-) -> Trained:
-    """Train the model of `recipe.training` under the recipe; `output` gets last.pt and metrics.csv at every epoch.
-
-    Processes that torchrun started train together: `batch_size` is that of all, which process 0 alone writes down.
+    epochs: int,
+    grad_accum_steps: int = 1,
+    teacher: nn.Module | None = None,
+) -> Engine:
+    """A prepared engine. Call it before the optimizer, the EMA copy, DDP and torch.compile are made.
 
     Args:
-        data: "digits", an image folder, a timm dataset name (see `load_data`).
-        checkpoint: weights to start from, as a file or a run's folder.
-        pretrained: start from timm's own weights (downloads them).
-        resume: a checkpoint of a run of this recipe, to go on from its last step. On a CPU the result is the same, bit
-            for bit, as that of an unbroken run.
-        device: "auto" takes a GPU where there is one.
-        workers: processes that read images.
-        strict: stop at the first unreadable image.
-        root: where downloaded datasets are kept.
-        amp: mixed precision, float16 with scaled gradients on a GPU, bfloat16 on a CPU; None: as the resumed run.
-            Validation stays in float32, in which the model is exported.
-        save_every: seconds after which last.pt is written within an epoch too. It changes no bit of the result.
-
-    Raises:
-        RecipeError: the recipe can't be followed on this model or in this time.
-        ValueError: data, weights or checkpoint that do not fit, or a loss that is no number any more.
-        FinishedRunError: (a ValueError) the run to resume is finished.
-        FileExistsError: `output` holds another run.
+        loader: of training, as `timm.data.create_loader` makes it.
+        epochs: all that are trained: with a schedule of timm's, what `create_scheduler_v2` returns beside it.
+        grad_accum_steps: as in train.py; an epoch's last step may have fewer micro-batches.
+        teacher: as that of an Engine. Where a recipe has extra loss terms (`distill`) give `train_loss_fn` to
+            `engine.attach(criterion=...)`.
     """
-    place = choose_device(device)
-    with joined(place) as processes:
-        start = None if resume is None else str(resume)
-        processes.agree((recipe.hash, start), "what training starts from (hash of the recipe, checkpoint)")
-        trainer = Trainer(
-            recipe,
-            str(data),
-            Path(output),
-            place,
-            workers,
-            strict,
-            root,
-            amp=amp,
-            save_every=save_every,
-            processes=processes,
-        )
-        begin(trainer, checkpoint, pretrained, resume)
-        told = progress if processes.leads else SILENT
-        if resume is not None:
-            told.resume(Path(resume))
-        return trainer.fit(told)
+    steps = math.ceil(len(loader) / grad_accum_steps)
+    return Engine(model, recipe, steps_per_epoch=steps, epochs=epochs, teacher=teacher).prepare()
+
+
+def timm_calibration(loader: Any, loss_fn: LossFunction = cross_entropy, *, seed: int = 0) -> Calibration:
+    """Calibration on the images of a timm loader, augmented as in training but with hard labels: without mixup.
+
+    With a prefetcher, images are normalized as it does; its random erasing is left out.
+    """
+    if not isinstance(loader, PrefetchLoader):
+        return Calibration(loader, loss_fn, seed=seed)
+    inner: DataLoader[Any] = loader.loader
+    plain = DataLoader(
+        inner.dataset,
+        batch_size=inner.batch_size,
+        sampler=inner.sampler,
+        num_workers=inner.num_workers,
+        collate_fn=_Normalized(loader.mean.float().cpu(), loader.std.float().cpu()),
+        worker_init_fn=inner.worker_init_fn,
+    )
+    return Calibration(plain, loss_fn, seed=seed)
+
+
+class _Normalized:
+    """Float images and classes of a list of items, as the prefetcher makes them; an object, since workers pickle it."""
+
+    def __init__(self, mean: Tensor, std: Tensor) -> None:
+        self._mean, self._std = mean, std  # in levels 0 to 255
+
+    def __call__(self, items: list[Any]) -> tuple[Tensor, Tensor]:
+        images, classes = fast_collate(items)  # type: ignore[no-untyped-call]
+        return images.float().sub(self._mean).div(self._std), classes

@@ -1,21 +1,122 @@
 """Hugging Face Transformers: `RecipeTrainerCallback(trainer, recipe)`, then `trainer.train()` as before."""
 
+import base64
 import copy
+import functools
+import inspect
+import io
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ovit_engine.calibration import Calibration
+from ovit_engine.certificate import Certificate
+from ovit_engine.core.recipe import Recipe
 from ovit_engine.engine import Engine
-from ovit_engine.export import Certificate
-from ovit_engine.integrations.keyword_batches import AddToOwnLoss, KeywordCalibration, deployed, positional
-from ovit_engine.integrations.lengths import transformers_length
-from ovit_engine.integrations.transformers_state import packed, unpack
-from ovit_engine.integrations.transformers_trainer import TrainerLog, check_arguments, keep_names, keep_rates
-from ovit_engine.recipe import Recipe
+from ovit_engine.gradients.calibration import Calibration
+from ovit_engine.integrations._common import transformers_length
+from ovit_engine.integrations._keyword_batches import AddToOwnLoss, KeywordCalibration, deployed, positional
+
+
+def packed(engine: Engine) -> dict[str, Any]:
+    """The engine's state as JSON takes it, and enough of the weights to see whether they are loaded with it."""
+    file = io.BytesIO()
+    torch.save(engine.state_dict(), file)
+    return {"engine": base64.b64encode(file.getvalue()).decode(), "weights": _sampled(engine.model)}
+
+
+def unpack(engine: Engine, state: TrainerState, name: str) -> None:
+    """Load what `packed` gave the callback `name`. Raises ValueError where it, or the weights, are missing."""
+    states: Any = state.stateful_callbacks or {}
+    saved, where = states.get(name), f"the checkpoint of step {state.global_step}"
+    if saved is None:
+        raise ValueError(f"{where} was not trained under a recipe: it holds no engine's state")
+    parts = (saved[-1] if isinstance(saved, list) else saved)["attributes"]
+    loaded = _sampled(engine.model)
+    lost = [name for name, value in parts["weights"].items() if loaded.get(name) != value]
+    if lost:
+        raise ValueError(f"the Trainer did not load {len(lost)} weights of {where}, such as {lost[0]!r}")
+    engine.load_state_dict(torch.load(io.BytesIO(base64.b64decode(parts["engine"])), weights_only=True))
+
+
+def _sampled(model: nn.Module) -> dict[str, float]:
+    """The first number of each parameter."""
+    return {name: float(parameter.detach().flatten()[0]) for name, parameter in model.named_parameters()}
+
+
+class TrainerLog:
+    """Hands what an engine measures to its Trainer's log, once a step is over."""
+
+    def __init__(self, engine: Engine, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._told: dict[str, float] = {}
+        engine.log_to(self._note, every=None)  # the Trainer logs its rate
+
+    def _note(self, values: dict[str, float], step: int) -> None:
+        self._told.update(values)
+
+    def flush(self, control: TrainerControl) -> None:
+        """Log what was noted."""
+        if self._told:
+            values, self._told = self._told, {}
+            due = control.should_log
+            self._trainer.log(values)
+            control.should_log = due  # the Trainer's own line at this step is still to come
+
+
+class OptimizersRates:
+    """In the place of a scheduler, for its Trainer: changes nothing, and says what the optimizer holds."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def get_last_lr(self) -> list[float]:
+        return [float(group["lr"]) for group in self._engine.run.optimizers[0].param_groups]
+
+    def step(self) -> None: ...
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def check_arguments(trainer: Trainer) -> None:
+    """Raise ValueError for training arguments that a recipe can't be followed with."""
+    args = trainer.args
+    refused = {
+        "model_init": (trainer.model_init, "it makes another model when training starts: give the Trainer model="),
+        "auto_find_batch_size": (args.auto_find_batch_size, "it changes how many steps an epoch has"),
+        "load_best_model_at_end": (args.load_best_model_at_end, "it may bring back weights from before the pruning"),
+        "restore_callback_states_from_checkpoint": (
+            args.restore_callback_states_from_checkpoint,
+            "it would make this callback anew, without its model; the engine's state is restored without it",
+        ),
+        "deepspeed": (trainer.is_deepspeed_enabled, "sharded weights are not supported"),
+        "fsdp": (trainer.is_fsdp_enabled, "sharded weights are not supported in the Trainer"),
+    }
+    for name, (value, reason) in refused.items():
+        if value:
+            raise ValueError(f"a recipe can't be followed with {name}: {reason}")
+
+
+def keep_rates(engine: Engine, trainer: Trainer) -> None:
+    """Have the Trainer make no scheduler where the recipe writes the learning rate."""
+    claims = [claim.what for modifier in engine.modifiers for claim in modifier.claims(engine.run)]
+    if trainer.lr_scheduler is None and "the learning rate" in claims:
+        trainer.lr_scheduler = OptimizersRates(engine)  # type: ignore[assignment]  # all that a Trainer asks for
+
+
+def keep_names(model: Any) -> None:
+    """Have `save_pretrained` write the names that the model has.
+
+    Of some models (ViT among them) Transformers 5 writes those of older versions, and its Trainer does not find them
+    when it resumes: it warns, and goes on with random weights (huggingface/transformers issues 43701 and 48805).
+    """
+    if "save_original_format" in inspect.signature(model.save_pretrained).parameters:
+        model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
 
 
 class RecipeTrainerCallback(TrainerCallback, ExportableState):

@@ -9,8 +9,11 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 
-from ovit_engine.gate_groups import Groups
-from ovit_engine.gate_scores import (
+from ovit_engine.core.modifier import Modifier, Run
+from ovit_engine.masking.parameters import is_scorer
+from ovit_engine.structured.gates import GateSite, Kind, copy_gates, find_sites, install, installed, set_gate
+from ovit_engine.structured.groups import Groups
+from ovit_engine.structured.recording import (
     GateScores,
     SumsTally,
     Tally,
@@ -20,10 +23,7 @@ from ovit_engine.gate_scores import (
     stop_recording,
     take_sums,
 )
-from ovit_engine.gates import GateSite, Kind, copy_gates, find_sites, install, installed, set_gate
-from ovit_engine.modifier import Modifier, Run
-from ovit_engine.shrink import manifest_of
-from ovit_engine.targets import is_scorer
+from ovit_engine.structured.shrink_model import manifest_of
 
 
 class GateModifier(Modifier):

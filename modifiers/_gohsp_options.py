@@ -4,8 +4,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
-from ovit_engine.gate_ranking import find_ranker
-from ovit_engine.head_graph import Kernel
+from ovit_engine.structured.ranking import find_ranker
+from ovit_engine.structured.similarity import Kernel
 
 BATCH = 64  # calibration images at a time
 

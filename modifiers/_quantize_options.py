@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
 from ovit_engine import quant
-from ovit_engine.targets import is_scorer, select
+from ovit_engine.masking.parameters import is_scorer
+from ovit_engine.masking.targets import select
 
 Group = Literal["linear", "conv", "patch_embed", "head", "attention", "layer_norm"]
 Preset = Literal["cpu", "gpu"]

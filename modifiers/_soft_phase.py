@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ovit_engine import soft_pruning
-from ovit_engine.gate_choice import keep_best
-from ovit_engine.gate_groups import Groups
-from ovit_engine.gates import GateSite, Kind
-from ovit_engine.modifier import Run
+from ovit_engine.core.modifier import Run
+from ovit_engine.distributed.sharding import gathered, local_part
+from ovit_engine.masking.parameters import Slot
 from ovit_engine.modifiers._gohsp_options import Penalty
-from ovit_engine.sharding import gathered, local_part
-from ovit_engine.soft_pruning import Part
-from ovit_engine.targets import Slot
+from ovit_engine.structured import soft_pruning
+from ovit_engine.structured.gates import GateSite, Kind
+from ovit_engine.structured.groups import Groups
+from ovit_engine.structured.selection import keep_best
+from ovit_engine.structured.soft_pruning import Part
 
 _FALLBACK = 1e-3  # first value of a penalty where gradients or weights are all zero
 

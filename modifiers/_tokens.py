@@ -8,10 +8,10 @@ from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 from torch import nn
 
 from ovit_engine import tokens
-from ovit_engine.modifier import Claim, Modifier, Run
-from ovit_engine.schedule import Clock
+from ovit_engine.core.modifier import Claim, Modifier, Run
+from ovit_engine.core.schedule import Clock
 from ovit_engine.tokens.counts import check_counts
-from ovit_engine.tokens.hooks import finish
+from ovit_engine.tokens.token_hooks import finish
 
 
 def _check_share(value: Any) -> Any:

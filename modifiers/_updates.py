@@ -1,9 +1,15 @@
 """When sparse training moves what is part of the model, and how much of it: the times that SViTE and S2ViTE share."""
 
-from pydantic import Field, PositiveInt, model_validator
+from collections.abc import Iterable
 
-from ovit_engine.modifier import Modifier, Time
-from ovit_engine.schedule import Clock, Schedule
+import torch
+from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ovit_engine.core.modifier import Modifier, Time
+from ovit_engine.core.schedule import Clock, Schedule
+from ovit_engine.masking.parameters import Slot
 
 
 class UpdatingModifier(Modifier):
@@ -40,3 +46,15 @@ class UpdatingModifier(Modifier):
     def share(self, step: int, clock: Clock) -> float:
         """Which share of what is on moves in an update at `step`."""
         return Schedule(self.drop, self.drop_end, "cosine").value(step / clock.total_steps)
+
+
+@torch.no_grad()
+def forget(optimizers: Iterable[Optimizer], slot: Slot, revived: Tensor) -> None:
+    """Zero what optimizers remember of single weights: momentum, exp_avg, exp_avg_sq, max_exp_avg_sq and the like."""
+    parameter = slot.tensor
+    where = slot.scatter(revived)
+    # ZeroRedundancyOptimizer keeps what it remembers in an optimizer inside
+    for optimizer in (inner for each in optimizers for inner in (each, getattr(each, "optim", None)) if inner):
+        for memory in optimizer.state.get(parameter, {}).values():
+            if isinstance(memory, Tensor) and memory.shape == parameter.shape:
+                memory.masked_fill_(where.to(memory.device), 0)

@@ -6,13 +6,13 @@ from typing import Literal
 import torch
 from pydantic import Field, PrivateAttr, model_validator
 
-from ovit_engine.modifier import Claim, Run, Time
-from ovit_engine.modifiers._amount import Sparsity
-from ovit_engine.modifiers._base import MaskingModifier
-from ovit_engine.modifiers._optimizer_state import forget
-from ovit_engine.registry import register
-from ovit_engine.schedule import Clock
-from ovit_engine.second_order import prune_tensors
+from ovit_engine.core.modifier import Claim, Run, Time
+from ovit_engine.core.registry import register
+from ovit_engine.core.schedule import Clock
+from ovit_engine.modifiers._pruning import MaskingModifier
+from ovit_engine.modifiers._schedule import Sparsity
+from ovit_engine.modifiers._updates import forget
+from ovit_engine.pruning import prune_tensors
 
 Phase = Literal["sparse", "dense"]
 

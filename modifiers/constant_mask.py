@@ -7,13 +7,14 @@ from typing import Any
 from pydantic import Field, PrivateAttr
 from torch import Tensor
 
-from ovit_engine.gate_groups import FREE, joined, tile_of
-from ovit_engine.modifier import Claim, Modifier, Run
-from ovit_engine.modifiers._base import Targets
-from ovit_engine.pattern import NM
-from ovit_engine.registry import register
-from ovit_engine.schedule import Clock
-from ovit_engine.targets import Slot, find_slots, parameter_slots
+from ovit_engine.core.modifier import Claim, Modifier, Run
+from ovit_engine.core.registry import register
+from ovit_engine.core.schedule import Clock
+from ovit_engine.masking.parameters import Slot, parameter_slots
+from ovit_engine.masking.targets import find_slots
+from ovit_engine.modifiers._pruning import Targets
+from ovit_engine.pruning.patterns import NM
+from ovit_engine.structured.groups import FREE, joined, tile_of
 
 _PATTERN = NM(2, 4)  # what hardware reads: units beside it leave by fours
 

@@ -8,9 +8,9 @@ from typing import Any
 from pydantic import Field, PositiveFloat, PrivateAttr, model_validator
 from torch import Tensor
 
-from ovit_engine.modifier import Claim, Modifier, Run, Time
-from ovit_engine.registry import register
-from ovit_engine.schedule import Clock, CurveName, Cyclic, Schedule
+from ovit_engine.core.modifier import Claim, Modifier, Run, Time
+from ovit_engine.core.registry import register
+from ovit_engine.core.schedule import Clock, CurveName, Cyclic, Schedule
 
 
 @register("cyclic_lr")

@@ -5,12 +5,12 @@ from collections.abc import Iterable
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PrivateAttr, model_validator
 from torch import Tensor
 
-from ovit_engine.distillation import hard_loss, soft_loss, token_loss
-from ovit_engine.modifier import Modifier, Run, Time
-from ovit_engine.processes import ranks
-from ovit_engine.registry import register
-from ovit_engine.schedule import Clock
-from ovit_engine.teacher import Lesson, Teacher, logits_of
+from ovit_engine.core.modifier import Modifier, Run, Time
+from ovit_engine.core.registry import register
+from ovit_engine.core.schedule import Clock
+from ovit_engine.distillation.losses import hard_loss, soft_loss, token_loss
+from ovit_engine.distillation.teacher import Lesson, Teacher, logits_of
+from ovit_engine.distributed.comm import ranks
 from ovit_engine.tokens import hooks_of
 
 

@@ -7,14 +7,13 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PrivateAttr
 from torch import Tensor
 
 from ovit_engine import tokens
-from ovit_engine.modifier import Run, Time
+from ovit_engine.core.modifier import Run, Time
+from ovit_engine.core.registry import register
+from ovit_engine.core.schedule import Clock
+from ovit_engine.distributed.comm import ranks
+from ovit_engine.masking.parameters import SCORER
 from ovit_engine.modifiers._tokens import TokenPruning, check_blocks
-from ovit_engine.processes import ranks
-from ovit_engine.registry import register
-from ovit_engine.schedule import Clock
-from ovit_engine.targets import SCORER
-from ovit_engine.tokens.groups import backbone_groups
-from ovit_engine.tokens.rates import ScaledRates
+from ovit_engine.tokens.learning_rates import ScaledRates, backbone_groups
 from ovit_engine.tokens.samplers import KeepOrDrop, ratio_loss
 from ovit_engine.tokens.scorers import Predictor, make_scorer
 from ovit_engine.tokens.selector import SelectorHooks, Stage

@@ -5,13 +5,12 @@ from collections.abc import Iterable
 from pydantic import Field, NonNegativeInt
 
 from ovit_engine import tokens
-from ovit_engine.modifier import Run, Time
+from ovit_engine.core.modifier import Run, Time
+from ovit_engine.core.registry import register
+from ovit_engine.core.schedule import Clock
 from ovit_engine.modifiers._tokens import TokenPruning, check_blocks
-from ovit_engine.registry import register
-from ovit_engine.schedule import Clock
-from ovit_engine.tokens.attended import AttendedHooks
+from ovit_engine.tokens.attended import AttendedHooks, ceil_counts, shares_of
 from ovit_engine.tokens.between import check_blocks_open
-from ovit_engine.tokens.class_attention import ceil_counts, shares_of
 
 
 @register("evit")

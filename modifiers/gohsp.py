@@ -16,21 +16,20 @@ import torch
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 
-from ovit_engine.gate_budget import spread_evenly
-from ovit_engine.gate_choice import kept_count
-from ovit_engine.gate_ranking import Statistics, find_ranker
-from ovit_engine.gate_scores import SumsTally
-from ovit_engine.gates import GateSite, Kind
-from ovit_engine.head_outputs import OutputTally, add_over_processes, mean_similarity, watched
-from ovit_engine.modifier import Claim, Run, Time
-from ovit_engine.modifiers._amount import Sparsity
+from ovit_engine.core.modifier import Claim, Run, Time
+from ovit_engine.core.registry import register
+from ovit_engine.core.schedule import Clock
+from ovit_engine.distributed.comm import ranks
+from ovit_engine.distributed.sharding import whole_model
 from ovit_engine.modifiers._gates import GateModifier, count_parameters
 from ovit_engine.modifiers._gohsp_options import BATCH, Penalty, Ranking
+from ovit_engine.modifiers._schedule import Sparsity
 from ovit_engine.modifiers._soft_phase import SoftPhase
-from ovit_engine.processes import ranks
-from ovit_engine.registry import register
-from ovit_engine.schedule import Clock
-from ovit_engine.sharding import whole_model
+from ovit_engine.structured.gates import GateSite, Kind
+from ovit_engine.structured.ranking import Statistics, find_ranker
+from ovit_engine.structured.recording import SumsTally
+from ovit_engine.structured.selection import kept_count, spread_evenly
+from ovit_engine.structured.similarity import OutputTally, add_over_processes, mean_similarity, watched
 
 log = logging.getLogger(__name__)
 

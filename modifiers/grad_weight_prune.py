@@ -2,9 +2,9 @@
 
 from typing import ClassVar
 
-from ovit_engine.modifiers._base_gradient import GradientPruningModifier
-from ovit_engine.registry import register
-from ovit_engine.second_order import PruneOptions
+from ovit_engine.core.registry import register
+from ovit_engine.modifiers._gradient_pruning import GradientPruningModifier
+from ovit_engine.pruning import PruneOptions
 
 
 @register("grad_weight_prune")

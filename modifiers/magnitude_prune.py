@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ovit_engine.modifier import Run
-from ovit_engine.modifiers._base import PruningModifier
-from ovit_engine.registry import register
-from ovit_engine.second_order import prune_tensors
-from ovit_engine.targets import Slot
+from ovit_engine.core.modifier import Run
+from ovit_engine.core.registry import register
+from ovit_engine.masking.parameters import Slot
+from ovit_engine.modifiers._pruning import PruningModifier
+from ovit_engine.pruning import prune_tensors
 
 
 @register("magnitude_prune")

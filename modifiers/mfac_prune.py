@@ -4,9 +4,9 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from ovit_engine.modifiers._base_gradient import BrainSurgeonModifier
-from ovit_engine.registry import register
-from ovit_engine.second_order import LARGEST_BLOCK
+from ovit_engine.core.registry import register
+from ovit_engine.modifiers._gradient_pruning import BrainSurgeonModifier
+from ovit_engine.pruning import LARGEST_BLOCK
 
 
 @register("mfac_prune")

@@ -12,13 +12,13 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor
 
-from ovit_engine.modifier import Run
-from ovit_engine.modifiers._amount import SparsitySteps
-from ovit_engine.modifiers._base import PruningModifier
-from ovit_engine.registry import register
-from ovit_engine.schedule import Clock
-from ovit_engine.second_order import prune_by_scores
-from ovit_engine.targets import Slot
+from ovit_engine.core.modifier import Run
+from ovit_engine.core.registry import register
+from ovit_engine.core.schedule import Clock
+from ovit_engine.masking.parameters import Slot
+from ovit_engine.modifiers._pruning import PruningModifier
+from ovit_engine.modifiers._schedule import SparsitySteps
+from ovit_engine.pruning import prune_by_scores
 
 
 @register("movement_prune")

@@ -2,8 +2,8 @@
 
 from typing import ClassVar
 
-from ovit_engine.modifiers._base_gradient import BrainSurgeonModifier
-from ovit_engine.registry import register
+from ovit_engine.core.registry import register
+from ovit_engine.modifiers._gradient_pruning import BrainSurgeonModifier
 
 
 @register("obert_prune")

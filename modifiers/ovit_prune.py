@@ -4,9 +4,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, PositiveFloat
 
-from ovit_engine.modifiers._base_gradient import GradientPruningModifier
-from ovit_engine.registry import register
-from ovit_engine.second_order import LARGEST_BLOCK, PruneOptions
+from ovit_engine.core.registry import register
+from ovit_engine.modifiers._gradient_pruning import GradientPruningModifier
+from ovit_engine.pruning import LARGEST_BLOCK, PruneOptions
 
 
 @register("ovit_prune")

@@ -9,8 +9,11 @@ from pydantic import Field, PrivateAttr
 from torch import nn
 
 from ovit_engine import quant
-from ovit_engine.modifier import Claim, Modifier, Run, Time
-from ovit_engine.modifiers._base import Targets
+from ovit_engine.core.modifier import Claim, Modifier, Run, Time
+from ovit_engine.core.registry import register
+from ovit_engine.core.schedule import Clock
+from ovit_engine.distributed.comm import process_group
+from ovit_engine.modifiers._pruning import Targets
 from ovit_engine.modifiers._quantize_options import (
     DEFAULT_GROUPS,
     Activations,
@@ -23,9 +26,6 @@ from ovit_engine.modifiers._quantize_options import (
     choose,
     scheme,
 )
-from ovit_engine.processes import process_group
-from ovit_engine.registry import register
-from ovit_engine.schedule import Clock
 
 
 class _Times(NamedTuple):

@@ -13,16 +13,16 @@ from pydantic import Field, NonNegativeInt, PrivateAttr, model_validator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ovit_engine.gate_choice import keep_best, kept_count, swap, swap_count
-from ovit_engine.gate_ranking import Statistics, find_ranker
-from ovit_engine.gates import GateSite, Kind
-from ovit_engine.modifier import Claim, Run
-from ovit_engine.modifiers._amount import Sparsity
+from ovit_engine.core.modifier import Claim, Run
+from ovit_engine.core.registry import register
+from ovit_engine.core.schedule import Clock
+from ovit_engine.masking.parameters import Slot
 from ovit_engine.modifiers._gates import GateModifier
+from ovit_engine.modifiers._schedule import Sparsity
 from ovit_engine.modifiers._updates import UpdatingModifier
-from ovit_engine.registry import register
-from ovit_engine.schedule import Clock
-from ovit_engine.targets import Slot
+from ovit_engine.structured.gates import GateSite, Kind
+from ovit_engine.structured.ranking import Statistics, find_ranker
+from ovit_engine.structured.selection import keep_best, kept_count, swap, swap_count
 
 
 @register("s2vite")

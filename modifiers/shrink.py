@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 
-from ovit_engine.modifier import Modifier, Run
-from ovit_engine.registry import register
-from ovit_engine.schedule import Clock
-from ovit_engine.shrink import known_sites
+from ovit_engine.core.modifier import Modifier, Run
+from ovit_engine.core.registry import register
+from ovit_engine.core.schedule import Clock
+from ovit_engine.structured.shrink_model import known_sites
 
 
 @register("shrink")

@@ -11,15 +11,14 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, PositiveInt, PrivateAttr, model_validator
 from torch import Tensor
 
-from ovit_engine.gate_choice import keep_best, keep_within, kept_count
-from ovit_engine.gate_ranking import Statistics, find_ranker
-from ovit_engine.gates import GateSite, Kind
-from ovit_engine.modifier import Claim, Run
-from ovit_engine.modifiers._amount import Amount, SparsitySteps
+from ovit_engine.core.modifier import Claim, Run
+from ovit_engine.core.registry import register
+from ovit_engine.core.schedule import Clock
 from ovit_engine.modifiers._gates import GateModifier, count_parameters
-from ovit_engine.modifiers._when import Given, ScheduledModifier, spelled
-from ovit_engine.registry import register
-from ovit_engine.schedule import Clock
+from ovit_engine.modifiers._schedule import Amount, Given, ScheduledModifier, SparsitySteps, spelled
+from ovit_engine.structured.gates import GateSite, Kind
+from ovit_engine.structured.ranking import Statistics, find_ranker
+from ovit_engine.structured.selection import keep_best, keep_within, kept_count
 
 Budget = Literal["heads", "units", "parameters"]
 Score = Annotated[str, AfterValidator(lambda name: find_ranker(name).name)]

@@ -12,17 +12,16 @@ from typing import Any, Literal
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 
-from ovit_engine.masks import check_packed, pack, unpack
-from ovit_engine.modifier import Claim, Run
-from ovit_engine.modifiers._amount import Sparsity
-from ovit_engine.modifiers._base import MaskingModifier
-from ovit_engine.modifiers._optimizer_state import forget
-from ovit_engine.modifiers._updates import UpdatingModifier
-from ovit_engine.registry import register
-from ovit_engine.schedule import Clock
-from ovit_engine.second_order import prune_by_scores
-from ovit_engine.targets import Slot
-from ovit_engine.topology import random_scores, rewire
+from ovit_engine.core.modifier import Claim, Run
+from ovit_engine.core.registry import register
+from ovit_engine.core.schedule import Clock
+from ovit_engine.masking.masks import check_packed, pack, unpack
+from ovit_engine.masking.parameters import Slot
+from ovit_engine.modifiers._pruning import MaskingModifier
+from ovit_engine.modifiers._schedule import Sparsity
+from ovit_engine.modifiers._updates import UpdatingModifier, forget
+from ovit_engine.pruning import prune_by_scores
+from ovit_engine.pruning.rewire import random_scores, rewire
 
 
 @register("svite")

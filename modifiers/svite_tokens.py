@@ -5,10 +5,10 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt
 
 from ovit_engine import tokens
-from ovit_engine.modifier import Run
+from ovit_engine.core.modifier import Run
+from ovit_engine.core.registry import register
+from ovit_engine.masking.parameters import SCORER
 from ovit_engine.modifiers._tokens import TokenPruning
-from ovit_engine.registry import register
-from ovit_engine.targets import SCORER
 from ovit_engine.tokens.samplers import TopTokens
 from ovit_engine.tokens.scorers import LinearScorer, make_scorer
 from ovit_engine.tokens.selector import SelectorHooks, Stage

@@ -7,13 +7,12 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from ovit_engine import tokens
-from ovit_engine.modifier import Run
+from ovit_engine.core.modifier import Run
+from ovit_engine.core.registry import register
+from ovit_engine.core.schedule import Clock
 from ovit_engine.modifiers._tokens import TokenReduction
-from ovit_engine.registry import register
-from ovit_engine.schedule import Clock
 from ovit_engine.tokens.between import check_blocks_open
-from ovit_engine.tokens.merger import MergingHooks
-from ovit_engine.tokens.merging import falling_amounts, merged_counts
+from ovit_engine.tokens.merging import MergingHooks, falling_amounts, merged_counts
 
 log = logging.getLogger(__name__)
 

@@ -7,40 +7,40 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ovit_engine.calibration import Calibration as Calibration
+    from ovit_engine.core.modifier import Claim as Claim
+    from ovit_engine.core.modifier import Event as Event
+    from ovit_engine.core.modifier import Modifier as Modifier
+    from ovit_engine.core.modifier import RecipeError as RecipeError
+    from ovit_engine.core.modifier import Run as Run
+    from ovit_engine.core.modifier import Time as Time
+    from ovit_engine.core.recipe import Recipe as Recipe
+    from ovit_engine.core.registry import register as register
+    from ovit_engine.core.schedule import Clock as Clock
+    from ovit_engine.distributed.sharding import whole_model as whole_model
     from ovit_engine.engine import Engine as Engine
-    from ovit_engine.event import Event as Event
-    from ovit_engine.masks import Masks as Masks
-    from ovit_engine.modifier import Claim as Claim
-    from ovit_engine.modifier import Modifier as Modifier
-    from ovit_engine.modifier import RecipeError as RecipeError
-    from ovit_engine.modifier import Run as Run
-    from ovit_engine.modifier import Time as Time
-    from ovit_engine.points import load_point as load_point
-    from ovit_engine.recipe import Recipe as Recipe
-    from ovit_engine.registry import register as register
-    from ovit_engine.schedule import Clock as Clock
-    from ovit_engine.sharding import whole_model as whole_model
-    from ovit_engine.targets import Slot as Slot
+    from ovit_engine.gradients.calibration import Calibration as Calibration
+    from ovit_engine.masking.masks import Masks as Masks
+    from ovit_engine.masking.parameters import Slot as Slot
+    from ovit_engine.training.sweep_run import load_point as load_point
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "Calibration": "calibration",
+    "Claim": "core.modifier",
+    "Event": "core.modifier",
+    "Modifier": "core.modifier",
+    "RecipeError": "core.modifier",
+    "Run": "core.modifier",
+    "Time": "core.modifier",
+    "Recipe": "core.recipe",
+    "register": "core.registry",
+    "Clock": "core.schedule",
+    "whole_model": "distributed.sharding",
     "Engine": "engine",
-    "Event": "event",
-    "Masks": "masks",
-    "Claim": "modifier",
-    "Modifier": "modifier",
-    "RecipeError": "modifier",
-    "Run": "modifier",
-    "Time": "modifier",
-    "load_point": "points",
-    "Recipe": "recipe",
-    "register": "registry",
-    "Clock": "schedule",
-    "whole_model": "sharding",
-    "Slot": "targets",
+    "Calibration": "gradients.calibration",
+    "Masks": "masking.masks",
+    "Slot": "masking.parameters",
+    "load_point": "training.sweep_run",
 }
 
 

@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ovit_engine.agreement import Agreement
-from ovit_engine.calibration import Calibration
-from ovit_engine.event import Event
-from ovit_engine.guards import (
+from ovit_engine.core.agreement import Agreement
+from ovit_engine.core.checks import (
     check_arguments,
     check_claims,
     check_copy,
@@ -27,24 +25,26 @@ from ovit_engine.guards import (
     check_surgery,
     check_teacher,
     forget_compiled,
-    layers_of,
+    warn_of_a_late_end,
+    warn_of_an_early_end,
 )
-from ovit_engine.hooks import Attachment, StepHooks
-from ovit_engine.loggers import Log, RateLogs, sparsities
-from ovit_engine.loss_terms import AddTerms, LossTerms
-from ovit_engine.modifier import Modifier, Run, anew
-from ovit_engine.recipe import Recipe
-from ovit_engine.schedule import make_clock
-from ovit_engine.sharding import reshard, sharded_modules
-from ovit_engine.state import check_state, make_state, restore_state, whole_state_dict
-from ovit_engine.sweep import Evaluate, find_sweep
-from ovit_engine.targets import Slot, parameter_slots, unwrapped
-from ovit_engine.teacher import Teacher
-from ovit_engine.training_length import warn_of_a_late_end, warn_of_an_early_end
-from ovit_engine.watch import StepWatch
+from ovit_engine.core.hooks import Attachment, StepHooks
+from ovit_engine.core.loggers import Log, RateLogs, sparsities
+from ovit_engine.core.loss import AddTerms, LossTerms
+from ovit_engine.core.modifier import Event, Modifier, Run, anew
+from ovit_engine.core.optimizers import layers_of
+from ovit_engine.core.recipe import Recipe
+from ovit_engine.core.schedule import make_clock
+from ovit_engine.core.state import check_state, make_state, restore_state, whole_state_dict
+from ovit_engine.core.watch import StepWatch
+from ovit_engine.distillation.teacher import Teacher
+from ovit_engine.distributed.sharding import reshard, sharded_modules
+from ovit_engine.gradients.calibration import Calibration
+from ovit_engine.masking.parameters import Slot, parameter_slots, unwrapped
+from ovit_engine.sweep.sweep import Evaluate, find_sweep
 
 if TYPE_CHECKING:
-    from ovit_engine.export.certificate import Certificate
+    from ovit_engine.certificate.model import Certificate
 
 log = logging.getLogger(__name__)
 
@@ -324,7 +324,7 @@ class Engine:
         Raises:
             ExportError: what the file fails of its promise.
         """
-        from ovit_engine.deploy import deploy
+        from ovit_engine.export.deploy import deploy
 
         return deploy(
             self,

@@ -11,8 +11,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ovit_engine.masks import Masks
-from ovit_engine.targets import Slot, parameter_slots, unwrapped
+from ovit_engine.masking.masks import Masks
+from ovit_engine.masking.parameters import Slot, parameter_slots, unwrapped
 
 _aten = torch.ops.aten
 # torch 2.11 has formulas for attention on GPUs alone

@@ -16,15 +16,15 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from ovit_engine import Calibration, Engine, Recipe
-from ovit_engine.console import table_console
-from ovit_engine.deploy import promise_of
-from ovit_engine.export import Certificate, Promise
-from ovit_engine.export.bench import bench
-from ovit_engine.export.bench_report import BenchReport
+from ovit_engine.analysis.bench import bench
+from ovit_engine.analysis.bench_report import BenchReport
+from ovit_engine.certificate import Certificate, Promise
+from ovit_engine.export.deploy import promise_of
 from ovit_engine.export.exporter import export_model
-from ovit_engine.integrations.data import ImageData, load_data
 from ovit_engine.modifiers.quantize import Quantize
 from ovit_engine.quant import bake, set_enabled
+from ovit_engine.training.data import ImageData, load_data
+from ovit_engine.utils.console import table_console
 
 console = table_console()
 if not console.is_terminal:

@@ -14,7 +14,7 @@ _IMPORTED = [
     "torch.distributed.optim",
     "ovit_engine.cli.train",
     "ovit_engine.engine",
-    "ovit_engine.integrations.timm",
+    "ovit_engine.training.api",
     "ovit_engine.modifiers",
 ]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import TensorDataset
 
-from ovit_engine.verify_resume import Job, Setup
+from ovit_engine.training.verify_resume import Job, Setup
 
 TARGETS = r"targets: ['re:blocks.*(qkv|proj|fc1|fc2)\.weight']"
 

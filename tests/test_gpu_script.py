@@ -49,7 +49,7 @@ def test_all_files_with_tests_of_a_gpu_are_run_on_several_cores_where_xdist_is(x
         for path in (ROOT / "tests").rglob("test_*.py")
         if re.search(r"\bpytest\.mark\.gpu\b|\bimport .*\b(DEVICES|ACCELERATOR)\b", path.read_text())
     }
-    assert {"tests/test_loop_matrix.py", "tests/test_on_device.py", "tests/test_scale_out.py"} <= wanted
+    assert {"tests/test_loop_matrix.py", "tests/test_on_device.py", "tests/distributed/test_scale_out.py"} <= wanted
     assert wanted <= {each for each in arguments if each.startswith("tests/")}
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ovit_engine import Engine
-from ovit_engine.attached import is_attached
-from ovit_engine.gates import installed
+from ovit_engine.masking.parameters import is_attached
 from ovit_engine.quant import quantizers
+from ovit_engine.structured.gates import installed
 from tests.loops import mlp, plain, recipe, zeros
 from tests.modifiers.gated import IMAGES, LABELS, engine_for, train, vit
 from tests.test_users_loops import INT8, PRUNE, STEPS, attached, engine_of, sgd

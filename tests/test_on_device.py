@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ovit_engine import Calibration, Engine
-from ovit_engine.integrations.oneshot import oneshot
-from ovit_engine.integrations.oneshot_timm import set_up
-from ovit_engine.integrations.restore import restore
-from ovit_engine.integrations.timm import SILENT, train
-from ovit_engine.targets import parameter_slots
+from ovit_engine.masking.parameters import parameter_slots
+from ovit_engine.post_training.oneshot import oneshot
+from ovit_engine.post_training.setup import set_up
+from ovit_engine.training.api import SILENT, train
+from ovit_engine.training.runs import restore
 from tests.devices import ACCELERATOR
-from tests.integrations.conftest import tiny_recipe
 from tests.loops import X, Y, recipe
 from tests.modifiers.test_contract import NAMES, SETTINGS, model_for
+from tests.training.conftest import tiny_recipe
 
 pytestmark = pytest.mark.gpu
 

@@ -11,7 +11,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from ovit_engine import Calibration, Engine, RecipeError
-from ovit_engine.verify_resume import differences
+from ovit_engine.training.verify_resume import differences
 from tests.loops import PRUNE, X, Y, mlp, recipe, zeros
 
 LR = "cyclic_lr: {max: 0.1, min: 0.001, period: 10st}"

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ovit_engine import Engine, RecipeError
-from ovit_engine.gates import find_sites, install, installed, set_gate
-from ovit_engine.shrink import harvest, shrink
+from ovit_engine.structured.gates import find_sites, install, installed, set_gate
+from ovit_engine.structured.shrink_model import harvest, shrink
 from tests.modifiers.gated import engine_for, train, vit
 
 HALF = "magnitude_prune: {start: 1st, sparsity: 0.5, targets: ['preset:vit']}"

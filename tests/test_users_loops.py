@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 from ovit_engine import Engine
-from ovit_engine.hooks import _Reload
+from ovit_engine.core.hooks import _Reload
 from ovit_engine.quant import quantizers
 from tests.loops import X, Y, loss_of, mlp, plain, recipe, zeros
 

@@ -11,8 +11,8 @@ from ovit_engine.cli import options
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ovit_engine.export.bench_layers import LayerShape
-    from ovit_engine.recipe import Training
+    from ovit_engine.analysis.bench_layers import LayerShape
+    from ovit_engine.core.training_options import Training
 
 DTYPES = ("float16", "bfloat16", "int8")
 
@@ -82,8 +82,8 @@ def _bench_files(
     repeats: int,
     output: Path | None,
 ) -> None:
-    from ovit_engine.export.bench import bench as measure
-    from ovit_engine.export.bench_files import check_output, write_bench
+    from ovit_engine.analysis.bench import bench as measure
+    from ovit_engine.analysis.bench_report import check_output, write_bench
 
     if output is not None:
         check_output(output)
@@ -124,8 +124,9 @@ class _Bar:
 
 def _layers(files: tuple[str, ...], model: str | None, args: Any) -> tuple["LayerShape", ...]:
     """The layers of ONNX files, of recipes' models and of a named one."""
-    from ovit_engine.export.bench_layers import count_shapes, onnx_shapes
-    from ovit_engine.recipe import Recipe, Training
+    from ovit_engine.analysis.bench_layers import count_shapes, onnx_shapes
+    from ovit_engine.core.recipe import Recipe
+    from ovit_engine.core.training_options import Training
 
     found: list[LayerShape] = []
     for file in files:
@@ -143,9 +144,9 @@ def _layers(files: tuple[str, ...], model: str | None, args: Any) -> tuple["Laye
 def _model_layers(training: "Training") -> tuple["LayerShape", ...]:
     import torch
 
+    from ovit_engine.analysis.bench_layers import model_shapes
     from ovit_engine.cli.validate import empty_model
-    from ovit_engine.export.bench_layers import model_shapes
-    from ovit_engine.integrations.data import model_data_config
+    from ovit_engine.training.data import model_data_config
 
     model = empty_model(training)
     device = next(model.parameters()).device
@@ -160,8 +161,8 @@ def _bench_sparse(
     dtypes: tuple[str, ...],
     output: Path | None,
 ) -> None:
-    from ovit_engine.export.bench_sparse import bench_sparse
-    from ovit_engine.export.break_even import write_table
+    from ovit_engine.analysis.bench_sparse import bench_sparse
+    from ovit_engine.analysis.break_even import write_table
 
     if output is not None and output.suffix != ".json":
         raise ValueError(f"{str(output)!r}: the table of --device cuda is one JSON file, write FILE.json")

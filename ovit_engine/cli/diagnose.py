@@ -16,7 +16,7 @@ import click
 )
 def diagnose(file: Path, data: str, data_root: Path | None, reference: Path | None) -> None:
     """Run FILE with parts and layers of it in float, and tell which of them costs its accuracy."""
+    from ovit_engine.analysis.diagnose import diagnose as measure
     from ovit_engine.cli.verify import images_for
-    from ovit_engine.export.diagnose import diagnose as measure
 
     measure(file, images_for(file, data, data_root), reference=reference).render()

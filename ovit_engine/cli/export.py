@@ -24,8 +24,8 @@ def export(
     import torch
     from torch.utils.data import DataLoader
 
-    from ovit_engine.integrations.data import config_of, load_data, tell_classes
-    from ovit_engine.integrations.restore import restore
+    from ovit_engine.training.data import config_of, load_data, tell_classes
+    from ovit_engine.training.runs import restore
 
     if not output.absolute().parent.is_dir():
         raise FileNotFoundError(f"no folder {str(output.parent)!r} to write {output.name!r} to")
@@ -48,7 +48,7 @@ def export(
         preprocessing=run.preprocessing,
     )
     if baselines:
-        from ovit_engine.export.latency import add_latency
+        from ovit_engine.analysis.latency import add_latency
 
         certificate = add_latency(output, baselines)
     certificate.render()

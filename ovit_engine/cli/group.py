@@ -68,7 +68,7 @@ def describe(error: Exception) -> str:
 def _tell_error(message: str, findings: Sequence[str] = ()) -> None:
     """One line on stderr and one a finding; where torchrun started several processes, of the first to fail."""
     if _rank() is not None:
-        from ovit_engine.integrations.processes import first_to_fail
+        from ovit_engine.training.processes import first_to_fail
 
         if not first_to_fail():
             return
@@ -95,7 +95,7 @@ class _OneLine(logging.Handler):
     """Our warnings. What they say is as a rule the same in all processes; which images are broken each one finds."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not _rank() or record.name == "ovit_engine.integrations.images":
+        if not _rank() or record.name == "ovit_engine.training.images":
             _warn(record.getMessage())
 
 

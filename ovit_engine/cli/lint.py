@@ -1,6 +1,6 @@
 """ovit lint: which layers the sparse tensor cores of a GPU can take."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +9,8 @@ import click
 from ovit_engine.cli import options
 
 if TYPE_CHECKING:
+    from ovit_engine.certificate.sparse_cores import SparseLayer, TensorRTChoice
     from ovit_engine.engine import Engine
-    from ovit_engine.export.ampere import SparseLayer, TensorRTChoice
 
 UNMEASURED = "rules only: whether 2:4 makes a layer faster, no one knows before it is measured on the GPU"
 
@@ -41,10 +41,10 @@ def lint(
     For a file also the trtexec line that builds it, and with --trt-log what TensorRT chose. Rules of shape, type and
     pattern decide what can run sparse; whether it is faster for it only a measurement tells, which --measured reads.
     """
-    from ovit_engine.console import table_console
-    from ovit_engine.export.ampere import total_line, trtexec_line
-    from ovit_engine.export.break_even import read_table
-    from ovit_engine.export.report import readiness_table
+    from ovit_engine.analysis.break_even import measured_pay, read_table
+    from ovit_engine.certificate.render import readiness_table
+    from ovit_engine.certificate.sparse_cores import total_line, trtexec_line
+    from ovit_engine.utils.console import table_console
 
     is_file = Path(target).suffix == ".onnx"
     if trt_log is not None and not is_file:
@@ -56,17 +56,23 @@ def lint(
         lines.append(trtexec_line(target, inputs, int8=any(layer.weight == "INT8" for layer in layers)))
     else:
         from ovit_engine.cli.validate import prepared
-        from ovit_engine.recipe import Recipe
+        from ovit_engine.core.recipe import Recipe
 
         layers = list(of_recipe(prepared(Recipe.load(target, **options.as_mapping(variables)), model, model_args)))
     console = table_console()
-    console.print(readiness_table(layers, None if trt_log is None else _choice(trt_log), table))
+    columns: dict[str, Callable[[SparseLayer], str]] = {}
+    if trt_log is not None:
+        choice = _choice(trt_log)
+        columns["TensorRT"] = lambda layer: choice.of(layer.node)
+    if table is not None:
+        columns[f"measured on {table.device}"] = lambda layer: measured_pay(layer, table)
+    console.print(readiness_table(layers, columns))
     for line in (total_line(layers), *lines):
         console.print(line, soft_wrap=True)
 
 
 def _choice(log: Path) -> "TensorRTChoice":
-    from ovit_engine.export.ampere import read_trt_log
+    from ovit_engine.certificate.sparse_cores import read_trt_log
 
     try:
         return read_trt_log(log.read_text(errors="replace"))
@@ -79,10 +85,10 @@ def of_file(path: Path) -> "tuple[list[SparseLayer], dict[str, tuple[int | str, 
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-    from ovit_engine.export import Promise
-    from ovit_engine.export.ampere import from_facts
-    from ovit_engine.export.graph import measure_layers
-    from ovit_engine.export.measure import input_shapes
+    from ovit_engine.certificate import Promise
+    from ovit_engine.certificate.measure import input_shapes
+    from ovit_engine.certificate.sparse_cores import from_facts
+    from ovit_engine.certificate.weights import measure_layers
     from ovit_engine.export.module_names import name_by_module
 
     if not path.is_file():
@@ -103,10 +109,11 @@ def of_recipe(engine: "Engine") -> "Iterable[SparseLayer]":
     import torch
     from torch import nn
 
-    from ovit_engine.export.ampere import SparseLayer, group_count
-    from ovit_engine.pattern import NM
+    from ovit_engine.certificate.sparse_cores import SparseLayer, group_count
+    from ovit_engine.masking.parameters import clean_name
+    from ovit_engine.masking.targets import find_slots
+    from ovit_engine.pruning.patterns import NM
     from ovit_engine.quant import FakeQuantize
-    from ovit_engine.targets import clean_name, find_slots
 
     sparse: set[str] = set()
     for modifier in engine.modifiers:

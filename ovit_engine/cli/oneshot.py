@@ -9,11 +9,11 @@ import click
 from ovit_engine.cli import options
 
 if TYPE_CHECKING:
-    from ovit_engine.integrations.oneshot import Step
-    from ovit_engine.integrations.oneshot_report import OneShot
-    from ovit_engine.integrations.oneshot_timm import Bench
-    from ovit_engine.integrations.tune import TuneStep
-    from ovit_engine.recipe import Recipe
+    from ovit_engine.core.recipe import Recipe
+    from ovit_engine.post_training.oneshot import Step
+    from ovit_engine.post_training.oneshot_report import OneShot
+    from ovit_engine.post_training.setup import Bench
+    from ovit_engine.post_training.tune import TuneStep
 
 
 class Sparsities(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases only
@@ -93,9 +93,9 @@ def oneshot(
         raise click.UsageError("--tune is for one pruner: name one with --compare, or none")
     if tune and len(sparsities) > 1:
         raise click.UsageError("--tune compares settings at one sparsity: give one")
-    from ovit_engine.integrations.oneshot_pruners import choose_pruners
-    from ovit_engine.integrations.oneshot_timm import set_up
-    from ovit_engine.integrations.timm import with_training
+    from ovit_engine.post_training.pruners import choose_pruners
+    from ovit_engine.post_training.setup import set_up
+    from ovit_engine.training.api import with_training
 
     read = _recipe(recipe, targets, options.as_mapping(variables), sparsities)
     args = options.as_mapping(model_args)
@@ -128,7 +128,7 @@ def oneshot(
 def _recipe(recipe: str | None, targets: tuple[str, ...], variables: Any, sparsities: tuple[float, ...]) -> "Recipe":
     import yaml
 
-    from ovit_engine.recipe import Recipe
+    from ovit_engine.core.recipe import Recipe
 
     if recipe is not None and targets:
         raise click.UsageError("--targets goes without --recipe, whose pruner names its own")
@@ -144,7 +144,7 @@ def _recipe(recipe: str | None, targets: tuple[str, ...], variables: Any, sparsi
 def _oneshot(
     bench: "Bench", recipe: "Recipe", sparsities: tuple[float, ...], compare: tuple[str, ...], folder: Path
 ) -> None:
-    from ovit_engine.integrations.oneshot import oneshot as run
+    from ovit_engine.post_training.oneshot import oneshot as run
 
     def kept(step: "Step") -> str | None:
         if not step.result.points:
@@ -180,7 +180,7 @@ def _plotted(found: "OneShot", folder: Path) -> list[Path]:
 def _tune(
     bench: "Bench", recipe: "Recipe", sparsities: tuple[float, ...], compare: tuple[str, ...], folder: Path
 ) -> None:
-    from ovit_engine.integrations.tune import tune as run
+    from ovit_engine.post_training.tune import tune as run
 
     def kept(step: "TuneStep") -> str | None:
         if not step.result.settings:

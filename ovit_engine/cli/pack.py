@@ -15,8 +15,8 @@ def pack(file: Path, output: Path | None) -> None:
     """
     from rich.table import Table
 
-    from ovit_engine.console import table_console
     from ovit_engine.export.pack import SUFFIX, pack_file
+    from ovit_engine.utils.console import table_console
 
     output = output or file.with_name(file.name + SUFFIX)
     sizes = pack_file(file, output)
@@ -44,7 +44,7 @@ def pack(file: Path, output: Path | None) -> None:
 def unpack(file: Path, output: Path | None) -> None:
     """Write the ONNX file that was packed, byte for byte."""
     from ovit_engine.export.pack import SUFFIX, load_packed
-    from ovit_engine.files import atomic_write
+    from ovit_engine.utils.files import atomic_write
 
     content = load_packed(file)
     if output is None:

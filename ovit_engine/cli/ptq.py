@@ -12,8 +12,8 @@ import click
 from ovit_engine.cli import options
 
 if TYPE_CHECKING:
-    from ovit_engine.integrations.ptq import Compared
-    from ovit_engine.recipe import Recipe
+    from ovit_engine.core.recipe import Recipe
+    from ovit_engine.post_training.ptq import Compared
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +73,8 @@ def ptq(
 
 
 def _recipe(name: str | None, values: Mapping[str, Any]) -> "Recipe":
-    from ovit_engine.integrations.ptq import DEFAULT
-    from ovit_engine.recipe import Recipe
+    from ovit_engine.core.recipe import Recipe
+    from ovit_engine.post_training.ptq import DEFAULT
 
     return Recipe.parse(DEFAULT) if name is None else Recipe.load(name, **values)
 
@@ -92,12 +92,12 @@ def _from_weights(
 ) -> "Compared":
     from torch.utils.data import DataLoader
 
+    from ovit_engine.core.recipe import Recipe
     from ovit_engine.integrations import neural_compressor
-    from ovit_engine.integrations import ptq as after
-    from ovit_engine.integrations.data import config_of, tell_classes
-    from ovit_engine.integrations.models import with_training
-    from ovit_engine.integrations.oneshot_timm import set_up
-    from ovit_engine.recipe import Recipe
+    from ovit_engine.post_training import ptq as after
+    from ovit_engine.post_training.setup import set_up
+    from ovit_engine.training.data import config_of, tell_classes
+    from ovit_engine.training.models import with_training
 
     modifier = after.quantize_of(read)
     run = None if checkpoint is None else after.run_of(checkpoint)
@@ -143,9 +143,9 @@ def _from_onnx(
 ) -> "Compared":
     from torch.utils.data import DataLoader
 
-    from ovit_engine.integrations.data import load_data, tell_classes
-    from ovit_engine.integrations.ptq import calibration_batches
-    from ovit_engine.integrations.ptq_onnx import IMAGES, classes_of, image_config, ptq_onnx
+    from ovit_engine.post_training.ptq import calibration_batches
+    from ovit_engine.post_training.ptq_onnx import IMAGES, classes_of, image_config, ptq_onnx
+    from ovit_engine.training.data import load_data, tell_classes
 
     images = load_data(data, config=image_config(source, model, data), root=data_root)
     tell_classes(images, classes_of(source))

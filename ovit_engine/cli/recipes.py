@@ -9,8 +9,8 @@ def recipes(name: str | None) -> None:
     """List our recipes with what they are, or print the one called NAME."""
     from rich.table import Table
 
-    from ovit_engine.console import table_console
-    from ovit_engine.recipe import Recipe, nearest_recipes, shipped_recipes
+    from ovit_engine.core.recipe import Recipe, nearest_recipes, shipped_recipes
+    from ovit_engine.utils.console import table_console
 
     shipped = shipped_recipes()
     if name is None:

@@ -24,8 +24,8 @@ def report(folder: Path, onnx: tuple[Path, ...], benches: tuple[Path, ...], outp
     The page needs no network and holds no script. Nothing is measured anew: it shows what ovit train, sweep, export and
     bench left in the folder.
     """
-    from ovit_engine.files import atomic_write
     from ovit_engine.report import gather, render
+    from ovit_engine.utils.files import atomic_write
 
     found = gather(folder, checkpoint=_last_whole(folder), onnx=onnx, benches=benches)
     for problem in found.problems:
@@ -38,7 +38,7 @@ def report(folder: Path, onnx: tuple[Path, ...], benches: tuple[Path, ...], outp
 
 def _last_whole(folder: Path) -> Path | None:
     """The checkpoint that `ovit train --resume auto` would go on from, if there is one."""
-    from ovit_engine.integrations.checkpoint import last_whole
+    from ovit_engine.training.checkpoint import last_whole
 
     try:
         return last_whole(folder)

@@ -8,8 +8,9 @@ import click
 from ovit_engine.cli import options
 
 if TYPE_CHECKING:
-    from ovit_engine.modifier import Modifier
-    from ovit_engine.recipe import Recipe, Training
+    from ovit_engine.core.modifier import Modifier
+    from ovit_engine.core.recipe import Recipe
+    from ovit_engine.core.training_options import Training
 
 STEPS_PER_EPOCH = 100
 MOST_ROWS = 500
@@ -25,9 +26,9 @@ def show(recipe: str, epochs: int | None, steps_per_epoch: int | None, variables
     from rich.table import Table
 
     from ovit_engine.cli.validate import check_schedule
-    from ovit_engine.console import table_console
-    from ovit_engine.recipe import Recipe
-    from ovit_engine.schedule import Clock
+    from ovit_engine.core.recipe import Recipe
+    from ovit_engine.core.schedule import Clock
+    from ovit_engine.utils.console import table_console
 
     read = Recipe.load(recipe, **options.as_mapping(variables))
     length = epochs or read.training.epochs
@@ -74,7 +75,7 @@ def show(recipe: str, epochs: int | None, steps_per_epoch: int | None, variables
 
 def training_line(training: "Training") -> str:
     """What the bundled trainer does besides the modifiers, with what an augmentation preset says filled in."""
-    from ovit_engine.integrations.augmentation import with_preset
+    from ovit_engine.training.augmentation import with_preset
 
     full = with_preset(training)
     drop = full.model_args.get("drop_path_rate")
@@ -93,7 +94,7 @@ def training_line(training: "Training") -> str:
 
 def preset_lines(recipe: "Recipe") -> Iterable[str]:
     """What the presets of a recipe take: of the model that it names with figures, or else in words."""
-    from ovit_engine.presets import is_preset, preset_of
+    from ovit_engine.masking.presets import is_preset, preset_of
 
     for modifier in recipe.modifiers:
         targets = getattr(modifier, "targets", None) or []
@@ -110,7 +111,7 @@ def preset_lines(recipe: "Recipe") -> Iterable[str]:
 def _weights(recipe: "Recipe", modifier: "Modifier", targets: list[str]) -> dict[str, int]:
     """How many weights each target takes of the recipe's model, by part in presets; raises RecipeError."""
     from ovit_engine.cli.validate import empty_model
-    from ovit_engine.targets import match_targets
+    from ovit_engine.masking.targets import match_targets
 
     try:
         found = match_targets(empty_model(recipe.training), targets)

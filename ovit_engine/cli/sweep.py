@@ -9,7 +9,7 @@ import click
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ovit_engine.sweep_folder import Index
+    from ovit_engine.sweep.folder import Index
 
 
 @click.command(short_help="Print the points of a sweep, export or fine-tune them.")
@@ -37,7 +37,7 @@ def sweep(
     cosine from 5e-5 to 1e-5: the additional fine-tuning of the oViT paper. It writes DIR/sweep/SPARSITY-tail, a run
     like any other, and goes on with one that was broken off.
     """
-    from ovit_engine.sweep_folder import FOLDER, draw, read_index
+    from ovit_engine.sweep.folder import FOLDER, draw, read_index
 
     if point is not None and onnx:
         raise click.UsageError("--onnx exports the sweep's points; export a tail with ovit export")
@@ -60,8 +60,8 @@ def print_points(index: "Index") -> None:
     """The table of a sweep, and one of its ONNX files."""
     from rich.console import Console
 
-    from ovit_engine.export.report import size_text
-    from ovit_engine.sweep_folder import point_name
+    from ovit_engine.certificate.render import size_text
+    from ovit_engine.sweep.folder import point_name
 
     rows = [["dense", "", _metric(index, index.baseline)]] if index.baseline is not None else []
     for point in index.points:
@@ -99,12 +99,12 @@ def _table(columns: list[str], rows: list[list[str]]) -> "Table":
 def _export(folder: Path, index: "Index", data: str | None, root: Path | None) -> "Index":
     from torch.utils.data import DataLoader
 
-    from ovit_engine.integrations.checkpoint import load_checkpoint
-    from ovit_engine.integrations.data import config_of, load_data
-    from ovit_engine.integrations.sweep import complete
-    from ovit_engine.integrations.timm import make_model
-    from ovit_engine.recipe import Recipe
-    from ovit_engine.sweep_folder import FOLDER
+    from ovit_engine.core.recipe import Recipe
+    from ovit_engine.sweep.folder import FOLDER
+    from ovit_engine.training.api import make_model
+    from ovit_engine.training.checkpoint import load_checkpoint
+    from ovit_engine.training.data import config_of, load_data
+    from ovit_engine.training.sweep_run import complete
 
     if not index.points:
         raise ValueError(f"the sweep in {str(folder)!r} has no point to export")
@@ -126,13 +126,13 @@ def _continue(
     workers: int,
 ) -> None:
     from ovit_engine.cli.train import Bars
-    from ovit_engine.files import atomic_write
-    from ovit_engine.integrations.checkpoint import LAST, load_checkpoint
-    from ovit_engine.integrations.processes import launched
-    from ovit_engine.integrations.sweep import TAIL_EPOCHS, find_point, tail_recipe
-    from ovit_engine.integrations.timm import SILENT, train
-    from ovit_engine.recipe import Recipe
-    from ovit_engine.sweep_folder import FOLDER, point_name
+    from ovit_engine.core.recipe import Recipe
+    from ovit_engine.sweep.folder import FOLDER, point_name
+    from ovit_engine.training.api import SILENT, train
+    from ovit_engine.training.checkpoint import LAST, load_checkpoint
+    from ovit_engine.training.processes import launched
+    from ovit_engine.training.sweep_run import TAIL_EPOCHS, find_point, tail_recipe
+    from ovit_engine.utils.files import atomic_write
 
     point = find_point(index, asked)
     start = folder / FOLDER / point.checkpoint

@@ -9,8 +9,8 @@ import click
 from ovit_engine.cli import options
 
 if TYPE_CHECKING:
-    from ovit_engine.integrations.timm import EpochMetrics
-    from ovit_engine.recipe import Recipe
+    from ovit_engine.core.recipe import Recipe
+    from ovit_engine.training.api import EpochMetrics
 
 
 @click.command()
@@ -67,10 +67,10 @@ def train(
     A resumed run needs neither --recipe nor --data: its checkpoint knows them. Where torchrun starts several processes
     (torchrun --nproc-per-node 4 -m ovit_engine train ...), --batch-size is that of all together.
     """
-    from ovit_engine.integrations.checkpoint import LAST, PREVIOUS
-    from ovit_engine.integrations.processes import launched
-    from ovit_engine.integrations.timm import SILENT, FinishedRunError, with_training
-    from ovit_engine.integrations.timm import train as run
+    from ovit_engine.training.api import SILENT, FinishedRunError, with_training
+    from ovit_engine.training.api import train as run
+    from ovit_engine.training.checkpoint import LAST, PREVIOUS
+    from ovit_engine.training.processes import launched
 
     if resume is not None and (checkpoint is not None or pretrained):
         raise click.UsageError("--resume goes on with a run's own weights: no --checkpoint or --pretrained beside it")
@@ -136,18 +136,18 @@ def _resumed(resume: str | None, output: Path | None, recipe: str | None) -> Pat
         return None if resume is None else Path(resume)
     if output is None and recipe is None:
         raise click.UsageError("--resume auto looks in --output: name it")
-    from ovit_engine.integrations.checkpoint import last_whole
-    from ovit_engine.recipe import Recipe
+    from ovit_engine.core.recipe import Recipe
+    from ovit_engine.training.checkpoint import last_whole
 
     return last_whole(output or Path("runs") / Recipe.load(recipe or "").name)
 
 
 def _recipe_and_data(recipe: str | None, start: Path | None, variables: Any) -> tuple["Recipe", str | None]:
-    from ovit_engine.recipe import Recipe
+    from ovit_engine.core.recipe import Recipe
 
     known: dict[str, Any] = {}
     if start is not None:
-        from ovit_engine.integrations.checkpoint import load_checkpoint
+        from ovit_engine.training.checkpoint import load_checkpoint
 
         known = load_checkpoint(start)
     if recipe is not None:
@@ -187,8 +187,8 @@ class Bars:
         self._bar.stop()
 
     def progress(self) -> Any:
-        from ovit_engine.integrations.timm import Progress
-        from ovit_engine.progress import ProgressLog
+        from ovit_engine.core.loggers import ProgressLog
+        from ovit_engine.training.api import Progress
 
         work = self._show_work if self._console.is_terminal else ProgressLog(self._console.print)
         return Progress(begin=self._begin, step=self._step, end=self._end, work=work, resume=self._resume)

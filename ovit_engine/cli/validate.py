@@ -10,9 +10,10 @@ from ovit_engine.cli import options
 if TYPE_CHECKING:
     from torch import nn
 
+    from ovit_engine.core.recipe import Recipe
+    from ovit_engine.core.schedule import Clock
+    from ovit_engine.core.training_options import Training
     from ovit_engine.engine import Engine
-    from ovit_engine.recipe import Recipe, Training
-    from ovit_engine.schedule import Clock
 
 STEPS_PER_EPOCH = 100
 
@@ -37,20 +38,20 @@ def validate(
     """Check RECIPE, and against a model what its targets match."""
     from rich.console import Console
 
-    from ovit_engine.recipe import Recipe
+    from ovit_engine.core.recipe import Recipe
 
     read = Recipe.load(recipe, **options.as_mapping(variables))
     console = Console(highlight=False, soft_wrap=True)
     assumed = None if epochs or read.training.model_fields_set else read.training.epochs
     if model is None and read.training.model is None:
-        from ovit_engine.schedule import Clock
+        from ovit_engine.core.schedule import Clock
 
         clock = Clock(steps_per_epoch, steps_per_epoch * (epochs or read.training.epochs))
         with options.assuming(assumed):
             check_schedule(read, clock)
         console.print(f"{read.name}: ok; --model NAME checks its targets")
         return
-    from ovit_engine.integrations.schedulers import check_scheduler, rate_writers
+    from ovit_engine.training.schedulers import check_scheduler, rate_writers
 
     with options.assuming(assumed):
         engine = prepared(read, model, model_args, epochs=epochs, steps_per_epoch=steps_per_epoch)
@@ -67,7 +68,7 @@ def check_schedule(recipe: "Recipe", clock: "Clock") -> None:
         if any(what == "learning rate" for _, what, _ in rows):
             writers.append(modifier)
     if recipe.training.scheduler is not None:
-        from ovit_engine.integrations.schedulers import check_scheduler
+        from ovit_engine.training.schedulers import check_scheduler
 
         epochs = clock.total_steps // clock.steps_per_epoch
         check_scheduler(recipe.training.model_copy(update={"epochs": epochs}), writers)
@@ -83,7 +84,7 @@ def prepared(
 ) -> "Engine":
     """An engine of the recipe on an empty model: the recipe's own, or another by name."""
     from ovit_engine.engine import Engine
-    from ovit_engine.integrations.timm import with_training
+    from ovit_engine.training.api import with_training
 
     args = options.as_mapping(model_args)
     if model is None or model == recipe.training.model:  # the recipe's arguments go with the recipe's model
@@ -98,7 +99,7 @@ def empty_model(training: "Training") -> "nn.Module":
     """The model without memory for its weights, where it can be made so."""
     import torch
 
-    from ovit_engine.integrations.timm import make_model, model_name
+    from ovit_engine.training.api import make_model, model_name
 
     model_name(training)
     try:
@@ -127,8 +128,9 @@ def _print_matches(console: Any, engine: "Engine") -> None:
 
 def match_rows(engine: "Engine") -> Iterable[tuple[str, str, str, str]]:
     """(modifier, target, tensors, weights) for each target of each modifier, from what the modifiers claim."""
-    from ovit_engine.presets import is_preset
-    from ovit_engine.targets import match_targets, matches, parameter_slots
+    from ovit_engine.masking.parameters import parameter_slots
+    from ovit_engine.masking.presets import is_preset
+    from ovit_engine.masking.targets import match_targets, matches
 
     sizes = {slot.name: slot.tensor.numel() for slot in parameter_slots(engine.model)}
     sizes |= {name.removesuffix(".weight"): size for name, size in sizes.items() if name.endswith(".weight")}

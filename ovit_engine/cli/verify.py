@@ -12,7 +12,7 @@ import click
 @click.option("--data-root", type=click.Path(path_type=Path), help="Where downloaded datasets are kept.")
 def verify(file: Path, data: str | None, data_root: Path | None) -> None:
     """Measure everything in the certificate of FILE again, from the file alone."""
-    from ovit_engine.export.verify import verify_file
+    from ovit_engine.certificate.verify import verify_file
 
     certificate = verify_file(file, data=None if data is None else images_for(file, data, data_root))
     certificate.render()
@@ -24,8 +24,8 @@ def images_for(file: Path, data: str, root: Path | None) -> Any:
     import onnx
     from torch.utils.data import DataLoader
 
-    from ovit_engine.export.json_text import read_object
-    from ovit_engine.integrations.data import config_of, load_data
+    from ovit_engine.certificate.strict_json import read_object
+    from ovit_engine.training.data import config_of, load_data
 
     if not file.is_file():
         raise FileNotFoundError(f"no such file: {file}")

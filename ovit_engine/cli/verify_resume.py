@@ -11,8 +11,8 @@ import click
 from ovit_engine.cli import options
 
 if TYPE_CHECKING:
-    from ovit_engine.recipe import Recipe
-    from ovit_engine.verify_resume import Verdict
+    from ovit_engine.core.recipe import Recipe
+    from ovit_engine.training.verify_resume import Verdict
 
 MODEL = "vit_tiny_patch16_224"  # of recipes that name none
 BATCH = 8  # images a step
@@ -52,11 +52,11 @@ def verify_resume(
     The exit code is 0 if every checkpoint of the two is the same, bit for bit: weights, masks, optimizer, quantizer
     ranges and all else that the engine keeps.
     """
-    from ovit_engine.integrations.small_models import shrink, small_setup
-    from ovit_engine.integrations.timm import with_training
-    from ovit_engine.recipe import Recipe
-    from ovit_engine.verify_resume import Job
-    from ovit_engine.verify_resume import verify_resume as verify
+    from ovit_engine.core.recipe import Recipe
+    from ovit_engine.training.api import with_training
+    from ovit_engine.training.models import shrink, small_setup
+    from ovit_engine.training.verify_resume import Job
+    from ovit_engine.training.verify_resume import verify_resume as verify
 
     read = with_training(Recipe.load(recipe, **options.as_mapping(variables)), epochs=epochs)
     if model is None and read.training.model is None:
@@ -100,8 +100,8 @@ def steps_per_epoch(recipe: "Recipe", least: int) -> int:
     Raises:
         RecipeError: the recipe's times do not go together in trainings that we would wait for.
     """
-    from ovit_engine.modifier import RecipeError
-    from ovit_engine.schedule import Clock
+    from ovit_engine.core.modifier import RecipeError
+    from ovit_engine.core.schedule import Clock
 
     epochs = recipe.training.epochs
     number = -(-least // epochs)

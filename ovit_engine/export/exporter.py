@@ -16,23 +16,31 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ovit_engine.export.atomic import staged, write_bytes
-from ovit_engine.export.certificate import Certificate, certificate_path, page_path, reference_path
-from ovit_engine.export.errors import CertificateError, ExportError
-from ovit_engine.export.fingerprint import fingerprints
-from ovit_engine.export.graph import measure_layers
-from ovit_engine.export.measure import Origin, measure_file
-from ovit_engine.export.page import to_html
-from ovit_engine.export.parity import Reference, Sample, accuracy, compare, make_reference, random_sample, take_sample
-from ovit_engine.export.promise import Promise, check, no_tokens
-from ovit_engine.export.runtime import open_session, run_outputs
-from ovit_engine.export.stated import contradictions, left_out
-from ovit_engine.export.stored import hidden
-from ovit_engine.export.tensors import keep_all
-from ovit_engine.export.unread import unread
+from ovit_engine.certificate.check import check, no_tokens
+from ovit_engine.certificate.computed import unread
+from ovit_engine.certificate.errors import CertificateError, ExportError
+from ovit_engine.certificate.fingerprint import fingerprints
+from ovit_engine.certificate.html import to_html
+from ovit_engine.certificate.kernels import open_session, run_outputs
+from ovit_engine.certificate.manifest import Manifest
+from ovit_engine.certificate.measure import Origin, measure_file
+from ovit_engine.certificate.model import Certificate, Promise, certificate_path, page_path, reference_path
+from ovit_engine.certificate.parity import (
+    Reference,
+    Sample,
+    accuracy,
+    compare,
+    make_reference,
+    random_sample,
+    take_sample,
+)
+from ovit_engine.certificate.stated import contradictions, left_out
+from ovit_engine.certificate.stored import hidden
+from ovit_engine.certificate.tensors import keep_all
+from ovit_engine.certificate.weights import measure_layers
 from ovit_engine.export.writer import MIN_OPSET, as_inputs, build_onnx, check_float32, serialize, set_metadata
-from ovit_engine.manifest import Manifest
-from ovit_engine.second_order.precision import exact_arithmetic
+from ovit_engine.utils.files import staged, write_bytes
+from ovit_engine.utils.precision import exact_arithmetic
 
 _BATCH = 64
 _WHOLE = Manifest()

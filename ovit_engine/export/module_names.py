@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import onnx
 
-from ovit_engine.export.runtime import walk_nodes
+from ovit_engine.certificate.kernels import walk_nodes
 
 _READERS = ("MatMul", "Gemm", "Conv")
 _SCOPES = "pkg.torch.onnx.name_scopes"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import onnx
 
-from ovit_engine.export.runtime import walk_nodes
+from ovit_engine.certificate.kernels import walk_nodes
 
 _NEWER = 21
 _OLDER = 20

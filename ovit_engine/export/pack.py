@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from ovit_engine.files import atomic_write
+from ovit_engine.utils.files import atomic_write
 
 SUFFIX = ".packed"
 _MAGIC = b"OVITPK1\n"
@@ -60,7 +60,7 @@ def pack_file(path: str | Path, output: str | Path | None = None) -> Sizes:
         FileNotFoundError: there is no such file.
         ValueError: it is no ONNX file.
     """
-    from ovit_engine.export.sizes import entropy_bits, gzip_size, zstd_size
+    from ovit_engine.certificate.sizes import entropy_bits, gzip_size, zstd_size
 
     path = Path(path)
     if not path.is_file():

@@ -20,12 +20,12 @@ from onnxscript import opset21
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ovit_engine.export.atomic import staged, write_bytes
-from ovit_engine.export.errors import ExportError
+from ovit_engine.certificate.computed import computed
+from ovit_engine.certificate.errors import ExportError
+from ovit_engine.certificate.kernels import walk_graphs, walk_nodes
 from ovit_engine.export.opset import has_int8_activations, step_down
-from ovit_engine.export.runtime import walk_graphs, walk_nodes
-from ovit_engine.export.unread import computed
-from ovit_engine.quant.ops import DEQUANTIZE_OVERLOAD, QUANTIZE_OVERLOAD
+from ovit_engine.quant.functional import DEQUANTIZE_OVERLOAD, QUANTIZE_OVERLOAD
+from ovit_engine.utils.files import staged, write_bytes
 
 MIN_OPSET = 21
 _MAX_BYTES = 2**31 - 1

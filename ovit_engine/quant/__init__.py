@@ -9,6 +9,8 @@ from ovit_engine.quant.bake import bake as bake
 from ovit_engine.quant.batch_norm import freeze_batch_norm as freeze_batch_norm
 from ovit_engine.quant.batch_norm import unfreeze_batch_norm as unfreeze_batch_norm
 from ovit_engine.quant.bias_correction import correct_biases as correct_biases
+from ovit_engine.quant.calibrate import calibrate as calibrate
+from ovit_engine.quant.calibrate import leave_unseen as leave_unseen
 from ovit_engine.quant.fake_quantizer import FakeQuantize as FakeQuantize
 from ovit_engine.quant.functional import INT7_SYMMETRIC as INT7_SYMMETRIC
 from ovit_engine.quant.functional import INT8_ACTIVATION as INT8_ACTIVATION
@@ -28,8 +30,6 @@ from ovit_engine.quant.observers import MinMax as MinMax
 from ovit_engine.quant.observers import MovingAverageMinMax as MovingAverageMinMax
 from ovit_engine.quant.observers import Observer as Observer
 from ovit_engine.quant.observers import Percentile as Percentile
-from ovit_engine.quant.post_training import calibrate as calibrate
-from ovit_engine.quant.post_training import leave_unseen as leave_unseen
 from ovit_engine.quant.prepare import Prepared as Prepared
 from ovit_engine.quant.prepare import dense_state_dict as dense_state_dict
 from ovit_engine.quant.prepare import prepare_quantization as prepare_quantization

@@ -9,9 +9,8 @@ from torch.nn import functional as F
 from ovit_engine.quant.attention import OPERANDS, QuantAttention
 from ovit_engine.quant.batch_norm import fold_factors, has_activation
 from ovit_engine.quant.fake_quantizer import FakeQuantize
-from ovit_engine.quant.functional import quantize
+from ovit_engine.quant.functional import dequantize_linear, quantize, quantize_linear
 from ovit_engine.quant.layers import QuantConv2d, QuantLinear, quantize_output
-from ovit_engine.quant.ops import dequantize_linear, quantize_linear
 from ovit_engine.quant.prepare import quantizers
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ovit_engine.quant.functional import IntegerGrid, choose_qparams, fake_quantize
 from ovit_engine.quant.observers import Observer
-from ovit_engine.recomputation import is_recomputed
+from ovit_engine.utils.autograd import is_recomputed
 
 
 class FakeQuantize(nn.Module):

@@ -29,10 +29,13 @@ class IntegerGrid:
 
 # of weights: without -128 a channel can change its sign (a folded batch-norm)
 INT8_SYMMETRIC = IntegerGrid(low=-127, high=127, symmetric=True, dtype=torch.int8)
+
 # of weights for AVX2 and AVX512 without VNNI, which add two uint8 x int8 products in 16 bits: 2 * 255 * 63 still fits
 INT7_SYMMETRIC = IntegerGrid(low=-63, high=63, symmetric=True, dtype=torch.int8)
+
 # of activations: saturates where ONNX QuantizeLinear does
 INT8_ACTIVATION = IntegerGrid(low=-128, high=127, symmetric=True, dtype=torch.int8)
+
 UINT8_AFFINE = IntegerGrid(low=0, high=255, symmetric=False, dtype=torch.uint8)
 
 
@@ -116,3 +119,33 @@ def fake_quantize(
         x, along(scale, x, axis), along(zero_point, x, axis), active, grid.low, grid.high
     )[0]
     return result
+
+
+@torch.library.custom_op("ovit_engine::quantize_linear", mutates_args=())
+def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Levels of ``x`` in the dtype of ``zero_point`` (int8 or uint8); one scale for the whole tensor."""
+    limits = torch.iinfo(zero_point.dtype)
+    levels = torch.round(x / scale) + zero_point.float()
+    return levels.clamp(limits.min, limits.max).to(zero_point.dtype)
+
+
+@quantize_linear.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=zero_point.dtype)
+
+
+@torch.library.custom_op("ovit_engine::dequantize_linear", mutates_args=())
+def dequantize_linear(levels: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    """float32 values of ``levels``; a 1-d ``scale`` runs along ``axis``, a 0-d one covers the tensor."""
+    return (levels.float() - along(zero_point, levels, axis).float()) * along(scale, levels, axis)
+
+
+@dequantize_linear.register_fake
+def _(levels: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    return torch.empty_like(levels, dtype=torch.float32)
+
+
+# what stands in an exported program, for the exporter's table of translations
+QUANTIZE_OVERLOAD = torch.ops.ovit_engine.quantize_linear.default
+
+DEQUANTIZE_OVERLOAD = torch.ops.ovit_engine.dequantize_linear.default

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ovit_engine.quant.attention import OPERANDS, QuantAttention
+from ovit_engine.quant.conv_outputs import find_conv_outputs
 from ovit_engine.quant.fake_quantizer import FakeQuantize
 from ovit_engine.quant.layers import QuantConv2d, QuantLinear, quantize_output
 from ovit_engine.quant.scheme import CPU, Scheme
-from ovit_engine.quant.topology import find_conv_outputs
 
 _QUANTIZER_NAMES = ("input_quantizer", "weight_quantizer", "output_quantizer", *OPERANDS)
 

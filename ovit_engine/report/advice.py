@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ovit_engine.report.gather import OnnxFile, RunFolder
 from ovit_engine.report.words import percent, points
-from ovit_engine.sweep_folder import point_name
+from ovit_engine.sweep.folder import point_name
 
 # differences in accuracy that are worth a line
 _LITTLE = 0.005

@@ -11,17 +11,16 @@ from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ovit_engine.export.bench_files import KIND as BENCH
-from ovit_engine.export.bench_files import read_bench
-from ovit_engine.export.bench_report import BenchReport, BenchRow
-from ovit_engine.export.break_even import KIND as BREAK_EVEN
-from ovit_engine.export.break_even import SparseTable, read_table
-from ovit_engine.export.certificate import Certificate, certificate_path
-from ovit_engine.recipe import Recipe
-from ovit_engine.schedule import Clock
-from ovit_engine.sweep_folder import FOLDER as SWEEP
-from ovit_engine.sweep_folder import INDEX, Index, read_index
-from ovit_engine.torch_files import load_file
+from ovit_engine.analysis.bench_report import KIND as BENCH
+from ovit_engine.analysis.bench_report import BenchReport, BenchRow, read_bench
+from ovit_engine.analysis.break_even import KIND as BREAK_EVEN
+from ovit_engine.analysis.break_even import SparseTable, read_table
+from ovit_engine.certificate.model import Certificate, certificate_path
+from ovit_engine.core.recipe import Recipe
+from ovit_engine.core.schedule import Clock
+from ovit_engine.sweep.folder import FOLDER as SWEEP
+from ovit_engine.sweep.folder import INDEX, Index, read_index
+from ovit_engine.utils.torch_files import load_file
 
 CHECKPOINT = "last.pt"
 METRICS = "metrics.csv"

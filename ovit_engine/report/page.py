@@ -8,15 +8,15 @@ from importlib.resources import files
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from ovit_engine.export.bench_report import BenchReport
-from ovit_engine.export.break_even import spell
-from ovit_engine.export.report import fact_rows
+from ovit_engine.analysis.bench_report import BenchReport
+from ovit_engine.analysis.break_even import spell
+from ovit_engine.certificate.render import fact_rows
+from ovit_engine.core.schedule import Clock
 from ovit_engine.report import timeline, tradeoff
 from ovit_engine.report.advice import advise
 from ovit_engine.report.gather import OnnxFile, RunFolder
 from ovit_engine.report.svg import markup
 from ovit_engine.report.words import megabytes, percent
-from ovit_engine.schedule import Clock
 
 SECTIONS = (
     ("next", "What to try next"),

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree as ET
 
-from ovit_engine.modifier import Modifier
+from ovit_engine.core.modifier import Modifier
+from ovit_engine.core.schedule import Clock
 from ovit_engine.report import svg
 from ovit_engine.report.gather import RunFolder
 from ovit_engine.report.svg import Axis, Point
 from ovit_engine.report.words import percent
-from ovit_engine.schedule import Clock
 
 _LEFT, _RIGHT, _GAP = 54, 14, 34
 _LANE = 30

@@ -10,7 +10,7 @@ from ovit_engine.report import svg
 from ovit_engine.report.gather import OnnxFile, RunFolder
 from ovit_engine.report.svg import Axis
 from ovit_engine.report.words import megabytes, percent
-from ovit_engine.sweep_folder import FOLDER as SWEEP
+from ovit_engine.sweep.folder import FOLDER as SWEEP
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 20, 40, 44
 

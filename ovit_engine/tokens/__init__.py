@@ -5,11 +5,10 @@ and how many tokens it keeps there, as whole numbers. Prefix tokens (class, dist
 """
 
 from ovit_engine.tokens.counts import floor_counts, quarter_blocks
-from ovit_engine.tokens.gather import Survivors, gather_tokens, top_tokens
-from ovit_engine.tokens.groups import param_groups
-from ovit_engine.tokens.hooks import TokenHooks, hooks_of
 from ovit_engine.tokens.layout import Layout, find_layout, find_transformer
-from ovit_engine.tokens.policy import policy_bias
+from ovit_engine.tokens.learning_rates import param_groups
+from ovit_engine.tokens.ops import Survivors, gather_tokens, policy_bias, top_tokens
+from ovit_engine.tokens.token_hooks import TokenHooks, hooks_of
 
 __all__ = [
     "Layout",

@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ovit_engine.gates import GATE
-from ovit_engine.recomputation import is_recomputed
-from ovit_engine.tokens.hooks import TokenHooks
+from ovit_engine.structured.gates import GATE
 from ovit_engine.tokens.layout import Layout
+from ovit_engine.tokens.token_hooks import TokenHooks
+from ovit_engine.utils.autograd import is_recomputed
 
 # whose forward is known: what a block adds, and what attention makes of its queries and keys
 _BLOCKS = {"timm.models.vision_transformer.Block"}

@@ -4,9 +4,9 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ovit_engine.targets import unwrapped
+from ovit_engine.masking.parameters import unwrapped
 
 
 @dataclass(frozen=True)
@@ -81,3 +81,14 @@ def _why_not(vit: Any) -> str | None:
 def _forwards(module: nn.Module) -> list[Any]:
     """The classes of `module` that say what it takes."""
     return [kind for kind in type(module).__mro__ if "forward" in vars(kind)]
+
+
+def mean_of_heads(x: Tensor, gate: Tensor | None) -> Tensor:
+    """The mean of x [images, heads, ...] over heads, of those that `gate`, bool [heads], keeps.
+
+    A head that is off is gone in the model that is deployed: it must have no say in training either.
+    """
+    if gate is None:
+        return x.mean(dim=1)
+    kept = gate.view(-1, *[1] * (x.ndim - 2))
+    return x.masked_fill(~kept, 0.0).sum(dim=1) / gate.sum().to(x.dtype)

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from ovit_engine.tokens.gather import top_tokens
+from ovit_engine.tokens.ops import top_tokens
 
 
 class Sampler(ABC):

@@ -8,16 +8,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ovit_engine.processes import process_group
-from ovit_engine.random_states import mixed
-from ovit_engine.recomputation import is_recomputed
-from ovit_engine.targets import SCORER
-from ovit_engine.tokens.gather import Survivors, gather_tokens, top_tokens
-from ovit_engine.tokens.hooks import TokenHooks
+from ovit_engine.distributed.comm import process_group
+from ovit_engine.masking.parameters import SCORER
 from ovit_engine.tokens.layout import Layout
-from ovit_engine.tokens.policy import compute_epsilon, policy_bias
+from ovit_engine.tokens.ops import Survivors, compute_epsilon, gather_tokens, policy_bias, top_tokens
 from ovit_engine.tokens.samplers import Sampler, gumbel
 from ovit_engine.tokens.scorers import Scorer
+from ovit_engine.tokens.token_hooks import TokenHooks
+from ovit_engine.utils.autograd import is_recomputed
+from ovit_engine.utils.random import mixed
 
 Masking = Literal["attention", "zero"]
 

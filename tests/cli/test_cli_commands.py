@@ -9,7 +9,7 @@ import pytest
 import yaml
 from click.testing import Result
 
-from ovit_engine.recipe import shipped_recipes
+from ovit_engine.core.recipe import shipped_recipes
 
 Ovit = Callable[..., Result]
 
@@ -159,7 +159,7 @@ def test_train_prints_a_line_an_epoch_and_overwrites_nothing(ovit: Ovit) -> None
 
 
 def test_a_run_that_was_broken_off_needs_only_resume(ovit: Ovit, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ovit_engine.integrations.trainer import Trainer
+    from ovit_engine.training.trainer import Trainer
 
     save = Trainer._save
 

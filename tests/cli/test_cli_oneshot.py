@@ -117,7 +117,7 @@ def test_targets_instead_of_a_recipe(ovit: Ovit, dense: Path) -> None:
 
 
 def test_what_was_measured_is_on_disk_when_a_run_is_broken_off(oneshot: Ovit, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ovit_engine.integrations import oneshot as module
+    from ovit_engine.post_training import oneshot as module
 
     prune, calls = module.prune_copy, []
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ovit_engine import Engine
-from ovit_engine.gates import installed
+from ovit_engine.structured.gates import installed
 from tests.cli.conftest import Ovit
 from tests.loops import recipe
 from tests.modifiers.gated import engine_for, train, vit

@@ -13,10 +13,10 @@ import torch
 from onnx import helper, numpy_helper
 from PIL import Image
 
-from ovit_engine.export.verify import verify_file
-from ovit_engine.integrations.checkpoint import load_checkpoint
-from ovit_engine.integrations.digits import split_digits
-from ovit_engine.integrations.restore import restore
+from ovit_engine.certificate.verify import verify_file
+from ovit_engine.training.checkpoint import load_checkpoint
+from ovit_engine.training.digits import split_digits
+from ovit_engine.training.runs import restore
 from tests.cli.conftest import Ovit
 
 SIZES = ("img_size=8", "patch_size=2", "in_chans=1", "num_classes=10", "embed_dim=32", "depth=2", "num_heads=2")
@@ -210,7 +210,7 @@ def test_a_file_that_loses_too_much_is_not_written(
 ) -> None:
     """Ranges from images that are nothing like the real ones."""
     monkeypatch.setattr(
-        "ovit_engine.integrations.ptq.calibration_batches", lambda *args: [(torch.full((32, 1, 8, 8), -0.8),)]
+        "ovit_engine.post_training.ptq.calibration_batches", lambda *args: [(torch.full((32, 1, 8, 8), -0.8),)]
     )
     done = ovit("ptq", float_file, "--data", "digits", "--output", "int8.onnx")
     assert done.exit_code == 1

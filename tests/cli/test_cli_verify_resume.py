@@ -7,10 +7,9 @@ import torch
 
 from ovit_engine import Recipe
 from ovit_engine.cli.verify_resume import quick, steps_per_epoch
-from ovit_engine.integrations.models import make_model
-from ovit_engine.integrations.small_models import shrink, small_setup
-from ovit_engine.integrations.timm import with_training
-from ovit_engine.targets import find_slots
+from ovit_engine.masking.targets import find_slots
+from ovit_engine.training.api import with_training
+from ovit_engine.training.models import make_model, shrink, small_setup
 from tests.cli.conftest import RECIPE, Ovit
 
 

@@ -9,9 +9,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ovit_engine.export import Certificate, ExportError, Promise, PromisedLayer
+from ovit_engine.certificate import Certificate, ExportError, Promise, PromisedLayer
+from ovit_engine.certificate.check import check
 from ovit_engine.export.exporter import export_model
-from ovit_engine.export.promise import check
 from ovit_engine.quant import bake
 
 

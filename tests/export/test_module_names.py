@@ -10,10 +10,10 @@ import torch
 from onnx import helper, numpy_helper
 from torch import nn
 
+from ovit_engine.certificate.weights import read_weights
 from ovit_engine.cli.lint import of_file
-from ovit_engine.export.graph import read_weights
 from ovit_engine.export.module_names import name_by_module
-from tests.export.test_forged_graph import small
+from tests.certificate.test_forged_graph import small
 
 MATRIX = np.ones((2, 2), np.float32)
 

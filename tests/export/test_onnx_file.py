@@ -11,7 +11,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import nn
 
-from ovit_engine.export import ExportError
+from ovit_engine.certificate import ExportError
 from ovit_engine.export.writer import build_onnx, write_onnx
 
 
@@ -20,7 +20,7 @@ def initializers(path):
 
 
 def optimized_ops(path, tmp_path):
-    """Independent of ovit_engine.export.runtime."""
+    """Independent of ovit_engine.certificate.kernels."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")

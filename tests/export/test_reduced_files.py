@@ -13,19 +13,26 @@ import torch
 from onnx import numpy_helper
 
 from ovit_engine import Engine, Recipe
-from ovit_engine.export import ExportError
-from ovit_engine.export.certificate import Certificate, certificate_path, page_path, reference_path
+from ovit_engine.certificate import ExportError
+from ovit_engine.certificate.check import check
+from ovit_engine.certificate.html import to_html
+from ovit_engine.certificate.measure import Origin
+from ovit_engine.certificate.model import (
+    TOKENS_UNKNOWN,
+    Certificate,
+    Promise,
+    certificate_path,
+    page_path,
+    reference_path,
+)
+from ovit_engine.certificate.parity import Reference, random_sample
+from ovit_engine.certificate.token_counts import TokenCounts
+from ovit_engine.certificate.verify import verify_file
 from ovit_engine.export.exporter import publish
-from ovit_engine.export.measure import Origin
-from ovit_engine.export.page import to_html
-from ovit_engine.export.parity import Reference, random_sample
-from ovit_engine.export.promise import TOKENS_UNKNOWN, Promise, check
-from ovit_engine.export.verify import verify_file
 from ovit_engine.flops import count_flops
-from ovit_engine.shrink import shrink
-from ovit_engine.token_counts import TokenCounts
-from tests.export.test_lying_files import findings, forge, some
-from tests.shrinking import IMAGES, switch, vit
+from ovit_engine.structured.shrink_model import shrink
+from tests.certificate.test_lying_files import findings, forge, some
+from tests.structured.shrinking import IMAGES, switch, vit
 
 LINE = "dynamic_vit: {keep: 0.7, blocks: [0, 1]}"
 COUNTS = TokenCounts(entering=17, attention=(12, 8), leaving=8)

@@ -16,25 +16,24 @@ import torch
 from torch import nn
 
 from ovit_engine import Engine, Modifier, Recipe, Run
-from ovit_engine.deploy import smaller
-from ovit_engine.export import ExportError
-from ovit_engine.export.certificate import LayerFacts, reference_path
+from ovit_engine.certificate import ExportError
+from ovit_engine.certificate.fingerprint import fingerprints
+from ovit_engine.certificate.manifest import Manifest
+from ovit_engine.certificate.measure import Origin
+from ovit_engine.certificate.model import LayerFacts, Promise, PromisedLayer, reference_path
+from ovit_engine.certificate.parity import Reference, random_sample
+from ovit_engine.certificate.render import fact_rows
+from ovit_engine.certificate.stated import contradictions, unproven
+from ovit_engine.certificate.verify import verify_file
+from ovit_engine.core.schedule import Clock
+from ovit_engine.export.deploy import smaller
 from ovit_engine.export.exporter import publish
-from ovit_engine.export.fingerprint import fingerprints
-from ovit_engine.export.measure import Origin
-from ovit_engine.export.parity import Reference, random_sample
-from ovit_engine.export.promise import Promise, PromisedLayer
-from ovit_engine.export.report import fact_rows
-from ovit_engine.export.stated import contradictions, unproven
-from ovit_engine.export.verify import verify_file
 from ovit_engine.export.writer import build_onnx, set_metadata
-from ovit_engine.gates import find_sites, install, installed, set_gate
-from ovit_engine.manifest import Manifest
-from ovit_engine.schedule import Clock
-from ovit_engine.shrink import rebuild
-from tests.export.test_lying_files import forge
-from tests.export.test_without_torch import run_blocked
-from tests.shrinking import HEADS_KEPT, IMAGES, UNITS_KEPT, vit
+from ovit_engine.structured.gates import find_sites, install, installed, set_gate
+from ovit_engine.structured.shrink_model import rebuild
+from tests.certificate.test_lying_files import forge
+from tests.certificate.test_without_torch import run_blocked
+from tests.structured.shrinking import HEADS_KEPT, IMAGES, UNITS_KEPT, vit
 
 PRUNE = "magnitude_prune: {sparsity: 0.5, targets: ['re:blocks.*(qkv|proj|fc1|fc2).weight']}"
 TWO_OF_FOUR = "magnitude_prune: {pattern: '2:4', targets: ['re:blocks.*(qkv|proj|fc1|fc2).weight']}"

@@ -15,11 +15,11 @@ from hypothesis.extra import numpy as hnp
 from onnx import numpy_helper
 from torch import nn
 
-from ovit_engine.export import Promise
+from ovit_engine.certificate import Promise
+from ovit_engine.certificate.parity import wilson
+from ovit_engine.certificate.sizes import entropy_bits, gzip_size, position_bits, zstd_size
+from ovit_engine.certificate.tensors import changed, keep, keep_all
 from ovit_engine.export.exporter import export_model
-from ovit_engine.export.parity import wilson
-from ovit_engine.export.sizes import entropy_bits, gzip_size, position_bits, zstd_size
-from ovit_engine.export.tensors import changed, keep, keep_all
 
 
 @given(st.integers(1, 5000), st.data())

@@ -14,12 +14,12 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from ovit_engine import Engine, Recipe
+from ovit_engine.core.skipped_steps import SkippedSteps
+from ovit_engine.core.training_options import Training
 from ovit_engine.integrations.accelerate import accelerate_engine, attach_accelerate
 from ovit_engine.integrations.lightning import RecipeCallback
-from ovit_engine.integrations.skipped_steps import SkippedSteps
-from ovit_engine.integrations.steps import Steps
 from ovit_engine.integrations.transformers import RecipeTrainerCallback
-from ovit_engine.recipe import Training
+from ovit_engine.training.steps import Steps
 from tests.integrations import small
 from tests.integrations import test_accelerate as accelerates
 from tests.integrations import test_lightning as lightnings

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ovit_engine import Recipe
-from ovit_engine.export import ExportError
-from ovit_engine.export.verify import verify_file
+from ovit_engine.certificate import ExportError
+from ovit_engine.certificate.verify import verify_file
 from ovit_engine.integrations import neural_compressor as searching
-from ovit_engine.integrations.digits import split_digits
-from ovit_engine.integrations.ptq import calibration_batches, quantize_of
+from ovit_engine.post_training.ptq import calibration_batches, quantize_of
+from ovit_engine.training.digits import split_digits
 
 TRAIN, VAL, _ = split_digits((1, 8, 8), None)
 BATCHES = calibration_batches(TRAIN, 64)

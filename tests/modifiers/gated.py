@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ovit_engine import Calibration, Engine
-from ovit_engine.gates import GATE, GateSite, find_sites, installed
+from ovit_engine.structured.gates import GATE, GateSite, find_sites, installed
 from tests.loops import recipe
 
 IMAGES = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(5))

@@ -10,10 +10,10 @@ from pydantic import BaseModel
 from torch import nn
 
 from ovit_engine import Calibration, Clock, Engine, Modifier, Recipe, RecipeError, register
-from ovit_engine.gate_scores import is_recording
-from ovit_engine.gates import gate_input, installed
+from ovit_engine.core.registry import modifiers
 from ovit_engine.quant.prepare import quantizers
-from ovit_engine.registry import modifiers
+from ovit_engine.structured.gates import gate_input, installed
+from ovit_engine.structured.recording import is_recording
 from ovit_engine.tokens import TokenHooks, hooks_of
 from tests.loops import X, Y, hooks_on, loss_of, mlp, recipe
 from tests.tokens.models import RowVit

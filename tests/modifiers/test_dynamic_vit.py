@@ -11,8 +11,9 @@ from torch.nn.functional import cross_entropy
 
 from ovit_engine import Calibration, Engine, RecipeError
 from ovit_engine.flops import count_flops
+from ovit_engine.masking.parameters import parameter_slots
+from ovit_engine.masking.targets import find_slots
 from ovit_engine.modifiers.dynamic_vit import DynamicViT
-from ovit_engine.targets import find_slots, parameter_slots
 from ovit_engine.tokens import hooks_of
 from tests.loops import recipe
 from tests.tokens.models import IMAGES, KINDS, logits, vit

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ovit_engine import Calibration, Engine, RecipeError
-from ovit_engine.gate_groups import Groups, joined, tile_of
-from ovit_engine.gate_ranking import RANKERS, register_ranker
-from ovit_engine.gates import GateSite, find_sites, install, installed, set_gate
-from ovit_engine.pattern import parse_pattern
-from ovit_engine.shrink import shrink
+from ovit_engine.pruning.patterns import parse_pattern
+from ovit_engine.structured.gates import GateSite, find_sites, install, installed, set_gate
+from ovit_engine.structured.groups import Groups, joined, tile_of
+from ovit_engine.structured.ranking import RANKERS, register_ranker
+from ovit_engine.structured.shrink_model import shrink
 from tests.loops import recipe
 from tests.modifiers.gated import IMAGES, LABELS, engine_for, gates_of, train, vit
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ovit_engine import Calibration, Engine
-from ovit_engine.gate_scores import is_recording
-from ovit_engine.gates import find_sites, installed
+from ovit_engine.structured.gates import find_sites, installed
+from ovit_engine.structured.recording import is_recording
 from tests.modifiers.gated import IMAGES, LABELS, batch, engine_for, explicit_scores, train, vit
-from tests.test_head_graph import by_iteration, by_loops
-from tests.test_head_outputs import first_outputs
+from tests.structured.test_head_graph import by_iteration, by_loops
+from tests.structured.test_head_outputs import first_outputs
 
 CALIBRATION = Calibration(TensorDataset(IMAGES, LABELS), nn.functional.cross_entropy)
 SOFT = "head_sparsity: 0.5, unit_sparsity: 0.4"

@@ -13,7 +13,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from ovit_engine import Clock, Engine, RecipeError
-from ovit_engine.gates import installed
+from ovit_engine.structured.gates import installed
 from tests.loops import mlp, recipe
 from tests.modifiers.gated import IMAGES, LABELS, batch, gates_of, train, vit
 from tests.modifiers.test_gohsp import CALIBRATION, SOFT, logged, phase, started, trained

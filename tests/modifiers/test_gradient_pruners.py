@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from ovit_engine import Calibration, Engine, RecipeError
-from ovit_engine.modifiers._base_gradient import chunk_size
-from ovit_engine.second_order import METHODS, estimate_memory, memory, prune_streamed, prune_tensors
-from ovit_engine.second_order.options import Options
-from ovit_engine.targets import find_slots
+from ovit_engine.masking.targets import find_slots
+from ovit_engine.modifiers._gradient_pruning import chunk_size
+from ovit_engine.pruning import METHODS, estimate_memory, memory, prune_streamed, prune_tensors
+from ovit_engine.pruning.problem import Options
 from tests.loops import X, Y, mlp, plain, recipe, zeros
 
 DATA = torch.utils.data.TensorDataset(X, Y)
@@ -187,7 +187,7 @@ def parts_of(name: str, monkeypatch: pytest.MonkeyPatch, options: str) -> list[f
         shares.append(sum(int((~mask).sum()) for mask in pruned.masks) / 144)
         return pruned
 
-    monkeypatch.setattr("ovit_engine.modifiers._base_gradient.prune_streamed", noting)
+    monkeypatch.setattr("ovit_engine.modifiers._gradient_pruning.prune_streamed", noting)
     model, optimizer, _ = started(name, options)
     for _ in range(3):
         plain(model, optimizer)

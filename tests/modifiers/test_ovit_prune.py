@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ovit_engine import Calibration, Engine, Recipe, RecipeError
-from ovit_engine.second_order import prune_tensors
-from ovit_engine.targets import find_slots
+from ovit_engine.masking.targets import find_slots
+from ovit_engine.pruning import prune_tensors
 from tests.loops import X, Y, loss_of, mlp, plain, recipe, zeros
 
 DATA = torch.utils.data.TensorDataset(X, Y)

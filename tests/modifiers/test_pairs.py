@@ -14,11 +14,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import ovit_engine.deploy
+import ovit_engine.export.deploy
 from ovit_engine import Calibration, Engine, RecipeError
-from ovit_engine.gates import installed, live_mask
+from ovit_engine.core.registry import modifiers
 from ovit_engine.quant.prepare import quantizers
-from ovit_engine.registry import modifiers
+from ovit_engine.structured.gates import installed, live_mask
 from ovit_engine.tokens import hooks_of
 from tests.loops import recipe
 
@@ -162,7 +162,7 @@ def test_two_train_together_and_are_deployed_or_refused(pair: tuple[str, str], m
     assert before.isfinite().all()
     baked: list[tuple[nn.Module, Any]] = []
     monkeypatch.setattr(
-        ovit_engine.deploy, "export_model", lambda made, *_, promise, **__: baked.append((made, promise))
+        ovit_engine.export.deploy, "export_model", lambda made, *_, promise, **__: baked.append((made, promise))
     )
     engine.export("never written", IMAGES[:1])
     ((made, promise),) = baked

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ovit_engine import Engine, Recipe, RecipeError
-from ovit_engine.modifier import anew
+from ovit_engine.core.modifier import anew
 from ovit_engine.modifiers.quantize import Quantize
 from ovit_engine.quant import QuantAttention, QuantConv2d, QuantLinear, quantizers
 from ovit_engine.quant.observers import CurrentLeastError, LeastError, MinMax, MovingAverageMinMax, Percentile

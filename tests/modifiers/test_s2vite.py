@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ovit_engine import Engine
 from ovit_engine.flops import count_flops
-from ovit_engine.gate_choice import kept_count
-from ovit_engine.gate_scores import is_recording
-from ovit_engine.gates import find_sites, install, installed, live_mask, uninstall
 from ovit_engine.modifiers.s2vite import S2Vite
+from ovit_engine.structured.gates import find_sites, install, installed, live_mask, uninstall
+from ovit_engine.structured.recording import is_recording
+from ovit_engine.structured.selection import kept_count
 from tests.modifiers.gated import batch, engine_for, explicit_scores, gates_of, train, vit
 
 S2VITE = "s2vite: {head_sparsity: 0.5, unit_sparsity: 0.4, every: 3st, seed: 1}"

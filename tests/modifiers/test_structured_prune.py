@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ovit_engine import Engine, RecipeError
-from ovit_engine.gate_ranking import RANKERS, register_ranker
-from ovit_engine.gate_scores import is_recording
-from ovit_engine.gates import find_sites, install, installed
-from ovit_engine.shrink import shrink
+from ovit_engine.structured.gates import find_sites, install, installed
+from ovit_engine.structured.ranking import RANKERS, register_ranker
+from ovit_engine.structured.recording import is_recording
+from ovit_engine.structured.shrink_model import shrink
 from tests.loops import recipe
 from tests.modifiers.gated import IMAGES, batch, engine_for, explicit_scores, gates_of, train, vit
 

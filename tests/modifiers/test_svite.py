@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ovit_engine import Clock, Engine
-from ovit_engine.second_order.erk import share_out
+from ovit_engine.pruning.problem import share_out
 from tests.loops import mlp, plain, recipe
-from tests.test_topology import searched
+from tests.pruning.test_rewire import searched
 
 STEPS = 24
 

@@ -12,7 +12,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from ovit_engine import Engine, RecipeError
-from ovit_engine.verify_resume import differences
+from ovit_engine.training.verify_resume import differences
 from tests.loops import X, Y, closure, mlp, plain, recipe
 from tests.modifiers.test_svite import STEPS, masks_of, started
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ovit_engine import Clock, Engine, Recipe, RecipeError
 from ovit_engine.flops import count_flops
 from ovit_engine.modifiers.tome import ToMe
-from ovit_engine.tokens.merger import MergingHooks
+from ovit_engine.tokens.merging import MergingHooks
 from tests.loops import recipe
 from tests.tokens import training
 from tests.tokens.models import IMAGES, KINDS, logits, vit

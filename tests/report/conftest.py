@@ -10,11 +10,11 @@ from torch.utils.data import DataLoader
 
 from ovit_engine import Recipe, load_point
 from ovit_engine.cli import main
-from ovit_engine.deploy import promise_of
+from ovit_engine.export.deploy import promise_of
 from ovit_engine.export.exporter import export_model
-from ovit_engine.integrations.data import load_data
-from ovit_engine.integrations.models import make_model
 from ovit_engine.quant import bake
+from ovit_engine.training.data import load_data
+from ovit_engine.training.models import make_model
 
 RECIPE = r"""
 name: tiny_<b>bold</b>

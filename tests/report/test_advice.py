@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from ovit_engine.export.bench_conditions import Conditions
-from ovit_engine.export.bench_paired import Ratio
-from ovit_engine.export.bench_report import BenchReport, BenchRow
-from ovit_engine.export.break_even import SparseTable
+from ovit_engine.analysis.bench_report import BenchReport, BenchRow
+from ovit_engine.analysis.break_even import SparseTable
+from ovit_engine.analysis.paired import Ratio
+from ovit_engine.certificate.machine import Conditions
+from ovit_engine.core.schedule import Clock
 from ovit_engine.report import gather
 from ovit_engine.report.advice import advise
 from ovit_engine.report.gather import Epoch, Layer, OnnxFile, RunFolder, Training
-from ovit_engine.schedule import Clock
-from ovit_engine.sweep_folder import Index, Point
+from ovit_engine.sweep.folder import Index, Point
 
 LAYER = Layer(name="fc.weight", shape=(4, 4), pattern="unstructured", sparsity=0.5)
 TABLE = SparseTable(device="A", capability=(8, 0), backend="cutlass", versions={}, date="", repeats=5, rows=())
@@ -74,7 +74,7 @@ def bench(path: Path, ratio: Ratio, spread: float = 0.01) -> BenchReport:
 
 
 def gather_machine():
-    from ovit_engine.export.certificate import Machine
+    from ovit_engine.certificate.model import Machine
 
     return Machine(cpu="A", cores=1, int8=())
 

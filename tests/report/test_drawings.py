@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ovit_engine.recipe import Recipe
+from ovit_engine.core.recipe import Recipe
+from ovit_engine.core.schedule import Clock
 from ovit_engine.report import svg, timeline, tradeoff
 from ovit_engine.report.gather import Epoch, RunFolder, Training
 from ovit_engine.report.svg import Axis, log_ticks, nice_ticks, padded, steps
 from ovit_engine.report.tradeoff import Scatter, Series, Spot
 from ovit_engine.report.words import megabytes, percent, points
-from ovit_engine.schedule import Clock
 
 
 @given(st.floats(-1e3, 1e3), st.floats(1e-6, 1e6), st.integers(2, 12))

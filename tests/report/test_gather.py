@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from onnx import numpy_helper
 
 from ovit_engine import Engine, Recipe
+from ovit_engine.analysis.break_even import ProductRow, SparseTable, write_table
+from ovit_engine.analysis.paired import Ratio
 from ovit_engine.cli import main
-from ovit_engine.export.bench_paired import Ratio
-from ovit_engine.export.break_even import ProductRow, SparseTable, write_table
 from ovit_engine.report import gather, render
 from ovit_engine.report.advice import advise
 

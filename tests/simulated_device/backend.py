@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ovit_engine.files import atomic_write
+from ovit_engine.utils.files import atomic_write
 
 NAME = "sim"
 SOURCE = Path(__file__).with_name("device.cpp")

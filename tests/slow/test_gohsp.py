@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from ovit_engine import Calibration, Engine, Recipe
-from ovit_engine.gates import find_sites, install, installed
-from ovit_engine.head_graph import stationary_distribution
-from ovit_engine.head_outputs import watched
+from ovit_engine.structured.gates import find_sites, install, installed
+from ovit_engine.structured.similarity import stationary_distribution, watched
 from tests.slow.digits import BATCH, NOISE, accuracy, images, trained_vit
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,7 @@ from tests.simulated_device.backend import missing
 
 FILES = [
     "tests/simulated_device/test_strictness.py",
-    "tests/second_order/test_interface.py",
+    "tests/pruning/test_interface.py",
     "tests/test_on_device.py",
     "tests/test_loop_matrix.py",
 ]

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from ovit_engine.quant.prepare import dense_state_dict
-from ovit_engine.torch_files import load_file
-from ovit_engine.verify_resume import verify_resume
-from ovit_engine.verify_resume.loop import checkpoints
+from ovit_engine.training.verify_resume import verify_resume
+from ovit_engine.training.verify_resume.loop import checkpoints
+from ovit_engine.utils.torch_files import load_file
 from tests.resumable import TARGETS, build, job
 
 RECIPE = [

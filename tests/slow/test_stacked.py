@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ovit_engine import Calibration, Engine, Recipe
-from ovit_engine.export.verify import verify_file
+from ovit_engine.certificate.verify import verify_file
 from ovit_engine.tokens import param_groups
 from tests.slow.digits import BATCH, NOISE, accuracy, images, trained_vit
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ovit_engine import Recipe
-from ovit_engine.integrations.timm import train, with_training
+from ovit_engine.training.api import train, with_training
 
 SEEDS = (0, 1, 2)
 

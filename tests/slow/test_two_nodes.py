@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from ovit_engine.integrations.checkpoint import load_checkpoint
-from tests.integrations.test_processes import ROOT, children, recipe
+from ovit_engine.training.checkpoint import load_checkpoint
+from tests.training.test_processes import ROOT, children, recipe
 
 pytestmark = [
     pytest.mark.slow,

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu
 
 from ovit_engine import Calibration, Engine, RecipeError
-from ovit_engine.gates import find_sites, install, set_gate
-from ovit_engine.shrink import shrink
-from ovit_engine.targets import parameter_slots
+from ovit_engine.masking.parameters import parameter_slots
+from ovit_engine.structured.gates import find_sites, install, set_gate
+from ovit_engine.structured.shrink_model import shrink
 from tests.loops import recipe
 from tests.tokens.models import IMAGES, logits, vit
 from tests.tokens.training import LABELS, attached, prepared, train, trained, widths

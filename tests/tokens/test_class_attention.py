@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ovit_engine.tokens.attended import shares_at
-from ovit_engine.tokens.class_attention import ceil_counts, class_attention, keep_attended, shares_of
+from ovit_engine.tokens.attended import ceil_counts, class_attention, keep_attended, shares_at, shares_of
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ovit_engine.tokens import floor_counts, gather_tokens, policy_bias, quarter_blocks, top_tokens
-from ovit_engine.tokens.policy import EPSILON_HALF, compute_epsilon
+from ovit_engine.tokens.ops import EPSILON_HALF, compute_epsilon
 
 # --- counts
 

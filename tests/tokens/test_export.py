@@ -12,7 +12,8 @@ from onnx import helper, numpy_helper, shape_inference
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
 
-from ovit_engine.tokens import attended, merger, selector
+from ovit_engine.tokens import attended, selector
+from ovit_engine.tokens import merging as merger
 from tests.tokens.models import IMAGES, logits, randomised
 from tests.tokens.training import attached, train
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from ovit_engine.tokens.passes import Passes
+from ovit_engine.tokens.replays import Passes
 from tests.tokens.models import IMAGES
 from tests.tokens.training import attached, loss_of, prepared
 

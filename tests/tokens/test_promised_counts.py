@@ -8,10 +8,10 @@ import yaml
 from torch import Tensor, nn
 
 from ovit_engine import Engine
-from ovit_engine.export.promise import Promise
-from ovit_engine.export.stated import contradictions
-from ovit_engine.export.stated_tokens import token_contradictions
-from ovit_engine.token_counts import TokenCounts
+from ovit_engine.certificate.model import Promise
+from ovit_engine.certificate.stated import contradictions
+from ovit_engine.certificate.stated_tokens import token_contradictions
+from ovit_engine.certificate.token_counts import TokenCounts
 from ovit_engine.tokens import hooks_of
 from tests.loops import recipe
 from tests.tokens.models import logits, vit

@@ -7,7 +7,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from ovit_engine.integrations.ptq_onnx import ptq_onnx, weighted_nodes
+from ovit_engine.post_training.ptq_onnx import ptq_onnx, weighted_nodes
 from tests.tokens.test_export import exported, run, tops
 
 LINE = "dynamic_vit: {keep: 0.5, blocks: [0, 2]}"

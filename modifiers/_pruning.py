@@ -1,0 +1,249 @@
+"""What every pruner shares: on what it acts, when, how much."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from time import perf_counter
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, Field, PlainSerializer, PrivateAttr, field_validator, model_validator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ovit_engine.core.modifier import Claim, Modifier, Run, SweepPlan
+from ovit_engine.core.schedule import Clock
+from ovit_engine.masking.parameters import Slot
+from ovit_engine.masking.targets import check_target, find_slots
+from ovit_engine.modifiers._schedule import Amount, ScheduledModifier, SparsityRange, Sweep, place_targets, spelled
+from ovit_engine.pruning.patterns import NM, Block, Unstructured, parse_pattern
+from ovit_engine.structured.gates import GateSite, installed, live_mask
+from ovit_engine.structured.groups import FREE, Groups, joined, tile_of
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # weights [in, out, ...]
+
+
+Target = Annotated[str, BeforeValidator(lambda value: check_target(value) if isinstance(value, str) else value)]
+
+Targets = Annotated[list[Target], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+
+PatternField = Annotated[
+    Unstructured | NM | Block, BeforeValidator(parse_pattern), PlainSerializer(lambda pattern: pattern.describe())
+]
+
+
+class MaskingModifier(Modifier):
+    """Makes weights of its targets zero. A subclass states when, and which."""
+
+    targets: Targets = Field(
+        min_length=1, description='weights: names, "re:" and regular expressions, or presets such as preset:vit'
+    )
+    scope: Literal["global", "layer", "erk"] = Field(
+        "global",
+        description="share the sparsity out over all targets, alike in each, or with small ones denser",
+    )
+    pattern: PatternField = Field(
+        default_factory=Unstructured, description='unstructured, "keep:group" or {block: [r, c]}'
+    )
+
+    @field_validator("scope", mode="before")
+    @classmethod
+    def _known_scope(cls, value: Any) -> Any:
+        if value == "uniform":  # the papers' word
+            raise ValueError("'uniform' is called 'layer' here: the same sparsity in each")
+        return value
+
+    _slots: list[Slot] = PrivateAttr(default_factory=list)
+    _done: int = PrivateAttr(default=-1)  # the last of its times at which it acted
+
+    def prepare(self, run: Run) -> None:
+        try:
+            self._slots = find_slots(run.model, self.targets)
+        except ValueError as error:
+            raise self.error(str(error), "targets") from None
+        for slot in self._slots:
+            try:
+                self.pattern.check(slot.tensor.shape)
+            except ValueError as error:
+                raise self.error(f"{slot.name}: {error}", "pattern") from None
+            if self.pattern.group > 1 and isinstance(slot.module, _TRANSPOSED):
+                kind = type(slot.module).__name__
+                raise self.error(
+                    f"{slot.name}: {self.pattern} in a {kind}, whose axes no sparse kernel reads", "pattern"
+                )
+            run.tiles[slot.name] = joined(run.tiles.get(slot.name, FREE), tile_of(self.pattern))
+
+    def attach(self, run: Run) -> None:
+        lost = [slot.name for slot in self._slots if self._done >= 0 and run.masks.get(slot.name) is None]
+        if lost:
+            raise self.error(f"half a state was loaded: it acted at step {self._done}, and {lost[0]!r} has no mask")
+        self._act(run)
+
+    def step_end(self, run: Run) -> None:
+        self._act(run)
+
+    @abstractmethod
+    def _act(self, run: Run) -> None:
+        """Do what is due, at ATTACH and after every step."""
+
+    def due(self, run: Run, times: Iterable[int]) -> int | None:
+        """The latest of `times` that has come and was not acted on: one that was interrupted is made up for."""
+        return max((time for time in times if self._done < time <= run.step), default=None)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self._done}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._done = state["done"]
+
+    def write(self, run: Run, masks: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+        """Put masks (True = kept) in force and write the weights under them."""
+        for slot, mask, weight in zip(self._slots, masks, weights, strict=True):
+            slot.write(weight)
+            run.masks.set(slot, mask, self.pattern.describe())
+        alive = self.alive(run)
+        kept = sum(int((mask.to(live.device) & live).sum()) for mask, live in zip(masks, alive, strict=True))
+        run.log(f"{self.name}/sparsity", 1 - kept / sum(int(live.sum()) for live in alive))
+
+    def training_gradients(self, run: Run) -> list[Tensor]:
+        """Whole gradients of the training loss at STEP_BEGIN, one a slot; a slot without one is a RecipeError."""
+        found = []
+        for slot in self._slots:
+            grad = run.gradient(slot)
+            if grad is None:
+                raise self.error(f"{slot.name!r} gets no gradient from the training loss", "targets")
+            found.append(grad.full_tensor() if isinstance(grad, DTensor) else grad)
+        return found
+
+    def present_masks(self, run: Run) -> list[Tensor]:
+        """The masks in force, all True where a slot is dense; what a gate switched off is pruned already."""
+        masks = [run.masks.get(slot.name) for slot in self._slots]
+        return [live if mask is None else mask & live for mask, live in zip(masks, self.alive(run), strict=True)]
+
+    def alive(self, run: Run) -> list[Tensor]:
+        """Which weights of each slot gates leave; all True without gates."""
+        found = live_mask(run.model)
+        return [found[slot.name] if slot.name in found else _all_true(slot) for slot in self._slots]
+
+    def gate_claims(self, run: Run, start: int) -> Iterable[Claim]:
+        """From `start` on no gate beside a target may change: what it switches off counts for no sparsity."""
+        targets = {slot.name for slot in self._slots}
+        reason = "sparsity is a share of the weights that gates leave, so gates come first and stay: prune after them"
+        for site in installed(run.model):
+            if targets & {f"{site.name}.weight", f"{site.source_name}.weight"}:
+                self._check_whole(site, Groups.of(site, run.tiles))
+                yield Claim(f"the gate of {site.name}", start, run.total_steps, reason)
+
+    def _check_whole(self, site: GateSite, groups: Groups) -> None:
+        """A block of which gates take a part is neither removed nor zero: its sparsity could not be had."""
+        split = groups.spread(groups.of_gate(site.gate)) & ~site.gate
+        if isinstance(self.pattern, Block) and not site.gate.is_meta and bool(split.any()):
+            raise self.error(
+                f"{int(split.sum())} of {site.count} {site.kind} of {site.owner_name} are off in groups of "
+                f"{groups.size} that {self.pattern} holds together, and others of their groups are on: switch whole "
+                "groups, or shrink(model) first (ovit_engine.structured.shrink_model)",
+                "pattern",
+            )
+
+    def describe(self, sparsity: float | None) -> str:
+        """A sparsity as the timeline shows it."""
+        return f"{self.pattern.resolve(sparsity):.2%} {self.pattern} ({self.name})"
+
+
+class PruningModifier(ScheduledModifier, MaskingModifier):
+    """Prunes targets step by step. A subclass states how masks and weights are found: `solve`."""
+
+    sparsity: Amount | None = Field(
+        None, description="share of zeros: a number, {from, to, curve}, or {time: number, ...}; N:M implies its own"
+    )
+    sweep: Sweep = Field(
+        None,
+        description="sparsities that leave a checkpoint each: a list, or {sparsity, metric, best, onnx}",
+    )
+
+    _events: dict[int, float | None] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "PruningModifier":
+        for amount in spelled(self.sparsity):
+            self.pattern.resolve(amount)
+        self.check_times([self.sparsity])
+        return self
+
+    @abstractmethod
+    def solve(self, run: Run, slots: Sequence[Slot], sparsity: float | None) -> tuple[list[Tensor], list[Tensor]]:
+        """Masks (True = kept) and new weights of `slots` for a sparsity; what is pruned already stays so."""
+
+    def events(self, clock: Clock) -> dict[int, float | None]:
+        """Pruning steps and the sparsity after each (None = what the pattern implies), in the order of time."""
+        scheduled = self.scheduled(clock, self.sparsity, "sparsity")
+        return {**scheduled, **self._points(scheduled)}
+
+    def _points(self, scheduled: Mapping[int, float | None]) -> dict[int, float]:
+        """The pruning steps that the sweep keeps, each to exactly its sparsity."""
+        if self.sweep is None:
+            return {}
+        if isinstance(self.pattern, NM):
+            raise self.error(
+                f"a sweep goes over sparsities, and pattern {self.pattern} has but one: leave it out", "sweep"
+            )
+        known = {step: sparsity for step, sparsity in scheduled.items() if sparsity is not None}
+        try:
+            return place_targets(known, self.sweep.sparsity, movable=isinstance(self.sparsity, SparsityRange))
+        except ValueError as error:
+            raise self.error(str(error), "sweep") from None
+
+    def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
+        points = self._points(self.scheduled(clock, self.sparsity, "sparsity"))
+        for step, sparsity in self.events(clock).items():
+            yield step, "sparsity", self.describe(sparsity) + ", sweep point" * (step in points)
+
+    def changes(self, clock: Clock) -> Iterable[int]:
+        return self.events(clock)
+
+    def sweep_plan(self, clock: Clock) -> SweepPlan | None:
+        if self.sweep is None:
+            return None
+        points = self._points(self.scheduled(clock, self.sparsity, "sparsity"))
+        return SweepPlan(points, self.sweep.metric, self.sweep.best, self.sweep.onnx)
+
+    def prepare(self, run: Run) -> None:
+        self._events = self.events(run.clock)
+        super().prepare(run)
+
+    def claims(self, run: Run) -> Iterable[Claim]:
+        for slot in self._slots:
+            yield Claim(f"the mask of {slot.name}", min(self._events), max(self._events))
+        gated = list(self.gate_claims(run, min(self._events)))
+        if gated and self.scope != "global" and not isinstance(self.pattern, NM):
+            raise self.error(f"{gated[0].what} leaves some weights of each tensor: share out by scope: global", "scope")
+        yield from gated
+
+    def detach(self, run: Run) -> None:
+        late = [step for step in self._events if step > self._done]
+        if late:
+            self.finish_late(run, f"pruning at step {late[-1]}")
+            self._prune(run, late[-1])
+
+    def _of_all(self, run: Run, sparsity: float | None) -> float | None:
+        """The share of all that must go so that `sparsity` is that of what gates leave."""
+        if sparsity is None or isinstance(self.pattern, NM):
+            return sparsity
+        units = [self.pattern.to_layout(live).reshape(-1, self.pattern.unit).any(1) for live in self.alive(run)]
+        total, left = sum(each.numel() for each in units), sum(int(each.sum()) for each in units)
+        return sparsity if left == total else (total - left + sparsity * left) / total
+
+    def _act(self, run: Run) -> None:
+        event = self.due(run, self._events)
+        if event is not None:
+            self._prune(run, event)
+
+    def _prune(self, run: Run, event: int) -> None:
+        begin = perf_counter()
+        masks, weights = self.solve(run, self._slots, self._of_all(run, self._events[event]))
+        self.write(run, masks, weights)
+        self._done = event
+        run.tell({f"{self.name}/seconds": perf_counter() - begin})
+
+
+def _all_true(slot: Slot) -> Tensor:
+    return torch.ones(slot.tensor.shape, dtype=torch.bool, device=slot.tensor.device)

@@ -1,0 +1,1 @@
+"""Benchmarks, diagnosis and 2:4 readiness of ONNX files."""

@@ -1,0 +1,63 @@
+"""Latency in a certificate: measured when asked, against files that the user names. Needs no PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ovit_engine.analysis.bench import bench
+from ovit_engine.analysis.bench_report import BenchRow
+from ovit_engine.certificate.html import to_html
+from ovit_engine.certificate.model import Certificate, Latency, certificate_path, page_path
+from ovit_engine.utils.files import staged, write_bytes
+
+
+def add_latency(
+    path: str | Path,
+    baselines: Sequence[str | Path],
+    *,
+    batch_sizes: Sequence[int] = (1, 8),
+    repeats: int = 50,
+    threads: int = 1,
+) -> Certificate:
+    """Measure a certified file paired with each baseline (dense float, dense int8) and write it into the certificate.
+
+    Latencies measured before are replaced. They belong to the certificate's machine and moment: ``verify`` cannot
+    measure them again elsewhere and does not try.
+
+    Raises:
+        FileNotFoundError: a file or the certificate is not there.
+        ValueError: as `bench`, or no baseline.
+    """
+    path = Path(path)
+    if not baselines:
+        raise ValueError("a latency says little alone: name a baseline, the dense float file for one")
+    certificate = Certificate.from_json(certificate_path(path).read_text())
+    rows: list[Latency] = []
+    for baseline in map(Path, baselines):
+        report = bench([path], baseline=baseline, batch_sizes=batch_sizes, repeats=repeats, threads=threads)
+        rows += [_row(row, baseline, threads, repeats) for row in report.rows]
+    certificate = certificate.model_copy(update={"latency": tuple(rows)})
+    targets = (certificate_path(path), page_path(path))
+    with staged(path.parent) as folder:
+        for target, text in zip(targets, (certificate.to_json(), to_html(certificate)), strict=True):
+            write_bytes(folder / target.name, text.encode())
+        for target in targets:
+            (folder / target.name).replace(target)
+    return certificate
+
+
+def _row(row: BenchRow, baseline: Path, threads: int, repeats: int) -> Latency:
+    ratio = row.ratio
+    return Latency(
+        file=row.path.name,
+        batch_size=row.batch_size,
+        threads=threads,
+        rounds=repeats,
+        median=row.median,
+        low=row.quartiles[0],
+        high=row.quartiles[1],
+        throughput=row.throughput,
+        baseline=None if ratio is None else baseline.name,
+        verdict=None if ratio is None else ratio.verdict,
+    )

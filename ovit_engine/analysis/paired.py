@@ -1,0 +1,90 @@
+"""Timing things side by side: rounds in random order, ratios within a round, words that follow the interval.
+
+Whatever else the machine does strikes all of a round alike; the interval comes from a bootstrap over rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+# seconds a run, from so many runs on end
+Timer = Callable[[int], float]
+
+# on a quiet machine one file opened twice differs by up to 2 % (where its memory came to lie); under load by more
+SESSION_NOISE = 0.03
+
+# one timing covers so many seconds at least: a clock read and a wake-up cost microseconds
+_MIN_SECONDS = 0.004
+
+_WARM_UP = 3
+
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """How many times faster than the baseline: median over rounds, 95 % interval."""
+
+    median: float
+    low: float
+    high: float
+    # the baseline differs so much from itself, set up twice and measured in the same rounds
+    noise: float = SESSION_NOISE
+
+    @property
+    def word(self) -> str:
+        """ "faster" or "slower" only if the whole interval is further from 1 than the baseline is from itself."""
+        if self.low > 1 + self.noise:
+            return "faster"
+        return "slower" if self.high < 1 / (1 + self.noise) else "within noise"
+
+    @property
+    def verdict(self) -> str:
+        """The word with the interval."""
+        if self.word == "within noise":
+            itself = f"; the baseline varies by {self.noise:.0%}" if self.noise > SESSION_NOISE else ""
+            return f"within noise ({self.low:.2f}-{self.high:.2f}x{itself})"
+        if self.word == "slower":
+            return f"{1 / self.median:.2f}x slower ({1 / self.high:.2f}-{1 / self.low:.2f}x)"
+        return f"{self.median:.2f}x faster ({self.low:.2f}-{self.high:.2f}x)"
+
+
+def paired_ratio(
+    baseline: np.ndarray, other: np.ndarray, generator: np.random.Generator, *, noise: float = SESSION_NOISE
+) -> Ratio:
+    """Speed of ``other`` relative to ``baseline`` from latencies [rounds] of the same rounds."""
+    ratios = baseline / other
+    draws = generator.integers(0, len(ratios), (_RESAMPLES, len(ratios)))
+    low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
+    return Ratio(median=float(np.median(ratios)), low=float(low), high=float(high), noise=noise)
+
+
+def self_noise(once: np.ndarray, again: np.ndarray, generator: np.random.Generator) -> float:
+    """How far one thing is from itself, set up twice and timed in the same rounds: at least ``SESSION_NOISE``."""
+    itself = paired_ratio(once, again, generator)
+    return max(SESSION_NOISE, itself.high - 1, 1 / itself.low - 1)
+
+
+def measure_rounds(
+    timers: Sequence[Timer],
+    repeats: int,
+    generator: np.random.Generator,
+    tell: Callable[[int, int], None] | None = None,
+    *,
+    min_seconds: float = _MIN_SECONDS,
+) -> np.ndarray:
+    """Seconds a run, [timers, rounds]: each is timed once a round, in random order, after a warm-up."""
+    for timer in timers:
+        timer(_WARM_UP)
+    # timings of equal length: a longer one would be struck by other work more often; the least of five is the quiet one
+    loops = [max(1, round(min_seconds / max(min(timer(3) for _ in range(5)), 1e-7))) for timer in timers]
+    seconds = np.empty((len(timers), repeats))
+    for index in range(repeats):
+        for which in generator.permutation(len(timers)):
+            seconds[which, index] = timers[which](loops[which])
+        if tell is not None:
+            tell(index + 1, repeats)
+    return seconds

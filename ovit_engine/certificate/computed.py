@@ -1,0 +1,51 @@
+"""What stands in a graph and does not act: a file could show honest weights there, and compute with others."""
+
+from __future__ import annotations
+
+import onnx
+
+from ovit_engine.certificate.kernels import walk_nodes
+from ovit_engine.certificate.stored import stored_tensors
+from ovit_engine.certificate.weights import trace
+
+_READERS = ("MatMul", "Gemm", "Conv")
+
+
+def unread(model: onnx.ModelProto) -> list[str]:
+    """Tensors that no node reads, nodes that reach no output, weights that are computed: a line each."""
+    nodes = list(walk_nodes(model.graph))
+    read = {name for node in nodes for name in node.input} | {value.name for value in model.graph.output}
+    found = [f"{tensor.name}: no node reads it" for tensor in model.graph.initializer if tensor.name not in read]
+    needed = {value.name for value in model.graph.output}
+    for node in reversed(model.graph.node):  # in the order of computation, as ONNX demands
+        if needed.isdisjoint(node.output):
+            found.append(f"{node.name or node.output[0]}: this {node.op_type} does not act on any output")
+        else:
+            needed.update(_inputs(node))
+    return found + computed(model)
+
+
+def _inputs(node: onnx.NodeProto) -> set[str]:
+    """What a node reads, in its subgraphs too."""
+    inner = [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]
+    return {*node.input, *(name for graph in inner for each in walk_nodes(graph) for name in each.input)}
+
+
+def computed(model: onnx.ModelProto) -> list[str]:
+    """Products with a weight that other operators make of constants when the file runs: no one measures it."""
+    nodes = list(walk_nodes(model.graph))
+    stored = stored_tensors(model)
+    producers = {output: node for node in nodes for output in node.output}
+    constant = set(stored)
+    for node in nodes:
+        if node.op_type != "Constant" and node.input and constant.issuperset(filter(None, node.input)):
+            constant.update(node.output)
+    return [
+        f"{node.name or node.output[0]}: this {node.op_type} reads {name!r}, a weight computed from constants"
+        for node in nodes
+        if node.op_type in _READERS
+        for name, other in zip(node.input[:2], reversed(node.input[:2]), strict=True)
+        if name in constant
+        and trace(name, producers, stored) is None
+        and other not in constant  # a product of two constants acts as a bias
+    ]

@@ -1,0 +1,1 @@
+"""Recipes, modifiers and the hooks that run them; nothing here knows a concrete modifier."""

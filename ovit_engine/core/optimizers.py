@@ -1,0 +1,53 @@
+"""Optimizers that wrap others, and where their hooks go."""
+
+import gc
+from types import MappingProxyType
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
+
+def layers_of(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizer that moves the weights, then the wrappers around it (Lookahead, Accelerate's) from the inside out.
+
+    A wrapper may write weights after the inner step, and may call it at some steps only: the inner one is the clock,
+    masks hold after the step of each. Those that skip torch's constructor get the hooks that it would have made.
+    """
+    chain = [optimizer]
+    if type(optimizer).__name__ == "ZeroRedundancyOptimizer":  # after the inner step each rank has moved its share only
+        return chain
+    while inner := [v for v in vars(chain[0]).values() if isinstance(v, Optimizer) and all(v is not c for c in chain)]:
+        chain.insert(0, inner[0])
+    for each in chain:
+        if each is not chain[0] or _HOOKS[0] not in vars(each):
+            Optimizer.__setstate__(each, {})  # as after unpickling: hook dictionaries, and a `step` that reads them
+            for hooks in _HOOKS:  # torch patches `step` of the class, so others of that class are asked for theirs too
+                if not hasattr(type(each), hooks):
+                    setattr(type(each), hooks, MappingProxyType({}))
+    return chain
+
+
+def _wrapper(model: nn.Module) -> str | None:
+    if any(type(holder) is dict and holder.get("_orig_mod") is model for holder in gc.get_referrers(model)):
+        return "compiled"  # the user kept the compiled one, and gave us what is inside
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            return "wrapped in DistributedDataParallel"
+        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+            return "compiled"
+        if any(isinstance(parameter, DTensor) for parameter in module.parameters(recurse=False)):
+            return "sharded"
+    return None
+
+
+def _is_of_deepspeed(kind: type) -> bool:
+    """Whether a class, or one that it is made of, is DeepSpeed's, but for its plain optimizers (FusedAdam)."""
+    return any(base.__module__.startswith("deepspeed.runtime") for base in kind.__mro__)
+
+
+def nests(optimizer: Optimizer) -> bool:
+    """Whether `step` may call that of a base class, which then fires the hooks again: torch patches `step` by class."""
+    return any(getattr(vars(base).get("step"), "hooked", False) for base in type(optimizer).__mro__[1:])

@@ -1,0 +1,1 @@
+"""A teacher and the loss terms that compare a student with it."""

@@ -1,0 +1,1 @@
+"""The only layer over torch.distributed."""

@@ -1,0 +1,173 @@
+"""From a trained model to a promise and a file: what `Engine.export` does."""
+
+import copy
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ovit_engine.certificate import Certificate, Promise, PromisedLayer
+from ovit_engine.core.modifier import Modifier
+from ovit_engine.core.recipe import Recipe
+from ovit_engine.distillation.teacher import forget_teacher
+from ovit_engine.distributed.sharding import sharded_modules
+from ovit_engine.export.exporter import export_model
+from ovit_engine.masking.masks import Masks
+from ovit_engine.masking.parameters import clean_name, unwrapped
+from ovit_engine.quant import QuantConv2d, QuantLinear
+from ovit_engine.structured.gates import installed
+from ovit_engine.structured.removal import hold_ranges
+from ovit_engine.structured.shrink_model import harvest, manifest_of, shrink
+from ovit_engine.tokens import hooks_of
+
+if TYPE_CHECKING:
+    from ovit_engine.engine import Engine
+
+
+def deploy(
+    engine: "Engine",
+    path: Path,
+    example_inputs: Tensor | tuple[Tensor, ...],
+    *,
+    model: nn.Module | None,
+    data: Iterable[Any] | None,
+    preprocessing: Mapping[str, Any] | None,
+    dynamic_batch: bool,
+) -> Certificate:
+    """Write `path` and its certificate from copies of the model; the model itself stays as it is, in training form.
+
+    Raises:
+        RuntimeError: training under the recipe is not over, the model is sharded, or not as training left it.
+        ExportError: the file is not what the recipe promised.
+    """
+    if engine.modifiers and not engine.finished:
+        where = f"the recipe is at step {engine.run.step} of {engine.run.total_steps}"
+        if engine.run.step == 0 and not engine.run.optimizers:
+            raise RuntimeError(f"{where}: attach an optimizer and train first")
+        if engine.is_attached:
+            raise RuntimeError(f"{where}: call engine.detach() before export")
+        raise RuntimeError(f"{where}, and training was cut short: the file could not be what the recipe promises")
+    if sharded_modules(engine.model if model is None else model):
+        raise RuntimeError(
+            "the model is sharded: enter `with whole_model(engine.model):` on all ranks, and export inside it on one"
+        )
+    reference = copy.deepcopy(unwrapped(engine.model if model is None else model))
+    if model is not None:
+        engine.apply_to(reference)
+    for modifier in engine.modifiers:
+        modifier.check(reference)
+    if "_original_forward" in vars(reference):  # Accelerate put one on the object that computes in half precision
+        del reference.forward, reference._original_forward
+    return write(
+        reference,
+        path,
+        example_inputs,
+        recipe=engine.recipe,
+        modifiers=engine.modifiers,
+        masks=engine.run.masks,
+        data=data,
+        preprocessing=preprocessing,
+        dynamic_batch=dynamic_batch,
+    )
+
+
+def write(
+    reference: nn.Module,
+    path: Path,
+    example_inputs: Tensor | tuple[Tensor, ...],
+    *,
+    recipe: Recipe,
+    modifiers: Iterable[Modifier],
+    masks: Masks,
+    data: Iterable[Any] | None,
+    preprocessing: Mapping[str, Any] | None,
+    dynamic_batch: bool = True,
+) -> Certificate:
+    """Write `path` and its certificate from a model in training form, which is set to eval mode and stays what it is.
+
+    Raises:
+        ExportError: the file is not what `masks` and the quantized layers promise.
+        RuntimeError: heads or units can't be removed without changing what the model computes.
+    """
+    modifiers = tuple(modifiers)
+    forget_teacher(reference.eval())
+    baked = copy.deepcopy(reference)
+    promise = smaller(baked, masks, dead=any(modifier.removes_dead for modifier in modifiers))
+    manifest = manifest_of(baked)
+    for modifier in modifiers:
+        modifier.bake(baked)
+    return export_model(
+        baked,
+        path,
+        example_inputs,
+        promise=promise,
+        manifest=manifest,
+        recipe_text=recipe.dump(),
+        recipe_name=recipe.name,
+        preprocessing=dict(preprocessing or {}),
+        data=data,
+        reference_model=reference,
+        dynamic_batch=dynamic_batch,
+    )
+
+
+def smaller(model: nn.Module, masks: Masks, *, dead: bool) -> Promise:
+    """Remove from a copy of the model what gates switch off and, if asked, what is `dead`; what is promised of it."""
+    if not dead and not installed(model):
+        return promise_of(model, masks)
+    own = Masks()  # of the copy: those of training stay as they are
+    own.load_state_dict(masks.state_dict(), model)
+    hold_ranges(model)  # the range of a weight belongs to the whole weight, as the trained model rounds it
+    if installed(model):
+        shrink(model, masks=own)
+    gated = {name: _size(own, name) for name in own.names()}
+    if dead:
+        harvest(model, masks=own)
+    return promise_of(model, own, whole={name: _size(masks, name) for name in masks.names()}, gated=gated)
+
+
+def promise_of(
+    model: nn.Module, masks: Masks, *, whole: Mapping[str, int] | None = None, gated: Mapping[str, int] | None = None
+) -> Promise:
+    """What a file of `model` must hold: the zeros and patterns of `masks`, int8 in each layer quantized by now, tokens.
+
+    `whole` are the sizes of masked weights before heads and units were removed, `gated` those once gates had
+    had theirs.
+    """
+    quantized = {
+        clean_name(f"{name}.weight")
+        for name, module in model.named_modules()
+        if isinstance(module, (QuantLinear, QuantConv2d)) and module.weight_quantizer.enabled
+    }
+    layers = []
+    first = _first_names(model)
+    for name in dict.fromkeys([*masks.names(), *sorted(quantized)]):
+        masked = first.get(name, name)
+        mask = masks.get(masked)
+        size = 0 if mask is None else mask.numel()
+        layers.append(
+            PromisedLayer(
+                name=name,
+                zeros=0 if mask is None else int((~mask).sum()),
+                pattern="unstructured" if mask is None else masks.pattern(masked),
+                removed=(whole or {}).get(name, size) - size,
+                dead=(gated or {}).get(name, size) - size,
+                pruned=mask is not None,
+                quantized=name in quantized,
+            )
+        )
+    hooks = hooks_of(model)
+    return Promise(layers=tuple(layers), tokens=None if hooks is None else hooks.token_counts())
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Name of each parameter -> the name that its mask has, where two layers share it."""
+    first = {parameter: clean_name(name) for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {clean_name(name): first[parameter] for name, parameter in every}
+
+
+def _size(masks: Masks, name: str) -> int:
+    mask = masks.get(name)
+    return 0 if mask is None else mask.numel()

@@ -1,0 +1,218 @@
+"""Gradients of a model at fixed weights: one by one, or several from one backward pass where that is proved right."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ovit_engine.gradients.batched import Recorder, Trace, batched_gradients, parted, record, rows_of
+from ovit_engine.masking.parameters import Slot
+from ovit_engine.utils.random import mixed, random_state, seed_everything, set_random_state
+
+LossFunction = Callable[[Any, Any], Tensor]
+
+log = logging.getLogger(__name__)
+
+# Linear layers and convolutions put out at most so many numbers in one backward pass of several gradients, and several
+# are at least so many. From CPU seconds on one core (benchmarks/gradients.py): a ViT on digits was fastest with 3 to 5
+# million numbers a pass; with 10 million, which leave every cache, the gain was half gone. With fewer than 4 gradients,
+# or from 3 million numbers a gradient on (ResNet10 at 64 pixels, DeiT-Tiny at 224), one pass each was as fast.
+ACTIVATIONS = 2**22
+
+LEAST_AT_ONCE = 4
+
+# How far a batched gradient may be from one of its own backward pass, relative to its largest entry.
+TOLERANCE = 1e-5
+
+
+class GradientPass:
+    """Gradients of `slots`; the way to them is chosen for all slots together.
+
+    Args:
+        seed: of what the model and the loss draw at random, with the number of the gradient.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFunction, slots: Sequence[Slot], *, seed: int) -> None:
+        self.model, self.loss_fn, self.slots, self.seed = model, loss_fn, list(slots), seed
+        self._trace: Trace | None = None  # of a batched forward pass that was proved right
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """The model ready for gradients; afterwards it and all random states are as before."""
+        state = random_state()
+        device = self.slots[0].tensor.device.type
+        try:
+            with _frozen(self.model, self.slots), torch.enable_grad(), torch.autocast(device, enabled=False):
+                yield
+        finally:
+            set_random_state(state)
+
+    def gradients_at_once(self, batches: Sequence[Any]) -> int:
+        """How many gradients to take from one backward pass, tried with the first batches of the sequence.
+
+        1 where arithmetic outweighs what batching saves, or where a batched gradient is not that of a pass of its own.
+        """
+        activations = 0
+        reason = self._obstacle()
+        if reason is None:
+            try:
+                activations = self._activations(_copied(batches[0]))
+            except Exception as error:
+                reason = f"the model does not take one image: {error!r}"
+        if reason is None and activations * LEAST_AT_ONCE > ACTIVATIONS:
+            reason = f"{activations} activations a gradient are work enough for one"
+        if reason is None:
+            reason = self._difference(list(enumerate(batches)))
+        if reason is not None:
+            log.debug("one gradient a backward pass: %s", reason)
+            return 1
+        size = ACTIVATIONS // max(activations, 1)
+        log.debug("up to %d gradients a backward pass, of %d activations each", size, activations)
+        return size
+
+    def fill(self, rows: Sequence[Tensor], batches: Sequence[tuple[int, Any]]) -> None:
+        """Write the gradients of the first slots, one for each numbered batch, to `rows` [len(batches), *shape] a slot.
+
+        Raises:
+            TypeError: the loss is no scalar, a batch no pair.
+            ValueError: a slot that the loss does not depend on.
+        """
+        slots = self.slots[: len(rows)]
+        if len(batches) > 1 and self._trace is not None and self._batched(slots, rows, batches) == self._trace:
+            return
+        for place, (number, batch) in enumerate(batches):
+            for row, grad in zip(rows, self._plain(slots, number, batch), strict=True):
+                row[place].copy_(grad)
+
+    @torch.no_grad()
+    def forward(self, number: int, batch: Any) -> None:
+        """Call the model on the inputs of a numbered batch, for hooks that watch it."""
+        inputs, _ = _split(batch, self.slots[0].tensor)
+        seed_everything(mixed(self.seed, 1, number))
+        self.model(inputs)
+
+    def _plain(self, slots: Sequence[Slot], number: int, batch: Any) -> list[Tensor]:
+        """One gradient of each slot by a backward pass of its own."""
+        inputs, targets = _split(batch, slots[0].tensor)
+        seed_everything(mixed(self.seed, 1, number))
+        loss = self._loss(self.model(inputs), targets)
+        grads = torch.autograd.grad(loss, [slot.tensor for slot in slots], allow_unused=True)
+        for slot, grad in zip(slots, grads, strict=True):
+            if grad is None:
+                raise ValueError(f"the calibration loss does not depend on {slot.name!r}: leave it out of the targets")
+        return list(grads)
+
+    def _batched(
+        self, slots: Sequence[Slot], rows: Sequence[Tensor], batches: Sequence[tuple[int, Any]]
+    ) -> Trace | None:
+        """Write gradients to `rows` by one backward pass, and return what the model did; None where that can't be.
+
+        What the model or the backward pass raises is no error yet: it may only refuse so many images at once. What the
+        loss raises is one, since it sees what it would see otherwise.
+        """
+        pairs = [_split(batch, slots[0].tensor) for _, batch in batches]
+        seed_everything(mixed(self.seed, 2, batches[0][0]))
+        try:
+            outputs, recorder = record(self.model, [x for x, _ in pairs], [slot.tensor for slot in slots])
+        except Exception as error:
+            log.debug("no batched forward pass: %r", error)
+            return None
+        losses = []
+        for (number, _), output, (_, targets) in zip(batches, outputs, pairs, strict=True):
+            seed_everything(mixed(self.seed, 1, number))
+            losses.append(self._loss(output, targets))
+        try:
+            seen = batched_gradients(losses, recorder, rows)
+        except Exception as error:
+            log.debug("no batched backward pass: %r", error)
+            return None
+        return recorder.trace if seen else None
+
+    def _loss(self, outputs: Any, targets: Any) -> Tensor:
+        loss = self.loss_fn(outputs, targets)
+        if not isinstance(loss, Tensor) or loss.ndim:
+            shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(f"loss_fn must return the mean loss as a scalar tensor, not {shape}")
+        if not loss.requires_grad:
+            raise ValueError(f"the calibration loss does not depend on {self.slots[0].name!r}: is it detached?")
+        return loss
+
+    def _obstacle(self) -> str | None:
+        """Why batching is not tried, if it is not."""
+        tensors = [slot.tensor for slot in self.slots]
+        if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
+            return "a weight is sharded or of a class of its own"
+        if any(tensor.dtype != torch.float32 for tensor in tensors):
+            return "weights are not float32"
+        if any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in self.model.modules()):
+            return "a part of the model is compiled"  # what it calls is not seen
+        return None
+
+    def _activations(self, batch: Any) -> int:
+        """How many numbers all linear layers and convolutions of the model put out for one gradient, by one image."""
+        inputs, _ = _split(batch, self.slots[0].tensor)
+        rows, recorder = rows_of(inputs), Recorder()
+        with recorder:
+            self.model(parted(inputs, rows, rows)[0])
+        return recorder.activations * rows
+
+    def _difference(self, batches: Sequence[tuple[int, Any]]) -> str | None:
+        """Why batched gradients of these batches are not right, if they are not."""
+        singles = [self._plain(self.slots, number, _copied(batch)) for number, batch in batches]
+        pair = [torch.empty(len(batches), *grad.shape, device=grad.device) for grad in singles[0]]
+        trace = self._batched(self.slots, pair, [(number, _copied(batch)) for number, batch in batches])
+        if trace is None:
+            return "no other way was found"
+        for slot, rows, grads in zip(self.slots, pair, zip(*singles, strict=True), strict=True):
+            for row, grad in zip(rows, grads, strict=True):
+                largest, difference = float(grad.abs().max()), float((row - grad).abs().max())
+                if not 0 < largest < math.inf or not difference <= TOLERANCE * largest:
+                    return f"{slot.name} would be {difference:.2g} off, where its largest entry is {largest:.2g}"
+        self._trace = trace
+        return None
+
+
+def _copied(batch: Any) -> Any:
+    """A batch that a model may write into, where it is needed again."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def _split(batch: Any, like: Tensor) -> tuple[Any, Any]:
+    """Inputs and targets on the weights' device, float inputs in the weights' type."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise TypeError(f"calibration batches must be (inputs, targets), not {type(batch).__name__}")
+    inputs, targets = (part.to(like.device) if isinstance(part, Tensor) else part for part in batch)
+    if isinstance(inputs, Tensor) and inputs.is_floating_point():
+        inputs = inputs.to(like.dtype)
+    return inputs, targets
+
+
+@contextmanager
+def _frozen(model: nn.Module, slots: Sequence[Slot]) -> Iterator[None]:
+    """The model in eval mode with the slots differentiable; everything that could move is put back."""
+    flags = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    frozen = [slot.tensor for slot in slots if not slot.tensor.requires_grad]
+    model.eval()
+    for tensor in frozen:
+        tensor.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for tensor in frozen:
+            tensor.requires_grad_(False)
+        for module, flag in flags:
+            module.training = flag
+        with torch.no_grad():
+            for module, name, buffer, before in buffers:
+                buffer.copy_(before)
+                setattr(module, name, buffer)  # a model may bind a new tensor in forward

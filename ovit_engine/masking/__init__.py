@@ -1,0 +1,1 @@
+"""Which weights a recipe acts on, and which of them are zero."""

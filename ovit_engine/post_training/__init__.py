@@ -1,0 +1,1 @@
+"""Compression without training: quantization, one-shot pruning, tuning of its options."""

@@ -1,0 +1,130 @@
+"""Which pruners a one-shot comparison runs, each with which options."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from ovit_engine.core.modifier import Modifier, Origin
+from ovit_engine.core.recipe import Recipe
+from ovit_engine.core.registry import modifiers
+from ovit_engine.pruning.patterns import NM, parse_pattern
+
+SUFFIX = "_prune"
+
+# What the pruners of a comparison have in common; the rest (block, damp ...) is each one's own.
+SHARED = ("targets", "scope", "pattern", "gradients", "images_per_gradient", "recomputations", "memory_limit")
+
+# When and how much: a one-shot run sets these itself.
+SCHEDULE = ("start", "end", "every", "sparsity", "sweep")
+
+# Pruners that need training first.
+TRAINED = ("movement_prune",)
+
+# Names for --compare beside those of the modifiers: a modifier with options of its own.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "obert_independent": ("obert", {"update": "independent"}),  # WoodFisher and oBERT as published
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruner:
+    """A pruner of a recipe without its schedule."""
+
+    label: str
+    kind: type[Modifier]
+    options: Mapping[str, Any]  # those that were given; the others are the modifier's defaults
+    origins: Mapping[str, Origin]  # where in a recipe they stand
+
+    def at(self, sparsity: float | None, **options: Any) -> Modifier:
+        """The modifier that prunes at once to `sparsity` (None: what an N:M pattern implies).
+
+        Raises:
+            ValueError: options that do not fit, or a sparsity that the pattern contradicts.
+        """
+        amount = {} if sparsity is None else {"sparsity": sparsity}
+        try:
+            modifier = self.kind.model_validate({**self.options, **options, **amount})
+        except ValidationError as error:
+            message = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ValueError(f"{self.label}: {message[:1].lower()}{message[1:]}") from None
+        modifier._origins = dict(self.origins)
+        return modifier
+
+    def all_options(self, sparsity: float | None) -> dict[str, Any]:
+        """Every option but the schedule, defaults included, that has a value."""
+        dumped = self.at(sparsity).model_dump(mode="json", by_alias=True)
+        return {key: value for key, value in dumped.items() if key not in SCHEDULE and value is not None}
+
+    def check_sparsities(self, sparsities: Sequence[float]) -> None:
+        """Raise ValueError where sparsities are missing, or given beside a pattern that implies its own."""
+        pattern = parse_pattern(self.options.get("pattern", "unstructured"))
+        if isinstance(pattern, NM) and sparsities:
+            raise ValueError(f"{self.label}: the pattern {pattern} implies its sparsity: give none beside it")
+        if not isinstance(pattern, NM) and not sparsities:
+            raise ValueError("no sparsity was given: name one or several, such as 0.5,0.75,0.9")
+        for sparsity in sparsities:
+            self.at(sparsity)
+
+
+def choose_pruners(recipe: Recipe, compare: Sequence[str] = ()) -> list[Pruner]:
+    """The recipe's one pruner, or those that `compare` names ("ovit", "obert", "magnitude" ...), in that order.
+
+    One that is in the recipe has the recipe's options; another takes from the recipe's first pruner what all have in
+    common (`SHARED`), and its own defaults.
+
+    Raises:
+        ValueError: no pruner in the recipe, several with nothing to choose between them, or an unknown name.
+    """
+    own = [modifier for modifier in recipe.modifiers if _prunes_weights(type(modifier))]
+    if not own:
+        others = ", ".join(modifier.name for modifier in recipe.modifiers) or "no modifier at all"
+        raise ValueError(f"recipe {recipe.name!r} has no pruner to run one-shot; it has {others}")
+    names = [_known(name) for name in dict.fromkeys(compare)] or [_only(recipe, own)]
+    return [_pruner(recipe, own, name) for name in dict.fromkeys(names)]
+
+
+def pruner_names() -> list[str]:
+    """What can be compared."""
+    kinds = [kind for kind in modifiers().values() if _prunes_weights(kind) and kind.name not in TRAINED]
+    registered = [kind.name.removesuffix(SUFFIX) for kind in kinds]
+    return sorted([*registered, *VARIANTS])
+
+
+def _prunes_weights(kind: type[Modifier]) -> bool:
+    """Whether a modifier is a pruner of single weights, and not of heads and units."""
+    return kind.name.endswith(SUFFIX) and "targets" in kind.model_fields
+
+
+def _known(name: str) -> str:
+    known = pruner_names()
+    short = name.removesuffix(SUFFIX)
+    if short in known:
+        return short
+    near = difflib.get_close_matches(short, known, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+    raise ValueError(f"no pruner {name!r} to compare; {hint}")
+
+
+def _only(recipe: Recipe, own: Sequence[Modifier]) -> str:
+    names = list(dict.fromkeys(modifier.name.removesuffix(SUFFIX) for modifier in own))
+    if len(names) > 1:
+        raise ValueError(
+            f"recipe {recipe.name!r} has {len(names)} pruners: name one to compare, or all ({','.join(names)})"
+        )
+    return names[0]
+
+
+def _pruner(recipe: Recipe, own: Sequence[Modifier], label: str) -> Pruner:
+    short, more = VARIANTS.get(label, (label, {}))
+    kind = modifiers()[short + SUFFIX]
+    same = [modifier for modifier in own if type(modifier) is kind]
+    if len(same) > 1:
+        raise ValueError(f"recipe {recipe.name!r} has {kind.name} {len(same)} times: leave one for a one-shot run")
+    source = same[0] if same else own[0]
+    given = source.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    wanted = set(kind.model_fields) - set(SCHEDULE) if same else set(SHARED) & set(kind.model_fields)
+    options = {key: value for key, value in given.items() if key in wanted}
+    return Pruner(label=label, kind=kind, options={**options, **more}, origins=source._origins)

@@ -1,0 +1,1 @@
+"""Attention heads and MLP units: gates, ranking, selection, and their physical removal."""

@@ -1,0 +1,147 @@
+"""What training says of gates: per-sample gradients of heads and units, recorded by the loop's own backward passes.
+
+The gradient of a gate is that of the gated features times the features before the gate, summed over all that the gate
+switches. So it is known of what is off as well (specs/structured-and-tokens.md §3.3): dL/dg for o' = g o is the sum of
+dL/do' o, whatever g is.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ovit_engine.distributed.comm import process_group
+from ovit_engine.structured.gates import TALLY, GateSite
+
+_ROWS = 4  # of a tally: importance, growth, salience, samples
+
+
+@dataclass(frozen=True)
+class GateScores:
+    """Means over the samples of a window, float32 [count] each.
+
+    With o the features of a head or unit before its gate, o' after it, and sums over its tokens and features:
+
+    - `importance`: |sum dL/do' o|, the size of the gradient of a gate that multiplies it.
+    - `growth`: sum |dL/do'|, by which S2ViTE as published revives heads.
+    - `salience`: sum |dL/do' o|, where terms do not cancel out.
+    """
+
+    importance: Tensor
+    growth: Tensor
+    salience: Tensor
+    samples: int
+
+    @classmethod
+    def of(cls, site: GateSite, sums: Tensor) -> "GateScores":
+        """The means of sums [4, count]; ValueError where no gradient came to the gate."""
+        samples = int(sums[3, 0])
+        if samples == 0:
+            raise ValueError(
+                f"no finite gradient came to the gate of {site.name!r}: is its layer trained, the model in training "
+                "mode, the loss finite?"
+            )
+        importance, growth, salience = sums[:3] / samples
+        return cls(importance, growth, salience, samples)
+
+
+class SumsTally(Protocol):
+    """Adds up what it sees of one site: `sums` grows, and what is gated passes through."""
+
+    sums: Tensor
+
+    def __call__(self, gated: Tensor, features: Tensor) -> Tensor: ...
+
+
+class Tally:
+    """Sums of one site while a window lasts: float32 [4, count], in the rows of `GateScores`.
+
+    It hangs on the gated layer; copies of the model record nothing.
+    """
+
+    def __init__(self, site: GateSite) -> None:
+        self.sums = torch.zeros(_ROWS, site.count, device=site.gate.device)
+
+    def __call__(self, gated: Tensor, features: Tensor) -> Tensor:
+        """`gated` as it is; when its gradient comes, it is counted."""
+        return _Observe.apply(gated, features.detach(), self.sums)  # type: ignore[no-any-return]
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+def start_recording(sites: Iterable[GateSite], tally: Callable[[GateSite], SumsTally] = Tally) -> None:
+    """Record from here on, in training mode only; what was recorded before and not taken is forgotten."""
+    for site in sites:
+        setattr(site.linear, TALLY, tally(site))
+
+
+def stop_recording(sites: Iterable[GateSite]) -> None:
+    """Record no more, and forget what was not taken."""
+    for site in sites:
+        site.linear.__dict__.pop(TALLY, None)
+
+
+def is_recording(site: GateSite) -> bool:
+    """Whether training is recorded."""
+    return site.linear.__dict__.get(TALLY) is not None
+
+
+def take_sums(sites: Sequence[GateSite]) -> dict[str, Tensor]:
+    """What was recorded since the last call, by site name, summed over all processes: each must call it.
+
+    Sums are what to add up and to save; of gradients (float32 [4, count]) `GateScores.of` makes means.
+    """
+    own = [site.linear.__dict__[TALLY].sums for site in sites]
+    together = torch.cat([each.flatten() for each in own])
+    group = process_group()
+    if group is not None:
+        dist.all_reduce(together, group=group)
+    parts = torch.split(together, [each.numel() for each in own])
+    for each in own:
+        each.zero_()
+    return {site.name: part.view_as(each) for site, part, each in zip(sites, parts, own, strict=True)}
+
+
+def check_sums(site: GateSite, sums: Tensor, tally: Callable[[GateSite], SumsTally] = Tally) -> None:
+    """Raise ValueError where saved sums are not of the shape that `take_sums` gives for a site."""
+    shape = list(tally(site).sums.shape)
+    if list(sums.shape) != shape:
+        raise ValueError(f"the recorded scores of {site.name!r} must be of shape {shape}, not {list(sums.shape)}")
+
+
+@torch.library.custom_op("ovit_engine::tally_gate", mutates_args=("sums",))
+def _tally_gate(features: Tensor, gradient: Tensor, sums: Tensor) -> None:
+    """Add the samples of one backward pass to `sums`. An operator of its own, which a compiled backward calls.
+
+    A gradient scaler multiplies all gradients by a power of two, which changes no order. Where that overflowed nothing
+    is added.
+    """
+    shape = (len(features), -1, sums.shape[1], features.shape[-1] // sums.shape[1])
+    gradient = gradient.detach().float().reshape(shape)
+    products = gradient * features.detach().float().reshape(shape)
+    new = torch.stack((products.sum((1, 3)).abs(), gradient.abs().sum((1, 3)), products.abs().sum((1, 3)))).sum(1)
+    new = torch.cat((new, torch.full_like(new[:1], len(features))))
+    sums.add_(torch.where(torch.isfinite(new).all(), new, torch.zeros_like(new)))
+
+
+@_tally_gate.register_fake
+def _tally_gate_in_shape(features: Tensor, gradient: Tensor, sums: Tensor) -> None:
+    return None
+
+
+class _Observe(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gated: Tensor, features: Tensor, sums: Tensor) -> Tensor:
+        ctx.save_for_backward(features)
+        ctx.sums = sums
+        return gated.view_as(gated)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (features,) = ctx.saved_tensors
+        _tally_gate(features, gradient, ctx.sums)
+        return gradient, None, None

@@ -1,0 +1,213 @@
+"""Which heads and units go, and what takes their place: pure tensors and one MLP or attention module at a time."""
+
+import copy
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ovit_engine import quant
+from ovit_engine.masking.masks import Masks
+from ovit_engine.pruning.patterns import parse_pattern
+from ovit_engine.quant import QuantAttention
+from ovit_engine.structured.gates import GateSite, uninstall
+from ovit_engine.structured.groups import Groups, tile_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Removal:
+    """What is done at one site."""
+
+    site: GateSite
+    # bool [count]: those that stay
+    keep: Tensor
+    # bool [count]: those of them that must have no effect any more, since a pattern holds them in their place
+    mute: Tensor
+    # the reader's bias [out] in float64, with what the removed ones always added; None where it stays as it is
+    bias: Tensor | None = None
+
+    @property
+    def rows(self) -> list[int]:
+        """Rows of `qkv` or `fc1` that go."""
+        features = self.keep.repeat_interleave(self.site.width)
+        times = self.site.source.out_features // features.numel()
+        return _where(~features.repeat(times))
+
+    @property
+    def columns(self) -> list[int]:
+        """Columns of `proj` or `fc2` that go."""
+        return _where(~self.keep.repeat_interleave(self.site.width))
+
+    @property
+    def muted_columns(self) -> list[int]:
+        """Columns of `proj` or `fc2` that become zero."""
+        return _where(self.mute.repeat_interleave(self.site.width))
+
+
+def whole_groups(keep: Tensor, groups: Groups) -> Tensor:
+    """`keep` [count] with every group kept whole of which one is kept; at least one group is."""
+    whole = groups.of_gate(keep).clone()
+    if not whole.any():
+        whole[0] = True
+    return groups.spread(whole)
+
+
+def groups_of(site: GateSite, masks: Masks | None) -> Groups:
+    """How many neighbouring heads or units must stay or go together, so that the patterns of `masks` hold."""
+    if masks is None:
+        return Groups(site.count)
+    return Groups.of(site, {name: tile_of(parse_pattern(masks.pattern(name))) for name in masks.names()})
+
+
+def gated(site: GateSite, masks: Masks | None) -> Removal:
+    """What a gate says of a site: what is off goes, or is muted where a pattern holds it in its place."""
+    gate = site.gate.cpu()
+    keep = whole_groups(gate, groups_of(site, masks))
+    return Removal(site=site, keep=keep, mute=keep & ~gate)
+
+
+@torch.no_grad()
+def dead(site: GateSite, copy: GateSite, masks: Masks | None, probe: Tensor) -> Removal:
+    """What has lost its effect by zeros in the weights of a site that has no gate.
+
+    A head or unit whose columns in `proj` or `fc2` are zero does nothing. One whose rows in the value part of `qkv`, or
+    in `fc1`, are zero is the same for every token and image, so that it moves into the bias of `proj` or `fc2`: weights
+    of attention sum to one, whatever query and key are (specs/structured-and-tokens.md §9.1). Where that layer has no
+    bias only what is always zero goes.
+
+    Args:
+        copy: the same site of a float64 copy of its owner, in eval mode.
+        probe: inputs of the owner, [batch, tokens, features].
+    """
+    width, count = site.width, site.count
+    unread = (copy.linear.weight == 0).all(dim=0).view(count, width).all(dim=1)
+    writes = (copy.source.weight == 0).all(dim=1)[-count * width :].view(count, width).all(dim=1)
+    features = _input_of(copy.linear, copy.owner, probe)
+    value = features.flatten(0, -2)
+    constant = value[0]
+    steady = ((value - constant).abs().amax(dim=0) <= 1e-12 * constant.abs()).view(count, width).all(dim=1)
+    silent = (constant == 0).view(count, width).all(dim=1)
+    # rounded attention weights do not quite sum to one; and without a bias there is no place for a constant
+    only_silent = isinstance(copy.owner, QuantAttention) or copy.linear.bias is None
+    foldable = writes & steady & (silent if only_silent else torch.ones_like(silent))
+    keep = whole_groups(~(unread | foldable), groups_of(site, masks))
+    folded = foldable & ~keep
+    bias = None
+    if copy.linear.bias is not None and bool(folded.any()):
+        bias = copy.linear(torch.where(folded.repeat_interleave(width), constant, 0.0))
+    return Removal(site=site, keep=keep, mute=torch.zeros_like(keep), bias=bias)
+
+
+def _input_of(linear: nn.Linear, owner: nn.Module, probe: Tensor) -> Tensor:
+    seen: list[Tensor] = []
+    handle = linear.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        owner(probe)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def _where(flags: Tensor) -> list[int]:
+    return flags.nonzero().flatten().tolist()
+
+
+# of the largest output; float64 rounds at 1e-16, and a wrong row or column shows as 1e-3 and more
+TOLERANCE = 1e-9
+
+_SEED = 20090
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def copied(site: GateSite) -> GateSite:
+    """The same site in a copy of its owner: float64, on the CPU, in eval mode, with ranges that do not move.
+
+    Hooks that are methods stay behind: they belong to objects that watch the training model.
+    """
+    with _without_methods(site.owner):
+        owner = copy.deepcopy(site.owner)
+    owner = owner.to("cpu", torch.float64).eval()
+    hold_ranges(owner)
+    return replace(site, owner=owner, linear=owner.get_submodule(site.name.rpartition(".")[2]))  # type: ignore[arg-type]
+
+
+def hold_ranges(model: nn.Module) -> None:
+    """Stop observers, after live ranges of weights have followed the weights of this moment."""
+    for module in model.modules():
+        if isinstance(module, (quant.QuantLinear, quant.QuantConv2d)):
+            module.weight_quantizer.observe(module.weight)
+    quant.set_observing(model, False)
+
+
+def probe(site: GateSite) -> Tensor:
+    """Inputs of the owner, float64 [2, 7, features], always the same."""
+    generator = torch.Generator().manual_seed(_SEED)
+    shape = 2, 7, site.source.in_features
+    return torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu")
+
+
+@torch.no_grad()
+def prove(before: GateSite, after: GateSite) -> None:
+    """Raise RuntimeError unless two copies of an owner compute the same."""
+    inputs = probe(before)
+    wanted, found = before.owner(inputs), after.owner(inputs)
+    error, size = float((found - wanted).abs().max()), float(wanted.abs().max())
+    if not error <= TOLERANCE * size:
+        raise RuntimeError(
+            f"{before.owner_name}: without its removed {before.kind} it computes something else (largest difference "
+            f"{error:.3g} of {size:.3g} in float64): the model stays as it was"
+        )
+
+
+def check_dependencies(removal: Removal) -> None:
+    """Raise RuntimeError unless torch-pruning, following the computation, finds the rows and columns that we cut.
+
+    `removal` is of a copy, which is spoilt.
+    """
+    import torch_pruning  # type: ignore[import-untyped]
+
+    site = removal.site
+    uninstall(site.owner)
+    quant.set_enabled(site.owner, False)
+    for module in site.owner.modules():
+        for hooks in _HOOKS:
+            getattr(module, hooks).clear()
+    for name in ("q_norm", "k_norm"):  # over the features of one head, the same for each
+        if name in site.owner._modules:
+            setattr(site.owner, name, nn.Identity())
+    site.owner.requires_grad_(True)
+    with torch.enable_grad():
+        graph = torch_pruning.DependencyGraph().build_dependency(site.owner, probe(site)[:1], verbose=False)
+        group = graph.get_pruning_group(site.source, torch_pruning.prune_linear_out_channels, removal.rows)
+    found: dict[Any, tuple[bool, list[int]]] = {}
+    for dependency, indices in group:
+        layer = dependency.target.module
+        if isinstance(layer, nn.Parameter) or any(True for _ in layer.parameters()):
+            found[layer] = (graph.is_out_channel_pruning_fn(dependency.handler), sorted(indices))
+    expected = {site.source: (True, removal.rows), site.linear: (False, removal.columns)}
+    if found != expected:
+        names = {module: name for name, module in site.owner.named_modules()}
+        parts = ", ".join(sorted(str(names.get(layer, "a parameter")) for layer in found))
+        raise RuntimeError(
+            f"{site.owner_name}: torch-pruning finds that its {site.kind} can't be taken out of "
+            f"{site.source_name.rpartition('.')[2]} and {site.name.rpartition('.')[2]} alone (found: {parts})"
+        )
+
+
+@contextmanager
+def _without_methods(owner: nn.Module) -> Iterator[None]:
+    """`owner` without hooks that are bound methods."""
+    before = [(module, name, getattr(module, name)) for module in owner.modules() for name in _HOOKS]
+    try:
+        for module, name, hooks in before:
+            functions = ((key, hook) for key, hook in hooks.items() if not isinstance(hook, types.MethodType))
+            setattr(module, name, type(hooks)(functions))
+        yield
+    finally:
+        for module, name, hooks in before:
+            setattr(module, name, hooks)

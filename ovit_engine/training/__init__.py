@@ -1,0 +1,1 @@
+"""The bundled trainer behind `ovit train`: data, steps, checkpoints, processes."""

@@ -1,0 +1,29 @@
+"""Top-1 accuracy."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ovit_engine.training.processes import ALONE, Processes
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: DataLoader[Any], device: torch.device, *, processes: Processes = ALONE) -> float:
+    """Top-1 accuracy in eval mode; the model's training flags are put back.
+
+    Args:
+        processes: that see a part of the images each, and then give the share of all that are right.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    counts = torch.zeros(2, dtype=torch.long, device=device)  # right, all
+    for images, labels in loader:
+        labels = labels.to(device)
+        counts[0] += (model(images.to(device)).argmax(-1) == labels).sum()
+        counts[1] += (labels >= 0).sum()  # less than zero: an unreadable image, for which another stands in
+    for module, flag in flags:
+        module.training = flag
+    right, count = processes.sum(counts).tolist()
+    return float(right / count)

@@ -1,0 +1,89 @@
+"""timm's learning-rate schedules, for recipes that have none of their own."""
+
+import difflib
+import inspect
+from collections.abc import Sequence
+
+import torch
+from timm.scheduler import create_scheduler_v2  # type: ignore[attr-defined]  # public, though not re-exported by "as"
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+from torch.optim import Optimizer
+
+from ovit_engine.core.modifier import Modifier
+from ovit_engine.core.training_options import Training
+from ovit_engine.engine import Engine
+
+OURS = {"optimizer", "sched", "num_epochs", "step_on_epochs", "updates_per_epoch"}  # arguments that the trainer gives
+
+
+def make_scheduler(engine: Engine, optimizer: Optimizer, training: Training) -> Scheduler | None:
+    """The schedule of `training`, in optimizer steps: `step_update(n)` writes the learning rate of step n (from 0).
+
+    Raises:
+        RecipeError: what `check_scheduler` finds.
+    """
+    check_scheduler(training, rate_writers(engine))
+    return None if training.scheduler is None else _make(training, optimizer, engine.run.steps_per_epoch)
+
+
+def check_scheduler(training: Training, writers: Sequence[Modifier]) -> None:
+    """Check the schedule of `training` before there is an optimizer.
+
+    Args:
+        writers: modifiers of the recipe that write the learning rate.
+
+    Raises:
+        RecipeError: a modifier writes the learning rate too; arguments that timm's create_scheduler_v2 does not take; a
+            schedule of another length.
+    """
+    if training.scheduler is None:
+        return
+    for modifier in writers:
+        raise modifier.error(
+            f"writes the learning rate, as scheduler {training.scheduler!r} of training does: keep one"
+        )
+    _check_arguments(training)
+    _make(training, torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=training.lr), 1)
+
+
+def rate_writers(engine: Engine) -> list[Modifier]:
+    """Modifiers of a prepared engine that write the learning rate."""
+    return [
+        modifier
+        for modifier in engine.modifiers
+        if any(claim.what == "the learning rate" for claim in modifier.claims(engine.run))
+    ]
+
+
+def _make(training: Training, optimizer: Optimizer, steps_per_epoch: int) -> Scheduler:
+    assert training.scheduler is not None
+    try:
+        scheduler, epochs = create_scheduler_v2(
+            optimizer,
+            sched=training.scheduler,
+            num_epochs=training.epochs,
+            step_on_epochs=False,
+            updates_per_epoch=steps_per_epoch,
+            **training.scheduler_args,
+        )
+    except (AssertionError, ArithmeticError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise training.error(f"timm refuses them: {reason}", "scheduler_args") from error
+    if epochs != training.epochs:
+        raise training.error(f"the schedule takes {epochs} epochs, training {training.epochs}", "scheduler_args")
+    made: Scheduler = scheduler
+    return made
+
+
+def _check_arguments(training: Training) -> None:
+    known = sorted(set(inspect.signature(create_scheduler_v2).parameters) - OURS)
+    for name, value in training.scheduler_args.items():
+        option = f"scheduler_args.{name}"
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+            raise training.error(f"no such option; {hint}", option)
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(each, (int, float)) for each in values):
+            raise training.error(f"must be a number, not {value!r}", option)

@@ -1,0 +1,1 @@
+"""Helpers without knowledge of models or recipes: files, console, random states, plots."""

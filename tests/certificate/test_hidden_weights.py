@@ -1,0 +1,190 @@
+"""Weights in places where a file of ours has none: measured there, counted, or refused."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from ovit_engine.certificate import CertificateError, Promise, PromisedLayer
+from ovit_engine.certificate.computed import unread
+from ovit_engine.certificate.fingerprint import fingerprints
+from ovit_engine.certificate.model import LayerFacts, reference_path
+from ovit_engine.certificate.parity import Reference
+from ovit_engine.certificate.stated import left_out
+from ovit_engine.certificate.stored import count_others, hidden
+from ovit_engine.certificate.verify import verify_file
+from ovit_engine.certificate.weights import measure_layers, read_weights, to_array
+from tests.certificate.test_forged_graph import small
+from tests.certificate.test_lying_files import findings, forge
+
+WEIGHT = np.array([[1, 2, 0, 0], [0, 3, 4, 0], [5, 6, 0, 0], [0, 0, 7, 8]], np.float32)  # 2:4 in rows, not in columns
+
+
+def product(*before, weight="w", **arrays):
+    return small(*before, helper.make_node("MatMul", ["x", weight], ["y"], name="m"), **arrays)
+
+
+def branches(of_weight=WEIGHT):
+    def branch(name):
+        body = [helper.make_node("MatMul", ["x", f"w{name}"], [f"z{name}"])]
+        out = [helper.make_tensor_value_info(f"z{name}", 1, None)]
+        return helper.make_graph(body, name, [], out, [numpy_helper.from_array(of_weight, f"w{name}")])
+
+    return small(
+        helper.make_node("If", ["flag"], ["y"], then_branch=branch("a"), else_branch=branch("b")), flag=np.array(True)
+    )
+
+
+def test_a_weight_in_a_branch_is_a_weight():
+    assert {name: int(weight.is_zero.sum()) for name, weight in read_weights(branches()).items()} == {"wa": 8, "wb": 8}
+    assert count_others(branches(), {"wa", "wb"}) == 1  # the flag
+
+
+@pytest.mark.parametrize(("perm", "broken"), [([1, 0], 0), (None, 0), ([0, 1], 1)])
+def test_the_order_of_a_transpose_counts(perm, broken):
+    """Groups are read along the axis that the operator sums over: `perm` [0, 1] exchanges nothing."""
+    options = {} if perm is None else {"perm": perm}
+    model = product(helper.make_node("Transpose", ["w"], ["v"], **options), weight="v", w=WEIGHT)
+    (facts,) = measure_layers(model, Promise(), {})
+    assert facts.broken_2_4 == broken
+    assert unread(model) == []
+
+
+def test_other_exchanges_of_axes_make_a_computed_weight():
+    stack = np.ones((4, 4, 4), np.float32)
+    model = product(helper.make_node("Transpose", ["w"], ["v"]), weight="v", w=stack)  # all three axes turned round
+    assert unread(model) == ["m: this MatMul reads 'v', a weight computed from constants"]
+    plain = product(helper.make_node("Transpose", ["w"], ["v"], perm=[0, 2, 1]), weight="v", w=stack)
+    assert unread(plain) == []
+
+
+def test_values_around_in_a_circle_end():
+    nodes = [helper.make_node("Identity", ["a"], ["b"]), helper.make_node("Identity", ["b"], ["a"])]
+    assert read_weights(product(*nodes, weight="a")) == {}
+
+
+def test_everything_stored_is_counted():
+    constants = [
+        helper.make_node("Constant", [], ["c0"], value=numpy_helper.from_array(np.ones((3, 3), np.float32))),
+        helper.make_node("Constant", [], ["c1"], value_floats=[1.0, 2.0]),
+        helper.make_node("Constant", [], ["c2"], value_int=5),
+        helper.make_node("Constant", [], ["c3"], value_strings=["1.5", "-2"]),
+        helper.make_node("ConstantOfShape", ["c2"], ["c4"], value=numpy_helper.from_array(np.ones(1, np.float32))),
+    ]
+    assert count_others(product(*constants, w=WEIGHT), {"w"}) == 9 + 2 + 1 + len("1.5-2") + 1
+    einsum = small(helper.make_node("Einsum", ["x", "w"], ["y"], equation="bi,ij->bj"), w=WEIGHT)
+    assert count_others(einsum, set(read_weights(einsum))) == WEIGHT.size
+
+
+def outside(model):
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../w.bin")
+
+
+def own_function(model):
+    body = [helper.make_node("Constant", [], ["w"], value=numpy_helper.from_array(WEIGHT))]
+    model.functions.append(helper.make_function("mine", "Linear", ["x"], ["w"], body, [helper.make_opsetid("", 21)]))
+
+
+def sparse(model):
+    values = numpy_helper.from_array(np.ones(2, np.float32), "s")
+    model.graph.sparse_initializer.append(
+        helper.make_sparse_tensor(values, numpy_helper.from_array(np.array([0, 5])), [4, 4])
+    )
+
+
+def sparse_constant(model):
+    values = numpy_helper.from_array(np.ones(2, np.float32))
+    tensor = helper.make_sparse_tensor(values, numpy_helper.from_array(np.array([0, 5])), [4, 4])
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["s"], sparse_value=tensor))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (outside, "w: its values lie outside of the file"),
+        (own_function, "Linear: a function of the file's own"),
+        (sparse, "s: stored as ONNX's sparse tensor"),
+        (sparse_constant, "s: stored as ONNX's sparse tensor"),
+        (lambda model: model.training_info.add(), "training_info: a second graph"),
+        (lambda model: model.graph.input.append(helper.make_tensor_value_info("w", 1, [4, 4])), "w: an input as well"),
+        (lambda model: model.graph.initializer.append(model.graph.initializer[0]), "w: stored twice"),
+        (lambda model: [model.metadata_props.add(key="k", value=v) for v in "ab"], "k: twice in the metadata"),
+    ],
+)
+def test_what_can_not_be_measured(change, words):
+    model = product(w=WEIGHT)
+    assert hidden(model) == []
+    change(model)
+    (line,) = hidden(model)
+    assert line.startswith(words)
+
+
+def test_a_file_with_such_a_thing_fails(vit_copy):
+    model = onnx.load(vit_copy.path)
+    outside(model)
+    vit_copy.path.write_bytes(model.SerializeToString())
+    (line,) = findings(vit_copy.path)
+    assert "its values lie outside of the file" in line
+
+
+def test_a_dense_weight_in_an_einsum_is_seen_in_the_numbers(vit_copy):
+    """A forger who makes all anew, the reference too: what is left to them is a file that shows what it stores."""
+    model = onnx.load(vit_copy.path)
+    honest = verify_file(vit_copy.path)
+    dense = np.random.default_rng(0).normal(size=(64, 2000)).astype(np.float32) * 1e-9
+    (out,) = [value.name for value in model.graph.output]
+    for node in model.graph.node:
+        node.output[:] = ["honest" if name == out else name for name in node.output]
+    head = next(node for node in model.graph.node if "honest" in node.output)
+    model.graph.initializer.extend(
+        [numpy_helper.from_array(dense, "dense"), numpy_helper.from_array(np.array([1]), "axis")]
+    )
+    model.graph.node.append(helper.make_node("Einsum", [head.input[0], "dense"], ["e"], equation="bi,ij->bj"))
+    model.graph.node.append(helper.make_node("ReduceSum", ["e", "axis"], ["r"], keepdims=1))
+    model.graph.node.append(helper.make_node("Add", ["honest", "r"], [out]))
+    onnx.save(model, vit_copy.path)
+    path = reference_path(vit_copy.path)
+    found = Reference.load(path)
+    path.write_bytes(Reference(**{**vars(found), "prints": fingerprints(model)}).to_bytes())
+    forge(vit_copy.path)
+    certificate = verify_file(vit_copy.path)
+    assert certificate.other_numbers == honest.other_numbers + dense.size + 1
+    assert any(f"{certificate.other_numbers:,} numbers are stored besides" in note for note in certificate.notes)
+    assert not any("numbers are stored besides" in note for note in honest.notes)
+
+
+def test_tensors_that_can_not_be_read_are_named():
+    model = product(w=WEIGHT)
+    model.graph.initializer[0].data_type = 77
+    with pytest.raises(CertificateError, match="w: no such type, 77"):
+        to_array(model.graph.initializer[0])
+    dequantize = helper.make_node("DequantizeLinear", ["w", "s", "z"], ["v"], axis=0)
+    levels = WEIGHT.astype(np.int8)
+    scale = np.ones(3, np.float32)
+    with pytest.raises(CertificateError, match=r"w: zero points of shape \[3, 1\] for levels of shape \[4, 4\]"):
+        read_weights(product(dequantize, weight="v", w=levels, s=scale, z=np.zeros(3, np.int8)))
+    with pytest.raises(CertificateError, match="w: its zero point 'z' is no stored tensor"):
+        read_weights(product(dequantize, weight="v", w=levels, s=scale))
+
+
+def test_zero_points_of_blocks():
+    """Levels 1 and 2 stand for zero in the upper and lower two rows."""
+    options = {"axis": 0, "block_size": 2}
+    dequantize = helper.make_node("DequantizeLinear", ["w", "s", "z"], ["v"], **options)
+    points = np.array([[1] * 4, [2] * 4], np.int8)
+    model = product(dequantize, weight="v", w=WEIGHT.astype(np.int8), s=np.ones((2, 4), np.float32), z=points)
+    assert int(read_weights(model)["w"].is_zero.sum()) == 1
+
+
+def test_a_pruned_weight_is_counted_as_one():
+    options = {"op": "Gemm", "shape": (10, 10), "dtype": "FLOAT", "quantized": False, "numel": 100}
+    layers = [LayerFacts(name="a.weight", zeros=3, **options), LayerFacts(name="b.weight", zeros=90, **options)]
+    text = "modifiers: [{svite: {sparsity: 0.4, targets: [a.weight, b.weight]}}]"
+    b = PromisedLayer(name="b.weight", zeros=90, pruned=True)
+    dense = Promise(layers=(PromisedLayer(name="a.weight", pruned=True), b))
+    assert left_out(text, dense, layers) == []
+    (line,) = left_out(text, Promise(layers=(PromisedLayer(name="a.weight"), b)), layers)
+    assert line == "a.weight: the recipe prunes it, the file does not count it among the pruned"

@@ -1,0 +1,107 @@
+"""A file is whole or as it was, whatever stops the writer."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+
+from ovit_engine.utils.files import atomic_write
+
+
+def test_replaces_the_old_file_and_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    atomic_write(path, lambda stream: stream.write(b"old"))
+    atomic_write(path, lambda stream: stream.write(b"new"))
+    assert path.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_writer_that_fails_midway_leaves_the_old_file(tmp_path: Path, error: BaseException) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+
+    def write(stream: BinaryIO) -> None:
+        stream.write(b"half of the n")
+        raise error
+
+    with pytest.raises(type(error)):
+        atomic_write(path, write)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_a_disk_that_is_full_only_when_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        atomic_write(path, lambda stream: stream.write(b"new"))
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        atomic_write(tmp_path / "none" / "a.bin", lambda stream: stream.write(b"new"))
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {folder!r})
+from files import atomic_write
+
+def write(stream):
+    stream.write(b"half of the n")
+    stream.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+atomic_write({path!r}, write)
+"""
+
+
+def test_a_kill_midway_leaves_the_old_file_and_the_next_write_works(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    source = Path(
+        sys.modules["ovit_engine.utils.files"].__file__ or ""
+    ).parent  # without the package: torch takes seconds
+    done = subprocess.run([sys.executable, "-c", KILLED.format(folder=str(source), path=str(path))], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert path.read_bytes() == b"old"
+    atomic_write(path, lambda stream: stream.write(b"new"))
+    assert path.read_bytes() == b"new"
+
+
+def test_what_kills_left_goes_with_a_later_write(tmp_path: Path) -> None:
+    """Only hidden files of this very path, and only old ones: a young one may be another process at work."""
+    path = tmp_path / "a[1].bin"
+    names = [
+        ".a[1].bin.0123abcd.tmp",
+        ".a[1].bin.ffffffff.tmp",
+        ".a1.bin.0123abcd.tmp",
+        ".a[1].bin.tmp",
+        "a[1].bin.tmp",
+    ]
+    for name in names:
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - 7200, time.time() - (60 if "ffff" in name else 7200)))
+    atomic_write(path, lambda stream: stream.write(b"new"))
+    assert sorted(os.listdir(tmp_path)) == sorted(["a[1].bin", *names[1:]])
+
+
+def test_a_folder_is_told_by_its_name(tmp_path):
+    with pytest.raises(IsADirectoryError, match=f"'{tmp_path}' is a folder: name the file"):
+        atomic_write(tmp_path, lambda stream: stream.write(b"x"))
+    with pytest.raises(FileNotFoundError, match=f"no such folder: {tmp_path / 'no'}"):
+        atomic_write(tmp_path / "no" / "file", lambda stream: stream.write(b"x"))
