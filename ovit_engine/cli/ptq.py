@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +92,6 @@ def _from_weights(
     from torch.utils.data import DataLoader
 
     from ovit_engine.core.recipe import Recipe
-    from ovit_engine.integrations import neural_compressor
     from ovit_engine.post_training import ptq as after
     from ovit_engine.post_training.setup import set_up
     from ovit_engine.training.data import config_of, tell_classes
@@ -121,18 +119,18 @@ def _from_weights(
         told = ", ".join(f"{key} {images.preprocessing[key]}" for key in ("mean", "std", "crop"))
         log.warning("%s does not tell its preprocessing: timm's of that model is taken (%s)", checkpoint.name, told)
     batches = after.calibration_batches(images.train, modifier.calibration_images, seed=read.training.seed)
-    write = after.ptq
+    search_data: Any = ()
     if modifier.search is not None:
-        labelled = neural_compressor.search_batches(images.train, modifier.calibration_images, seed=read.training.seed)
-        write = partial(neural_compressor.search_ptq, labelled=labelled)
+        search_data = after.search_batches(images.train, modifier.calibration_images, seed=read.training.seed)
     tell_classes(images, bench.model(bench.example_inputs).shape[-1])
-    return write(
+    return after.ptq(
         bench.model,
         read,
         batches,
         output,
         example_inputs=bench.example_inputs,
         data=DataLoader(images.val, batch_size=64, num_workers=workers),
+        search_data=search_data,
         masks=None if run is None else after.masks_of(run, bench.model),
         preprocessing=images.preprocessing,
     )

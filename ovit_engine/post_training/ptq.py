@@ -3,14 +3,14 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ovit_engine.certificate import Certificate
+from ovit_engine.certificate import Certificate, ExportError
 from ovit_engine.certificate.kernels import open_session, run_outputs
 from ovit_engine.certificate.model import Parity
 from ovit_engine.certificate.parity import Sample, compare, take_sample
@@ -18,25 +18,19 @@ from ovit_engine.core.modifier import Modifier, anew
 from ovit_engine.core.recipe import Recipe
 from ovit_engine.core.registry import modifiers
 from ovit_engine.export.deploy import write
+from ovit_engine.integrations.neural_compressor import passes, search
 from ovit_engine.masking.masks import Masks
+from ovit_engine.modifiers.quantize import Quantize
 from ovit_engine.training.checkpoint import KEYS, LAST
+from ovit_engine.utils.files import staged
 from ovit_engine.utils.torch_files import load_file
 
 DEFAULT = "name: ptq\nmodifiers: [{quantize: {}}]\n"
 
 _BATCH = 32
 
-
-class Quantizes(Protocol):
-    """What the `quantize` modifier does without training."""
-
-    @property
-    def calibration_images(self) -> int: ...
-
-    @property
-    def search(self) -> object | None: ...
-
-    def quantize(self, model: nn.Module, batches: Sequence[tuple[Any, ...]]) -> tuple[str, ...]: ...
+# images that a search measures its trials on, and how many must be left: with 512, one image is 0.2 % of accuracy
+_SEARCH_IMAGES, _LEAST_SEARCH_IMAGES = 512, 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,23 +58,37 @@ class Compared:
         return [*found, *self.notes]
 
 
-def quantize_of(recipe: Recipe) -> Quantizes:
-    """The one `quantize` of a recipe, as a copy.
+def quantize_of(recipe: Recipe) -> Quantize:
+    """Return a copy of the one `quantize` of a recipe.
 
     Raises:
         ValueError: there is none, or there are several.
     """
-    found = [modifier for modifier in recipe.modifiers if modifier.name == "quantize"]
+    found = [modifier for modifier in recipe.modifiers if isinstance(modifier, Quantize)]
     if len(found) != 1:
         raise ValueError(f"recipe {recipe.name!r} has {len(found)} 'quantize' modifiers; ovit ptq takes one")
-    return cast(Quantizes, anew(found[0]))
+    return cast(Quantize, anew(found[0]))
 
 
 def calibration_batches(images: Dataset[Any], count: int, *, seed: int = 0) -> list[tuple[Tensor, ...]]:
-    """`count` images drawn at random from a dataset of (image, class), in batches; all, where there are fewer."""
-    total = len(images)  # type: ignore[arg-type]
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed), device="cpu")[:count]
-    return [(batch,) for batch, *_ in DataLoader(Subset(images, order.tolist()), batch_size=_BATCH)]
+    """Return `count` images drawn at random from a dataset of (image, class), in batches; all if there are fewer."""
+    return [(batch,) for batch, *_ in DataLoader(_drawn(images, 0, count, seed), batch_size=_BATCH)]
+
+
+def search_batches(images: Dataset[Any], skip: int, *, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """Return (images, classes) batches of images that `calibration_batches` leaves when it takes `skip` of them.
+
+    Raises:
+        ValueError: fewer than 32 are left.
+    """
+    drawn = _drawn(images, skip, _SEARCH_IMAGES, seed)
+    if len(drawn) < _LEAST_SEARCH_IMAGES:
+        raise ValueError(
+            f"a search measures accuracy on training images that no range is taken from: {len(drawn)} of "
+            f"{len(images)} are left, {_LEAST_SEARCH_IMAGES} needed: "  # type: ignore[arg-type]
+            f"lower 'ptq.images' ({skip})"
+        )
+    return [(batch, labels) for batch, labels, *_ in DataLoader(drawn, batch_size=_BATCH)]
 
 
 def ptq(
@@ -91,42 +99,56 @@ def ptq(
     *,
     example_inputs: Tensor,
     data: Iterable[Any],
+    search_data: Sequence[tuple[Tensor, Tensor]] = (),
     masks: Masks | None = None,
     preprocessing: Mapping[str, Any] | None = None,
 ) -> Compared:
     """Quantize a trained model in place, without training, and write it as a verified ONNX file.
 
-    Of the recipe only `quantize` is used, and of its options none that is a time.
+    Of the recipe only `quantize` is used, and of its options none that is a time. If it asks for a search, what the
+    search picks is written, and must lose no more accuracy on `data` than the search may.
 
     Args:
         batches: calibration images: positional arguments of the model, one tuple a batch.
         example_inputs: one batch that the model takes.
         data: (inputs, targets) batches that float model and file are compared on; the first 1024 images are.
+        search_data: (images, classes) batches that the trials of a search are measured on; see `search_batches`.
         masks: of a pruned model: what the file must keep of its zeros.
         preprocessing: for the file's metadata.
 
     Raises:
         RecipeError: layers that the model does not have.
-        ExportError: the file is not what was promised; nothing is written.
-        ValueError: no `quantize` in the recipe, or data that do not fit.
+        ExportError: the file is not what was promised, or loses too much; nothing is written.
+        ValueError: no `quantize` in the recipe, data that do not fit, or no configuration that passed the search.
     """
     path, masks = Path(path), masks or Masks()
     quantize = quantize_of(recipe)
-    modifier = cast(Modifier, quantize)
+    limits = quantize.search
+    notes: list[str] = []
+    if limits is not None:
+        found = search(model, quantize, batches, search_data)
+        quantize = quantize.picked(found.picked.exclude, found.picked.observer)
+        notes = found.lines()
     sample = take_sample(data, [tuple(example_inputs.shape)], [example_inputs.numpy().dtype])
     exact = logits(model, sample)
-    notes = quantize.quantize(model, batches)
-    certificate = write(
-        model,
-        path,
-        example_inputs,
-        recipe=replace(recipe, modifiers=(*_held(masks), modifier)),
-        modifiers=[modifier],
-        masks=masks,
-        data=_batches_of(sample),
-        preprocessing=preprocessing,
-    )
-    return compared(path, sample, exact, certificate, notes)
+    notes += quantize.quantize(model, batches)
+    with staged(path.absolute().parent) as folder:
+        certificate = write(
+            model,
+            folder / path.name,
+            example_inputs,
+            recipe=replace(recipe, modifiers=(*_constant_mask(masks), quantize)),
+            modifiers=[quantize],
+            masks=masks,
+            data=_batches_of(sample),
+            preprocessing=preprocessing,
+        )
+        result = compared(folder / path.name, sample, exact, certificate, notes)
+        if limits is not None:
+            _check_loss(result, path.name, limits.tolerable_loss)
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):  # the model appears last
+            file.replace(path.with_name(file.name))
+    return result
 
 
 def compared(
@@ -178,8 +200,26 @@ def masks_of(run: Mapping[str, Any], model: nn.Module) -> Masks:
     return masks
 
 
-def _held(masks: Masks) -> list[Modifier]:
-    """What a recipe says of zeros that were there before: the file's recipe tells where its own come from."""
+def _drawn(images: Dataset[Any], first: int, count: int, seed: int) -> Subset[Any]:
+    """Return `count` images of a random order, from place `first` on."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(images), generator=generator, device="cpu")  # type: ignore[arg-type]
+    return Subset(images, order[first : first + count].tolist())
+
+
+def _check_loss(result: Compared, name: str, tolerable_loss: float) -> None:
+    exact, rounded = result.float_accuracy, result.int8_accuracy
+    if exact is None or rounded is None:
+        raise ValueError("a search within a loss of accuracy needs data with classes")
+    if not passes(rounded, exact, tolerable_loss):
+        raise ExportError(
+            f"{name} loses too much",
+            [f"accuracy {exact:.2%} float, {rounded:.2%} int8: tolerable_loss is {tolerable_loss:g} of it"],
+        )
+
+
+def _constant_mask(masks: Masks) -> list[Modifier]:
+    """Return what keeps these zeros in a recipe: that of the file says where its zeros come from."""
     names = masks.names()
     return [modifiers()["constant_mask"].model_validate({"targets": names})] if names else []
 

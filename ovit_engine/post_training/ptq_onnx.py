@@ -7,8 +7,7 @@ Left to itself that quantizer rounds every operator it knows, and a vision trans
 import json
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from ovit_engine.export.module_names import name_by_module
 from ovit_engine.export.writer import remove_debris
 from ovit_engine.post_training.ptq import Compared, compared
 from ovit_engine.training.data import config_of, model_data_config
+from ovit_engine.utils.console import errors_only
 
 log = logging.getLogger(__name__)
 
@@ -206,7 +206,7 @@ def _quantized(folder: Path, batches: Sequence[np.ndarray], name: str) -> onnx.M
     from onnxruntime.quantization.shape_inference import quant_pre_process  # type: ignore[import-untyped]
 
     source, prepared, result = (folder / f"{stage}.onnx" for stage in ("float", "prepared", "int8"))
-    with _quiet():
+    with errors_only(""):  # it logs advice to the root logger
         quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
         model = onnx.load(prepared)
         for index, node in enumerate(model.graph.node):  # nodes are chosen by name; names may be missing, or come twice
@@ -218,7 +218,7 @@ def _quantized(folder: Path, batches: Sequence[np.ndarray], name: str) -> onnx.M
         quantize_static(
             str(prepared),
             str(result),
-            _Reader(model.graph.input[0].name, batches),
+            _CalibrationReader(model.graph.input[0].name, batches),
             quant_format=QuantFormat.QDQ,
             nodes_to_quantize=names,
             op_types_to_quantize=list(_WEIGHTED),
@@ -231,8 +231,8 @@ def _quantized(folder: Path, batches: Sequence[np.ndarray], name: str) -> onnx.M
     return onnx.load(result)
 
 
-class _Reader:
-    """ONNX Runtime asks for one batch after the other."""
+class _CalibrationReader:
+    """Hands ONNX Runtime one batch after the other."""
 
     def __init__(self, name: str, batches: Sequence[np.ndarray]) -> None:
         self._name, self._batches = name, iter(batches)
@@ -257,15 +257,3 @@ def _name_weights(proto: onnx.ModelProto) -> list[str]:
         for position, name in enumerate(node.input):
             node.input[position] = renamed.get(name, name)
     return sorted(renamed.values())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """ONNX Runtime's quantizer logs advice to the root logger."""
-    logger = logging.getLogger()
-    before = logger.disabled
-    logger.disabled = True
-    try:
-        yield
-    finally:
-        logger.disabled = before

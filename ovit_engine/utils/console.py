@@ -1,11 +1,14 @@
-"""Where tables go: as wide as the terminal, and as wide as they are where a file or a pipe takes them."""
+"""What reaches the terminal: tables as wide as it is, or unwrapped in a file or a pipe; errors alone of chatty logs."""
 
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
@@ -41,3 +44,21 @@ class _Trimmed(io.TextIOBase):
 
     def flush(self) -> None:
         sys.stdout.flush()
+
+
+@contextmanager
+def errors_only(*names: str) -> Iterator[None]:
+    """Let these loggers ("" is the root) pass nothing but errors."""
+    # a filter and not a level: libraries set their level when they are imported
+    logs = [logging.getLogger(name) for name in names]
+    for log in logs:
+        log.addFilter(_is_error)
+    try:
+        yield
+    finally:
+        for log in logs:
+            log.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
