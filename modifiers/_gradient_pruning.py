@@ -15,7 +15,7 @@ from ovit_engine.distributed.comm import process_group, ranks
 from ovit_engine.distributed.sharding import gathered, whole_model
 from ovit_engine.masking.parameters import Slot
 from ovit_engine.modifiers._pruning import PruningModifier
-from ovit_engine.pruning import LARGEST_BLOCK, Pruned, PruneOptions, Source, plan_pruning, prune_streamed
+from ovit_engine.pruning import LARGEST_BLOCK, GradientSource, Pruned, PruneOptions, plan_pruning, prune_streamed
 from ovit_engine.pruning.patterns import NM
 
 log = logging.getLogger(__name__)
@@ -215,7 +215,7 @@ class GradientPruningModifier(PruningModifier):
             log.info("%s: gradients came %d times; %s", what, pruned.passes, spent)
         return pruned
 
-    def _chunks(self, run: Run, slots: Sequence[Slot], draw: int) -> tuple[Source, int]:
+    def _chunks(self, run: Run, slots: Sequence[Slot], draw: int) -> tuple[GradientSource, int]:
         """Gradients of slots by index, those of this rank, and how many there are on all ranks."""
         everyone = ranks()
         rank, count = everyone.rank, everyone.count

@@ -1,7 +1,4 @@
-"""Which units go when each has one cost of its own: the lowest of a scope, as many as are asked for.
-
-Shared by every method that ranks weights once (all but oViT, whose costs change while it removes).
-"""
+"""Choose which units to remove: rank removals across blocks, take the lowest of a scope, and make masks of them."""
 
 from collections.abc import Sequence
 
@@ -13,7 +10,7 @@ from ovit_engine.pruning.problem import Problem, Rule
 
 
 def rank(costs: Tensor, rule: Rule, scale: float = 1.0) -> Tensor:
-    """Ranking [blocks, steps], inf where nothing is to be removed (negative costs, see `eliminate`).
+    """Return the ranking [blocks, steps], inf where nothing is to be removed (negative costs, see `eliminate`).
 
     `scale` of the cumulative rule is the size of the largest block over that of these.
     """
@@ -28,7 +25,7 @@ def rank(costs: Tensor, rule: Rule, scale: float = 1.0) -> Tensor:
 
 
 def take_lowest(rankings: list[Tensor], count: int) -> list[Tensor]:
-    """The `count` lowest entries over all rankings, as booleans of their shapes; ties by list, block and step."""
+    """Return the `count` lowest entries of all rankings, as booleans of their shapes; ties by list, block and step."""
     flat = torch.cat([ranking.flatten() for ranking in rankings])
     if count == 0:
         taken = torch.zeros_like(flat, dtype=torch.bool)
@@ -41,8 +38,8 @@ def take_lowest(rankings: list[Tensor], count: int) -> list[Tensor]:
     return [part.reshape(ranking.shape) for part, ranking in zip(parts, rankings, strict=True)]
 
 
-def lowest_go(problem: Problem, costs: Sequence[Tensor]) -> list[Tensor]:
-    """Masks (True = kept) without the units of lowest cost; ties go by position, tensor after tensor.
+def remove_lowest(problem: Problem, costs: Sequence[Tensor]) -> list[Tensor]:
+    """Return masks (True = kept) without the units of lowest cost; ties go by position, tensor after tensor.
 
     `costs` are [units] in the pattern's layout, one a tensor; those of units pruned before do not matter.
     Raises FloatingPointError, with the tensor's name, for a cost that is NaN.
@@ -62,18 +59,18 @@ def lowest_go(problem: Problem, costs: Sequence[Tensor]) -> list[Tensor]:
     return masks
 
 
-def lowest_scores_go(problem: Problem, scores: Sequence[Tensor]) -> tuple[list[Tensor], list[float]]:
-    """Masks by one score a weight (shaped as the weight), summed over a tile; and the sum of those that went."""
+def remove_lowest_scores(problem: Problem, scores: Sequence[Tensor]) -> tuple[list[Tensor], list[float]]:
+    """Return masks by one score a weight (shaped as the weight), summed over a tile; and the sum of those that went."""
     pattern = problem.options.pattern
     units = [pattern.to_layout(score).reshape(-1, pattern.unit).sum(1) for score in scores]
-    masks = lowest_go(problem, units)
+    masks = remove_lowest(problem, units)
     gone = [before & ~after for before, after in zip(problem.masks, masks, strict=True)]
     errors = [float(score[went].sum(dtype=torch.float64)) for score, went in zip(scores, gone, strict=True)]
     return masks, errors
 
 
-def without(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
-    """Weights that stay where they are, with exact zeros where masks say so."""
+def masked(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+    """Return the weights with exact zeros where masks say so."""
     return [torch.where(mask, weight, 0) for mask, weight in zip(masks, weights, strict=True)]
 
 

@@ -98,6 +98,9 @@ class Blocks:
         segment = self.segments[number]
         return segment.cut(self.problem.options.pattern.to_layout(self.problem.weights[segment.tensor]))
 
+    def finish(self) -> None:
+        """Take gradients that still wait."""
+
     def release(self, number: int) -> None:
         """Free what is held for a segment that is done."""
 
@@ -128,6 +131,6 @@ class Blocks:
             advance((here.stop - here.start) * segment.size)
 
 
-def a_few(indices: Tensor, size: int = 4) -> Iterator[Tensor]:
+def in_small_groups(indices: Tensor, size: int = 4) -> Iterator[Tensor]:
     """Indices of blocks that need float64, a few at a time; nothing for none."""
     return (indices[start : start + size] for start in range(0, len(indices), size))

@@ -6,8 +6,9 @@ R the rows of the factor so far, step k takes
     h = H[p, :] - R[:, p]^T R,   r = h / sqrt(h_p),   c = w_p / sqrt(h_p),   w <- w - c r,   diag(H) <- diag(H) - r^2
 
 and costs c^2 / 2. Nothing but the order and the costs is remembered: the weights after any number of steps follow from
-the *set* of removed weights (`update.py`). Pivots are collected in panels, left-looking; after each panel H is updated
-by one matrix product, on the columns that are left. A tile of weights is a pivot with matrices for numbers.
+the *set* of removed weights (`fisher.joint_change`). Pivots are collected in panels, left-looking; after each panel
+H is updated by one matrix product, on the columns that are left. A tile of weights is a pivot with matrices for
+numbers.
 """
 
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def _start(inverse: Tensor, weights: Tensor, alive: Tensor, floor: Tensor, unit:
     position = (~alive).byte().argsort(dim=1, stable=True)[:, :left]
     barrier = alive.gather(1, position).to(weights.dtype) - 1
     columns = _columns(position, unit)
-    rest = inverse.clone() if bool(alive.all()) else _select(inverse, columns)
+    rest = inverse.clone() if bool(alive.all()) else _take_submatrix(inverse, columns)
     sound = torch.ones(len(weights), 1, dtype=torch.bool, device=weights.device)
     here = weights.gather(1, columns), floor.gather(1, columns)
     return Front(rest, _diagonal(rest, unit), *here, position, sound, barrier)
@@ -111,7 +112,7 @@ def _step(front: Front, rows: Tensor, step: int, unit: int) -> tuple[Tensor, Ten
     before, now = step * unit, (step + 1) * unit
     pivot = (_scores(front, unit) + front.barrier).argmin(1, keepdim=True)
     columns = _columns(pivot, unit)
-    row = _rows(front.inverse, columns)
+    row = _take_rows(front.inverse, columns)
     if step:
         seen = rows[:, :before]
         entries = seen.gather(2, columns.unsqueeze(1).expand(-1, before, -1))
@@ -122,7 +123,7 @@ def _step(front: Front, rows: Tensor, step: int, unit: int) -> tuple[Tensor, Ten
     price = (change * change).sum(1, keepdim=True) / 2
     barrier = front.barrier.gather(1, pivot)
     price = torch.where(barrier == 0, price, torch.where(barrier < 0, PRUNED_BEFORE, BEYOND_QUOTA))
-    _remove(front, pivot, unit)
+    _bar(front, pivot, unit)
     return pivot, price
 
 
@@ -174,7 +175,7 @@ def _downdate(front: Front, row: Tensor, change: Tensor, unit: int) -> None:
     front.diagonal.sub_(tiles.mT @ tiles)
 
 
-def _remove(front: Front, pivot: Tensor, unit: int) -> None:
+def _bar(front: Front, pivot: Tensor, unit: int) -> None:
     """Bar the pivot from being taken again; its diagonal only has to stay harmless."""
     front.barrier.scatter_(1, pivot, torch.inf)
     if unit == 1:
@@ -197,7 +198,7 @@ def _compact(front: Front, rows: Tensor, unit: int) -> Front:
     kept = front.barrier.isposinf().byte().argsort(dim=1, stable=True)[:, :left]
     columns = _columns(kept, unit)
     factor = rows.gather(2, columns.unsqueeze(1).expand(-1, rows.shape[1], -1))
-    rest = _select(front.inverse, columns).baddbmm_(factor.mT, factor, alpha=-1)
+    rest = _take_submatrix(front.inverse, columns).baddbmm_(factor.mT, factor, alpha=-1)
     return Front(
         rest,
         _diagonal(rest, unit),
@@ -216,12 +217,12 @@ def _columns(units: Tensor, unit: int) -> Tensor:
     return (units.unsqueeze(2) * unit + torch.arange(unit, device=units.device)).flatten(1)
 
 
-def _select(inverse: Tensor, columns: Tensor) -> Tensor:
+def _take_submatrix(inverse: Tensor, columns: Tensor) -> Tensor:
     """Rows and columns [c, n] of [c, m, m]."""
-    return _rows(inverse, columns).gather(2, columns.unsqueeze(1).expand(-1, columns.shape[1], -1))
+    return _take_rows(inverse, columns).gather(2, columns.unsqueeze(1).expand(-1, columns.shape[1], -1))
 
 
-def _rows(inverse: Tensor, rows: Tensor) -> Tensor:
+def _take_rows(inverse: Tensor, rows: Tensor) -> Tensor:
     """Rows [c, n] of [c, m, m]: whole lines of memory, which `gather` would take number by number."""
     first = torch.arange(len(inverse), device=inverse.device).unsqueeze(1) * inverse.shape[1]
     lines = inverse.flatten(0, 1).index_select(0, (first + rows).flatten())

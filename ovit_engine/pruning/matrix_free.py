@@ -61,9 +61,6 @@ class MatrixFree(Blocks):
             buffer[self._seen : stop] *= kept
         self._seen = stop
 
-    def finish(self) -> None:
-        """Nothing waits."""
-
     def tiles(self, number: int, here: slice) -> tuple[Tensor, Tensor]:
         """H_GG of every unit G of some blocks [c, units, unit, unit], and the floor of their diagonal [c, B]."""
         damp, unit = self.problem.options.damp, self.problem.options.pattern.unit

@@ -1,4 +1,4 @@
-"""What a pruning event will need, said before it starts and not by the kernel hours later."""
+"""What a pruning step will need, said before it starts and not by the kernel hours later."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Memory:
         return sum(self.held) + self.besides
 
 
-def spell_bytes(size: int) -> str:
+def format_bytes(size: int) -> str:
     """1.50 GiB, 12 MiB."""
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{max(1, round(size / 2**20))} MiB"
 
@@ -66,10 +66,10 @@ def into_groups(
     room = limit - memory.besides
     largest = max(every, key=lambda index: memory.held[index])
     if memory.held[largest] > room:
-        needed = spell_bytes(memory.held[largest] + memory.besides)
+        needed = format_bytes(memory.held[largest] + memory.besides)
         raise MemoryError(
             f"{names[largest]}: second-order pruning needs {needed} for this tensor alone, "
-            f"{limited_by} {spell_bytes(limit)}: {advice}"
+            f"{limited_by} {format_bytes(limit)}: {advice}"
         )
     for bins in range(-(-sum(memory.held) // room), len(every)):
         groups = balance(memory.held, bins)

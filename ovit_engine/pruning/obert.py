@@ -1,4 +1,4 @@
-"""oBERT (arXiv 2203.07259) and M-FAC (arXiv 2107.03356): each unit scored as if it went alone.
+"""oBERT (arXiv 2203.07259) and M-FAC (arXiv 2107.03356): each unit scored as if it were the only one removed.
 
 A unit G (one weight, or the tile of a block pattern) costs 1/2 w_G^T (H_GG)^-1 w_G. The lowest go, all at once.
 Survivors move by the exact group formula ("joint"), or as published by the sum of what each removal alone asks
@@ -6,67 +6,39 @@ Survivors move by the exact group formula ("joint"), or as published by the sum 
 out: H_jj is never below 1 / F_jj.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import ClassVar, Protocol
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ovit_engine.pruning.allocation import lowest_go
+from ovit_engine.pruning.allocation import remove_lowest
 from ovit_engine.pruning.block_inverse import BlockInverse
-from ovit_engine.pruning.blocks import Change, Segment
+from ovit_engine.pruning.blocks import Segment
 from ovit_engine.pruning.eliminate import lower_factors
 from ovit_engine.pruning.matrix_free import MatrixFree
 from ovit_engine.pruning.memory import Memory
-from ovit_engine.pruning.problem import EVERY_UPDATE, Advance, Options, Problem
+from ovit_engine.pruning.problem import Advance, Options, Problem, Solver
 
 
-class Curvature(Protocol):
-    """What is asked of the inverse Fisher H, however it is held; a slice is of the blocks of a segment."""
-
-    segments: list[Segment]
-
-    def __init__(self, problem: Problem, count: int) -> None: ...
-    @staticmethod
-    def memory(shapes: Sequence[torch.Size], options: Options, count: int) -> Memory: ...
-    def observe(self, chunk: Sequence[Tensor]) -> None: ...
-    def finish(self) -> None: ...
-    def chunks(self, number: int) -> Iterator[slice]: ...
-    def weights(self, number: int) -> Tensor: ...
-    def tiles(self, number: int, here: slice) -> tuple[Tensor, Tensor]: ...
-    def multiply(self, number: int, here: slice, vectors: Tensor) -> Tensor: ...
-    def joint_change(self, number: int, here: slice, removed: Tensor) -> Tensor: ...
-    def move(self, masks: Sequence[Tensor], change: Change, advance: Advance) -> list[Tensor]: ...
-
-
-class Obert:
+class Obert(Solver[Tensor]):
     """Score, choose, move; a subclass states how the inverse Fisher is held."""
 
-    needs_gradients: ClassVar[bool] = True
-    updates: ClassVar[tuple[str, ...]] = EVERY_UPDATE
-    advice: ClassVar[str] = "use a smaller block, or leave it out of the targets"
-    stage: ClassVar[str] = "score"
-    held_as: ClassVar[type[Curvature]] = BlockInverse
+    inverse_type: ClassVar[type[BlockInverse | MatrixFree]] = BlockInverse
 
     def __init__(self, problem: Problem, count: int) -> None:
-        self._problem = problem
-        self._fisher = self.held_as(problem, count)
+        super().__init__(problem, count)
+        self._fisher = self.inverse_type(problem, count)
 
     @classmethod
     def memory(cls, shapes: Sequence[torch.Size], options: Options, count: int) -> Memory:
-        """That of the inverse Fisher."""
-        return cls.held_as.memory(shapes, options, count)
-
-    @classmethod
-    def moves(cls, options: Options) -> bool:
-        """Unless told not to."""
-        return options.update != "none"
+        return cls.inverse_type.memory(shapes, options, count)
 
     @classmethod
     def choose(cls, problem: Problem, candidates: Sequence[Tensor]) -> tuple[list[Tensor], list[float]]:
-        """The lowest go; the sum of what they cost."""
+        """Remove the lowest; the sum of what they cost is the error."""
         pattern = problem.options.pattern
-        masks = lowest_go(problem, candidates)
+        masks = remove_lowest(problem, candidates)
         errors = []
         for cost, before, after in zip(candidates, problem.masks, masks, strict=True):
             went = pattern.to_layout(before & ~after).reshape(-1, pattern.unit).any(1)
@@ -74,7 +46,6 @@ class Obert:
         return masks, errors
 
     def observe(self, chunk: Sequence[Tensor]) -> None:
-        """Take gradients [k, *shape]."""
         self._fisher.observe(chunk)
 
     def candidates(self, advance: Advance) -> list[Tensor]:
@@ -87,7 +58,7 @@ class Obert:
         for number, segment in enumerate(self._fisher.segments):
             in_units = Segment(segment.tensor, segment.offset // unit, segment.count, segment.size // unit)
             for here in self._fisher.chunks(number):
-                cost, _ = self._alone(number, here)
+                cost, _ = self._single_removals(number, here)
                 in_units.cut(costs[segment.tensor])[here] = cost.to(dtype)
                 advance((here.stop - here.start) * segment.size)
         return costs
@@ -98,7 +69,7 @@ class Obert:
         is_joint = self._problem.options.update == "joint"
         return self._fisher.move(masks, self._fisher.joint_change if is_joint else self._independent_change, advance)
 
-    def _alone(self, number: int, here: slice) -> tuple[Tensor, Tensor]:
+    def _single_removals(self, number: int, here: slice) -> tuple[Tensor, Tensor]:
         """Cost of each unit [c, units], and (H_GG)^-1 w_G of all of them [c, B]."""
         tiles, floor = self._fisher.tiles(number, here)
         weights = self._fisher.weights(number)[here].to(tiles.dtype)
@@ -113,12 +84,12 @@ class Obert:
 
     def _independent_change(self, number: int, here: slice, removed: Tensor) -> Tensor:
         """Minus the sum over removed units of H E_G (H_GG)^-1 w_G."""
-        _, solution = self._alone(number, here)
+        _, solution = self._single_removals(number, here)
         return -self._fisher.multiply(number, here, solution * removed)
 
 
 class Mfac(Obert):
     """M-FAC: the same without ever forming H; memory is numel * N numbers."""
 
-    advice: ClassVar[str] = "use fewer gradients, or leave it out of the targets"
-    held_as: ClassVar[type[Curvature]] = MatrixFree
+    advice = "use fewer gradients, or leave it out of the targets"
+    inverse_type = MatrixFree

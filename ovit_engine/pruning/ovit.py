@@ -1,31 +1,30 @@
 """oViT (arXiv 2210.09223, also known as CAP): correlation-aware greedy pruning with an exact joint update.
 
-One event: gather the block-diagonal inverse Fisher from gradients (`block_inverse`), order the weights of every block
-by greedy elimination (`eliminate`), decide how many each block loses (`allocate`), move the survivors (`update`).
+One step: gather the block-diagonal inverse Fisher from gradients (`block_inverse`), order the weights of every block
+by greedy elimination (`eliminate`), decide how many each block loses (`allocation`), move the survivors (`fisher`).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ovit_engine.pruning.allocation import rank, take_lowest
 from ovit_engine.pruning.block_inverse import BlockInverse
-from ovit_engine.pruning.blocks import Segment, a_few
+from ovit_engine.pruning.blocks import Segment, in_small_groups
 from ovit_engine.pruning.eliminate import BEYOND_QUOTA, eliminate
 from ovit_engine.pruning.fisher import joint_change, sound_inverse
 from ovit_engine.pruning.memory import Memory
 from ovit_engine.pruning.patterns import NM
-from ovit_engine.pruning.problem import Advance, Options, Problem
+from ovit_engine.pruning.problem import Advance, Options, Problem, Solver
 
 # Blocks made into a mask at once.
 _FEW = 4096
 
 
 @dataclass(frozen=True)
-class Course:
+class RemovalOrder:
     """How the blocks of a segment empty, [blocks, units], in main memory."""
 
     segment: Segment
@@ -37,30 +36,22 @@ class Course:
     is_sound: Tensor
 
 
-class Ovit:
+class Ovit(Solver[list[RemovalOrder]]):
     """Observe all gradients, eliminate, move."""
 
-    needs_gradients: ClassVar[bool] = True
-    updates: ClassVar[tuple[str, ...]] = ("joint", "none")
-    advice: ClassVar[str] = "use a smaller block, or leave it out of the targets"
-    stage: ClassVar[str] = "eliminate"
+    updates = ("joint", "none")
+    stage = "eliminate"
 
     def __init__(self, problem: Problem, count: int) -> None:
-        self._problem = problem
+        super().__init__(problem, count)
         self._fisher = BlockInverse(problem, count)
 
     @classmethod
     def memory(cls, shapes: Sequence[torch.Size], options: Options, count: int) -> Memory:
-        """That of the inverse Fisher."""
         return BlockInverse.memory(shapes, options, count)
 
     @classmethod
-    def moves(cls, options: Options) -> bool:
-        """Unless told not to."""
-        return options.update != "none"
-
-    @classmethod
-    def choose(cls, problem: Problem, candidates: Sequence[list[Course]]) -> tuple[list[Tensor], list[float]]:
+    def choose(cls, problem: Problem, candidates: Sequence[list[RemovalOrder]]) -> tuple[list[Tensor], list[float]]:
         """As many of the first steps of each block as its share allows; the predicted increase of the loss."""
         pattern = problem.options.pattern
         masks, errors = [], []
@@ -79,18 +70,17 @@ class Ovit:
         return masks, errors
 
     def observe(self, chunk: Sequence[Tensor]) -> None:
-        """Take gradients [k, *shape]."""
         self._fisher.observe(chunk)
 
-    def candidates(self, advance: Advance) -> list[list[Course]]:
+    def candidates(self, advance: Advance) -> list[list[RemovalOrder]]:
         """The course of every segment, by tensor."""
         self._fisher.finish()
-        courses: list[list[Course]] = [[] for _ in self._problem.weights]
+        courses: list[list[RemovalOrder]] = [[] for _ in self._problem.weights]
         for number, segment in enumerate(self._fisher.segments):
             courses[segment.tensor].append(self._course(number, segment, advance))
         return courses
 
-    def move(self, masks: Sequence[Tensor], candidates: Sequence[list[Course]], advance: Advance) -> list[Tensor]:
+    def move(self, masks: Sequence[Tensor], candidates: Sequence[list[RemovalOrder]], advance: Advance) -> list[Tensor]:
         """New weights, the survivors at the best place."""
         self._fisher.finish()
         is_sound = [course.is_sound for courses in candidates for course in courses]
@@ -100,23 +90,23 @@ class Ovit:
 
         return self._fisher.move(masks, change, advance)
 
-    def _course(self, number: int, segment: Segment, advance: Advance) -> Course:
+    def _course(self, number: int, segment: Segment, advance: Advance) -> RemovalOrder:
         shape = (segment.count, segment.size // self._problem.options.pattern.unit)
         order = torch.zeros(shape, dtype=torch.int16, device="cpu")
         cost = torch.full(shape, BEYOND_QUOTA, dtype=self._problem.options.dtype, device="cpu")
-        course = Course(segment, order, cost, torch.ones(segment.count, dtype=torch.bool, device="cpu"))
+        course = RemovalOrder(segment, order, cost, torch.ones(segment.count, dtype=torch.bool, device="cpu"))
         inverse = self._fisher.inverse[number]
         for here in self._fisher.chunks(number):
             blocks = torch.arange(here.start, here.stop, device=inverse.device)
             first, price, sound = self._eliminate(number, blocks, inverse[here])
             rows = blocks.cpu().unsqueeze(1), torch.arange(first.shape[1], device="cpu").unsqueeze(0)
             order[rows], cost[rows] = first.to("cpu", torch.int16), price.cpu()
-            for few in a_few(blocks[~sound]):
-                self._eliminate_again(number, few, course)
+            for few in in_small_groups(blocks[~sound]):
+                self._eliminate_in_float64(number, few, course)
             advance(len(blocks) * segment.size)
         return course
 
-    def _eliminate_again(self, number: int, blocks: Tensor, course: Course) -> None:
+    def _eliminate_in_float64(self, number: int, blocks: Tensor, course: RemovalOrder) -> None:
         """Blocks whose condition is beyond float32, in float64 and with H made positive definite."""
         course.is_sound[blocks.cpu()] = False
         inverse = sound_inverse(self._fisher.inverse[number][blocks], self._fisher.lowest(number)[blocks])
@@ -149,13 +139,13 @@ class Ovit:
         inverse, lowest = self._fisher.inverse[number][here], self._fisher.lowest(number)[here]
         change = torch.empty_like(weights)
         change[sound] = joint_change(inverse[sound], weights[sound], removed[sound], lowest[sound])
-        for few in a_few((~sound).nonzero().squeeze(1)):
+        for few in in_small_groups((~sound).nonzero().squeeze(1)):
             exact = sound_inverse(inverse[few], lowest[few])
             change[few] = joint_change(exact, weights[few].double(), removed[few], lowest[few]).to(change)
         return change
 
 
-def _allocate(problem: Problem, candidates: Sequence[list[Course]]) -> list[list[Tensor]]:
+def _allocate(problem: Problem, candidates: Sequence[list[RemovalOrder]]) -> list[list[Tensor]]:
     """Which steps [blocks, units] of each course are taken, by tensor."""
     if isinstance(problem.options.pattern, NM):
         return [[course.cost >= 0 for course in courses] for courses in candidates]

@@ -1,4 +1,4 @@
-"""Which weights may go together: a pattern turns scores and a sparsity into a boolean mask (True = kept).
+"""Which weights are pruned together: a pattern turns scores and a sparsity into a boolean mask (True = kept).
 
 Three patterns, each a frozen value that can be hashed, pickled and written in a recipe:
 
@@ -16,13 +16,11 @@ The hardware axis is the input axis. A matrix [out, in] is taken as it is; a con
 import difflib
 import math
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-
-__all__ = ["NM", "Block", "Pattern", "Unstructured", "from_hardware", "parse_pattern", "to_hardware", "unit_scores"]
 
 Spelling = str | dict[str, list[int]]
 
@@ -30,57 +28,55 @@ Spelling = str | dict[str, list[int]]
 _SPARSITY_TOLERANCE = 1e-3
 
 
-@runtime_checkable
-class Pattern(Protocol):
+class Pattern(ABC):
     """What a pruner has to know about a pattern."""
 
-    @property
-    def unit(self) -> int:
-        """Weights that go as one (consecutive in the layout)."""
+    unit: int  # weights that go as one (consecutive in the layout)
+    group: int  # weights that must not be torn apart (consecutive in the layout)
 
-    @property
-    def group(self) -> int:
-        """Weights that must not be torn apart (consecutive in the layout)."""
-
-    def check(self, shape: torch.Size) -> None:
+    def check(self, shape: torch.Size) -> None:  # noqa: B027 (every shape will do)
         """Raise ValueError, with the shape, if a weight of this shape cannot follow the pattern."""
 
     def resolve(self, sparsity: float | None) -> float:
-        """The sparsity meant, or ValueError if it is out of range or contradicts the pattern."""
+        """Return the sparsity meant, or raise ValueError if it is missing, out of range or contradicts the pattern."""
+        if sparsity is None:
+            raise ValueError(f"pattern {self} needs a sparsity: only keep:group patterns imply one")
+        if not 0 <= sparsity <= 1:
+            raise ValueError(f"sparsity must be between 0 and 1, is {sparsity}")
+        return sparsity
 
+    @abstractmethod
     def to_layout(self, tensor: Tensor, leading: int = 0) -> Tensor:
         """Flatten to [*leading dims, numel] so that units and groups are consecutive."""
 
+    @abstractmethod
     def from_layout(self, flat: Tensor, shape: torch.Size) -> Tensor:
         """Undo `to_layout` for a tensor [numel] of a weight of this shape."""
 
+    @abstractmethod
     def mask(self, scores: Tensor, sparsity: float | None = None) -> Tensor:
-        """True where a weight is kept; a score of -inf (already pruned) is never kept."""
+        """Return True where a weight is kept; a score of -inf (already pruned) is never kept."""
 
+    @abstractmethod
     def describe(self) -> Spelling:
-        """The value to write in a recipe."""
+        """Return the value to write in a recipe."""
+
+    def __str__(self) -> str:
+        return str(self.describe())
 
 
 @dataclass(frozen=True)
-class Unstructured:
-    """Any weight may go."""
+class Unstructured(Pattern):
+    """Any weight may be pruned."""
 
     unit = 1
     group = 1
-
-    def check(self, shape: torch.Size) -> None:
-        """Every shape will do."""
-
-    def resolve(self, sparsity: float | None) -> float:
-        """The sparsity itself; it cannot be left out. Raises ValueError."""
-        return _required(sparsity, self)
 
     def to_layout(self, tensor: Tensor, leading: int = 0) -> Tensor:
         """Row-major order: a view where the tensor is contiguous."""
         return tensor.reshape(*tensor.shape[:leading], tensor.shape[leading:].numel())
 
     def from_layout(self, flat: Tensor, shape: torch.Size) -> Tensor:
-        """Undo `to_layout`."""
         return flat.reshape(shape)
 
     def mask(self, scores: Tensor, sparsity: float | None = None) -> Tensor:
@@ -93,15 +89,11 @@ class Unstructured:
         return kept.reshape(scores.shape) & ~scores.isneginf()
 
     def describe(self) -> str:
-        """`unstructured`."""
         return "unstructured"
-
-    def __str__(self) -> str:
-        return self.describe()
 
 
 @dataclass(frozen=True)
-class NM:
+class NM(Pattern):
     """Keep `keep` of every `group` consecutive weights along the hardware axis, whole at once.
 
     Weights pruned before stay pruned and are counted: a group that already has more zeros than needed keeps fewer.
@@ -119,7 +111,6 @@ class NM:
             )
 
     def check(self, shape: torch.Size) -> None:
-        """Raise ValueError unless the input axis is a multiple of the group."""
         _, inner = _hardware_axes(shape)
         if inner % self.group:
             raise ValueError(
@@ -139,7 +130,6 @@ class NM:
         return to_hardware(tensor, leading).flatten(leading)
 
     def from_layout(self, flat: Tensor, shape: torch.Size) -> Tensor:
-        """Undo `to_layout`."""
         return from_hardware(flat, shape)
 
     def mask(self, scores: Tensor, sparsity: float | None = None) -> Tensor:
@@ -156,15 +146,11 @@ class NM:
         return self.from_layout(kept.flatten(), scores.shape) & ~scores.isneginf()
 
     def describe(self) -> str:
-        """`2:4`, to be written in quotes."""
         return f"{self.keep}:{self.group}"
-
-    def __str__(self) -> str:
-        return self.describe()
 
 
 @dataclass(frozen=True)
-class Block:
+class Block(Pattern):
     """Whole tiles of `rows` output channels x `cols` inputs (hardware axis) go together.
 
     A tile of which only some weights were pruned before counts as present; its pruned weights stay pruned.
@@ -176,29 +162,16 @@ class Block:
     def __post_init__(self) -> None:
         if self.rows < 1 or self.cols < 1:
             raise ValueError(f"block [{self.rows}, {self.cols}]: rows and columns must be 1 or more")
-
-    @property
-    def unit(self) -> int:
-        """rows x cols."""
-        return self.rows * self.cols
-
-    @property
-    def group(self) -> int:
-        """rows x cols."""
-        return self.rows * self.cols
+        for name in ("unit", "group"):
+            object.__setattr__(self, name, self.rows * self.cols)  # frozen
 
     def check(self, shape: torch.Size) -> None:
-        """Raise ValueError unless tiles cover the weight without a rest."""
         outer, inner = _hardware_axes(shape)
         if outer % self.rows or inner % self.cols:
             raise ValueError(
                 f"pattern {self} needs output and input axes that are multiples of {self.rows} and {self.cols}; "
                 f"shape {tuple(shape)} has {outer} and {inner}"
             )
-
-    def resolve(self, sparsity: float | None) -> float:
-        """The sparsity itself; it cannot be left out. Raises ValueError."""
-        return _required(sparsity, self)
 
     def to_layout(self, tensor: Tensor, leading: int = 0) -> Tensor:
         """Tile after tile, each row-major."""
@@ -208,7 +181,6 @@ class Block:
         return tiles.transpose(-3, -2).reshape(*lead, outer * inner)
 
     def from_layout(self, flat: Tensor, shape: torch.Size) -> Tensor:
-        """Undo `to_layout`."""
         outer, _ = _hardware_axes(shape)
         tiles = flat.reshape(outer // self.rows, -1, self.rows, self.cols)
         return from_hardware(tiles.transpose(1, 2).reshape(-1), shape)
@@ -225,7 +197,6 @@ class Block:
         return self.from_layout(kept.repeat_interleave(self.unit), scores.shape) & ~scores.isneginf()
 
     def describe(self) -> dict[str, list[int]]:
-        """`{"block": [rows, cols]}`."""
         return {"block": [self.rows, self.cols]}
 
     def __str__(self) -> str:
@@ -238,7 +209,7 @@ def parse_pattern(value: object) -> Pattern:
     A Pattern is returned as it is, and `str(pattern)` is read back. Raises ValueError with what was written and what
     could have been meant.
     """
-    if isinstance(value, Unstructured | NM | Block):
+    if isinstance(value, Pattern):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         raise ValueError(_unquoted(value))
@@ -250,7 +221,7 @@ def parse_pattern(value: object) -> Pattern:
 
 
 def to_hardware(tensor: Tensor, leading: int = 0) -> Tensor:
-    """Rows as hardware reads them: [*leading dims, out, kh * kw * in] for a convolution, [out, in] for a matrix.
+    """Return rows as hardware reads them: [*leading dims, out, kh * kw * in] for a convolution, [out, in] for a matrix.
 
     A vector is one row. `leading` dimensions (a stack of gradients) are left alone.
     """
@@ -268,7 +239,7 @@ def from_hardware(rows: Tensor, shape: torch.Size) -> Tensor:
 
 
 def unit_scores(pattern: Pattern, scores: Tensor) -> Tensor:
-    """One score a unit [units]: the sum over its weights, of which those pruned before (-inf) count nothing.
+    """Return one score a unit [units]: the sum over its weights, of which those pruned before (-inf) count nothing.
 
     A unit that is pruned wholly stays -inf.
     """
@@ -278,7 +249,7 @@ def unit_scores(pattern: Pattern, scores: Tensor) -> Tensor:
 
 
 def _hardware_axes(shape: torch.Size) -> tuple[int, int]:
-    """Sizes of the output and input axes; a vector has one output."""
+    """Return the sizes of the output and input axes; a vector has one output."""
     return (shape[0], shape[1]) if len(shape) >= 2 else (1, shape.numel())
 
 
@@ -291,14 +262,6 @@ def _keep_best(scores: Tensor, drop: int) -> Tensor:
 def _no_nan(scores: Tensor) -> None:
     if scores.isnan().any():
         raise ValueError("scores hold NaN")
-
-
-def _required(sparsity: float | None, pattern: Pattern) -> float:
-    if sparsity is None:
-        raise ValueError(f"pattern {pattern} needs a sparsity: only keep:group patterns imply one")
-    if not 0 <= sparsity <= 1:
-        raise ValueError(f"sparsity must be between 0 and 1, is {sparsity}")
-    return sparsity
 
 
 def _unquoted(value: int) -> str:

@@ -1,42 +1,18 @@
-"""The tensors of one pruning event, checked: what is there, what was pruned before, how many more have to go."""
+"""One pruning step as data: the options, the checked tensors and what each must lose, a solver, the result."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from numbers import Integral, Real
-from typing import ClassVar, Literal, Protocol, TypeVar, get_args
+from typing import ClassVar, Generic, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 from ovit_engine.pruning.memory import Memory
 from ovit_engine.pruning.patterns import NM, Pattern, Unstructured
-
-
-def share_out(shapes: Sequence[torch.Size], alive: Sequence[int], keep: int) -> list[int]:
-    """How many of its `alive` units each tensor keeps, `keep` in all, which is at most their sum.
-
-    What rounding leaves goes to the largest remainders, ties by place.
-    """
-    sums = [max(1, sum(shape)) for shape in shapes]
-    kept = list(alive)
-    waiting = list(range(len(shapes)))
-    rate = Fraction(0)
-    while waiting:
-        left = keep - sum(kept[index] for index in range(len(shapes)) if index not in waiting)
-        rate = Fraction(left, sum(sums[index] for index in waiting))
-        room = [index for index in waiting if rate * sums[index] < alive[index]]
-        if len(room) == len(waiting):
-            break
-        waiting = room
-    for index in waiting:
-        kept[index] = math.floor(rate * sums[index])
-    by_remainder = sorted(waiting, key=lambda index: kept[index] - rate * sums[index])
-    for index in by_remainder[: keep - sum(kept)]:
-        kept[index] += 1
-    return kept
-
 
 Scope = Literal["global", "layer", "erk"]
 
@@ -72,9 +48,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.sparsity is not None:
-            _number("sparsity", self.sparsity, Real, "a number between 0 and 1")
-        _number("block", self.block, Integral, "a whole number")
-        _number("damp", self.damp, Real, "a number")
+            _check_number("sparsity", self.sparsity, Real, "a number between 0 and 1")
+        _check_number("block", self.block, Integral, "a whole number")
+        _check_number("damp", self.damp, Real, "a number")
         self.pattern.resolve(self.sparsity)
         one_of("scope", self.scope, get_args(Scope))
         one_of("rule", self.rule, get_args(Rule))
@@ -93,7 +69,7 @@ def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, is {value!r}")
 
 
-def _number(name: str, value: object, kind: type, words: str) -> None:
+def _check_number(name: str, value: object, kind: type, words: str) -> None:
     """Raise TypeError for text, tensors, truth values and what else is no number."""
     if isinstance(value, bool) or not isinstance(value, kind):
         raise TypeError(f"{name} must be {words}, is {value!r}")
@@ -166,7 +142,7 @@ class Pruned:
     timings: dict[str, float] = field(default_factory=dict)
 
 
-class Solver(Protocol[Candidate]):
+class Solver(ABC, Generic[Candidate]):
     """A method on the tensors that are held together: it observes gradients, says what removals cost, and moves.
 
     Between the two others decide, who may know more tensors. A candidate is what it says of one tensor; it stays in
@@ -174,36 +150,43 @@ class Solver(Protocol[Candidate]):
     """
 
     # Whether observe() is called at all.
-    needs_gradients: ClassVar[bool]
+    needs_gradients: ClassVar[bool] = True
     # Values of the option `update` that it knows.
-    updates: ClassVar[tuple[str, ...]]
+    updates: ClassVar[tuple[str, ...]] = EVERY_UPDATE
     # What to do where memory is short.
-    advice: ClassVar[str]
+    advice: ClassVar[str] = "use a smaller block, or leave it out of the targets"
     # What finding the candidates is called: "eliminate" or "score".
-    stage: ClassVar[str]
+    stage: ClassVar[str] = "score"
 
-    def __init__(self, problem: Problem, count: int) -> None: ...
+    def __init__(self, problem: Problem, count: int) -> None:
+        self._problem, self._count = problem, count
 
     @classmethod
+    @abstractmethod
     def memory(cls, shapes: Sequence[torch.Size], options: Options, count: int) -> Memory:
-        """What it needs for weights of these shapes and `count` gradients."""
+        """Return what it needs for weights of these shapes and `count` gradients."""
 
     @classmethod
     def moves(cls, options: Options) -> bool:
-        """Whether `move` does more than to set zeros, so that the gradients are needed for it."""
+        """Return whether `move` does more than to set zeros, so that the gradients are needed for it."""
+        return options.update != "none"
 
     @classmethod
+    @abstractmethod
     def choose(cls, problem: Problem, candidates: Sequence[Candidate]) -> tuple[list[Tensor], list[float]]:
-        """Masks and predicted errors, one a tensor."""
+        """Return masks and predicted errors, one a tensor."""
 
     def observe(self, chunk: Sequence[Tensor]) -> None:
         """Take the next gradients [k, *shape], one tensor a weight; they are not kept."""
+        raise AssertionError(f"{type(self).__name__} takes no gradients")
 
+    @abstractmethod
     def candidates(self, advance: Advance) -> list[Candidate]:
-        """Once all gradients came: what removals cost, one entry a tensor."""
+        """Return what removals cost, one entry a tensor, once all gradients came."""
 
     def move(self, masks: Sequence[Tensor], candidates: Sequence[Candidate], advance: Advance) -> list[Tensor]:
-        """New weights under new masks; frees what it held."""
+        """Return new weights under new masks; free what was held."""
+        raise AssertionError(f"{type(self).__name__} moves no survivors")
 
 
 def make_problem(
@@ -225,7 +208,7 @@ def make_problem(
         _check_weight(name, weight)
     kept = [torch.ones_like(weight, dtype=torch.bool) for weight in plain] if masks is None else list(masks)
     for name, weight, mask in zip(names, plain, kept, strict=True):
-        _check(name, weight, mask, options)
+        _check_mask(name, weight, mask, options)
     kept = [mask.to(weight.device) for mask, weight in zip(kept, plain, strict=True)]
     zeroed = [torch.where(mask, weight, 0) for mask, weight in zip(kept, plain, strict=True)]
     return Problem(names, zeroed, kept, options, _quotas(kept, options), [weight.shape for weight in plain])
@@ -247,9 +230,33 @@ def _quotas(masks: Sequence[Tensor], options: Options) -> list[Quota]:
         total, left = sum(units[index] for index in scope), sum(alive[index] for index in scope)
         quotas.append((scope, max(0, round(sparsity * total) - (total - left))))
     if options.scope == "erk":
-        kept = share_out([mask.shape for mask in masks], alive, sum(alive) - quotas[0][1])
+        kept = erk_counts([mask.shape for mask in masks], alive, sum(alive) - quotas[0][1])
         return [([index], alive[index] - kept[index]) for index in every]
     return quotas
+
+
+def erk_counts(shapes: Sequence[torch.Size], alive: Sequence[int], keep: int) -> list[int]:
+    """Return how many of its `alive` units each tensor keeps by the Erdos-Renyi-kernel rule, `keep` in all.
+
+    What rounding leaves goes to the largest remainders, ties by place.
+    """
+    sums = [max(1, sum(shape)) for shape in shapes]
+    kept = list(alive)
+    waiting = list(range(len(shapes)))
+    rate = Fraction(0)
+    while waiting:
+        left = keep - sum(kept[index] for index in range(len(shapes)) if index not in waiting)
+        rate = Fraction(left, sum(sums[index] for index in waiting))
+        room = [index for index in waiting if rate * sums[index] < alive[index]]
+        if len(room) == len(waiting):
+            break
+        waiting = room
+    for index in waiting:
+        kept[index] = math.floor(rate * sums[index])
+    by_remainder = sorted(waiting, key=lambda index: kept[index] - rate * sums[index])
+    for index in by_remainder[: keep - sum(kept)]:
+        kept[index] += 1
+    return kept
 
 
 def check_tensors(what: str, tensors: object) -> None:
@@ -282,7 +289,7 @@ def _check_weight(name: str, weight: Tensor) -> None:
         raise ValueError(f"{name}: non-finite weight")
 
 
-def _check(name: str, weight: Tensor, mask: Tensor, options: Options) -> None:
+def _check_mask(name: str, weight: Tensor, mask: Tensor, options: Options) -> None:
     if mask.dtype != torch.bool or mask.shape != weight.shape:
         raise ValueError(
             f"{name}: a mask must be boolean of shape {tuple(weight.shape)}, is {mask.dtype} of {tuple(mask.shape)}"

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ovit_engine.distributed.comm import Alone, Ranks, fingerprint, same_everywhere
-from ovit_engine.pruning.allocation import lowest_scores_go, without
+from ovit_engine.pruning.allocation import masked, remove_lowest_scores
 from ovit_engine.pruning.memory import GIB
 from ovit_engine.pruning.memory_plan import Plan, make_plan
 from ovit_engine.pruning.obert import Mfac, Obert
@@ -26,7 +26,7 @@ from ovit_engine.pruning.problem import (
     make_problem,
     one_of,
 )
-from ovit_engine.pruning.pruning_step import Event, Progress, Source
+from ovit_engine.pruning.pruning_step import GradientSource, Progress, PruningStep
 from ovit_engine.pruning.scores import GradWeight, Magnitude, Obd
 from ovit_engine.utils.precision import exact_arithmetic
 
@@ -124,7 +124,7 @@ def prune_tensors(
 
 def prune_streamed(
     weights: Sequence[Tensor],
-    chunks: Iterable[Sequence[Tensor]] | Source,
+    chunks: Iterable[Sequence[Tensor]] | GradientSource,
     count: int,
     *,
     names: Sequence[str] | None = None,
@@ -170,7 +170,7 @@ def prune_streamed(
         raise ValueError(f"{method} needs gradients, and there are none")
     plan = make_plan(problem.names, problem.weights, solver_type, problem.options, count, memory_limit, ranks)
     source = chunks if callable(chunks) else _once(chunks, plan, solver_type.advice)
-    return Event(problem, solver_type, source, count, plan, ranks, progress).run()
+    return PruningStep(problem, solver_type, source, count, plan, ranks, progress).run()
 
 
 def prune_by_scores(
@@ -198,8 +198,8 @@ def prune_by_scores(
                 f"are {score.dtype} of {tuple(score.shape)}"
             )
     with exact_arithmetic():
-        kept, errors = lowest_scores_go(problem, scores)
-        return Pruned(kept, without(problem.weights, kept), errors)
+        kept, errors = remove_lowest_scores(problem, scores)
+        return Pruned(kept, masked(problem.weights, kept), errors)
 
 
 def plan_pruning(
@@ -263,7 +263,7 @@ def _pick(gradients: Sequence[Tensor], indices: Sequence[int], weights: int) -> 
     return [gradients[index] for index in indices]
 
 
-def _once(chunks: Iterable[Sequence[Tensor]], plan: Plan, advice: str) -> Source:
+def _once(chunks: Iterable[Sequence[Tensor]], plan: Plan, advice: str) -> GradientSource:
     """A source of chunks that come but once, which will do where all tensors are held together."""
     if len(plan.rounds) > 1:
         raise MemoryError(

@@ -1,4 +1,4 @@
-"""One pruning event, pass by pass over the gradients, as its plan says."""
+"""One pruning step, pass by pass over the gradients, as its plan says."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ovit_engine.distributed.comm import Alone
-from ovit_engine.pruning.allocation import without
+from ovit_engine.pruning.allocation import masked
 from ovit_engine.pruning.memory_plan import Plan
 from ovit_engine.pruning.problem import Problem, Pruned, Solver, check_gradients
 from ovit_engine.utils.precision import exact_arithmetic
@@ -45,17 +45,17 @@ class Stages:
 
 
 # Gradients of the tensors with these indices from the start, in chunks: one tensor [k, *shape] each.
-Source = Callable[[list[int]], Iterable[Sequence[Tensor]]]
+GradientSource = Callable[[list[int]], Iterable[Sequence[Tensor]]]
 
 
-class Event:
+class PruningStep:
     """Observe, choose, move; `run` does it once."""
 
     def __init__(
         self,
         problem: Problem,
         solver_type: type[Solver[Any]],
-        source: Source,
+        source: GradientSource,
         count: int,
         plan: Plan,
         ranks: Alone,
@@ -118,8 +118,8 @@ class Event:
         with self._stages.timed("allocate"):
             masks, errors = self._choose(candidates)
         if not self._moves:
-            return masks, without(problem.weights, masks), errors
-        weights = without(problem.weights, masks)
+            return masks, masked(problem.weights, masks), errors
+        weights = masked(problem.weights, masks)
         last = self._plan.rounds[-1]
         for held in reversed(self._plan.rounds):
             if not any(bool((problem.masks[i] & ~masks[i]).any()) for i in chain.from_iterable(held)):
@@ -189,7 +189,7 @@ class Event:
         self, solver: Solver[Any], part: Problem, masks: Sequence[Tensor], candidates: Sequence[Any]
     ) -> list[Tensor]:
         if not self._moves:
-            return without(part.weights, masks)
+            return masked(part.weights, masks)
         with self._stages.timed("move"):
             return solver.move(masks, candidates, lambda weights: self._stages.advance("move", weights))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ovit_engine import Clock, Engine
-from ovit_engine.pruning.problem import share_out
+from ovit_engine.pruning.problem import erk_counts
 from tests.loops import mlp, plain, recipe
 from tests.pruning.test_rewire import searched
 
@@ -107,7 +107,7 @@ def test_it_starts_with_exact_counts(init: str) -> None:
     masks = masks_of(engine)
     assert len(masks) == 2 * 4 + 2
     sizes = [mask.numel() for mask in masks.values()]
-    kept = share_out([mask.shape for mask in masks.values()], sizes, sum(sizes) - round(0.6 * sum(sizes)))
+    kept = erk_counts([mask.shape for mask in masks.values()], sizes, sum(sizes) - round(0.6 * sum(sizes)))
     assert [int(mask.sum()) for mask in masks.values()] == kept
     for name, mask in masks.items():
         before = dense.get_parameter(name).detach()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovit_engine.pruning import METHODS
-from ovit_engine.pruning.problem import share_out
+from ovit_engine.pruning.problem import erk_counts
 
 SHAPES = [(64, 64), (16, 16, 3, 3), (8, 8)]
 
@@ -20,13 +20,13 @@ def sizes(*shapes: tuple[int, ...]) -> list[torch.Size]:
 
 def test_densities_of_a_written_out_case() -> None:
     """Sums of dimensions 128, 38 and 16; 6464 weights of which 728 stay: 4 for each of the 182, all below the sizes."""
-    assert share_out(sizes(*SHAPES), [4096, 2304, 64], 728) == [512, 152, 64]
+    assert erk_counts(sizes(*SHAPES), [4096, 2304, 64], 728) == [512, 152, 64]
     # twice as many: the last is full, the others share 1392 by 128 : 38, which is 1073.3 : 318.7
-    assert share_out(sizes(*SHAPES), [4096, 2304, 64], 1456) == [1073, 319, 64]
+    assert erk_counts(sizes(*SHAPES), [4096, 2304, 64], 1456) == [1073, 319, 64]
 
 
 def test_what_is_left_of_pruned_tensors_bounds_them() -> None:
-    assert share_out(sizes(*SHAPES), [100, 2304, 64], 728) == [100, 564, 64]
+    assert erk_counts(sizes(*SHAPES), [100, 2304, 64], 728) == [100, 564, 64]
 
 
 @settings(deadline=None, derandomize=True, max_examples=100)
@@ -39,7 +39,7 @@ def test_any_shapes(shapes: list[list[int]], pruned: float, share: float) -> Non
     everything = sizes(*map(tuple, shapes))  # type: ignore[arg-type]
     alive = [round(pruned * shape.numel()) for shape in everything]
     keep = round(share * sum(alive))
-    kept = share_out(everything, alive, keep)
+    kept = erk_counts(everything, alive, keep)
     assert sum(kept) == keep
     assert all(0 <= mine <= most for mine, most in zip(kept, alive, strict=True))
     rates = [mine / max(1, sum(shape)) for mine, shape in zip(kept, everything, strict=True)]
@@ -57,7 +57,7 @@ def test_every_method_keeps_to_it_step_by_step(method: str) -> None:
         new_masks, new = prune64(weights, gradients, sparsity=sparsity, **options)
         assert zeros(new_masks) == round(sparsity * total)
         alive = [int(mask.sum()) for mask in masks] if masks else [144, 48, 16]
-        expected = share_out([w.shape for w in weights], alive, total - round(sparsity * total))
+        expected = erk_counts([w.shape for w in weights], alive, total - round(sparsity * total))
         assert [int(mask.sum()) for mask in new_masks] == expected
         if masks and sum(alive) == sum(expected):
             assert all(one.equal(other) for one, other in zip(new, weights, strict=True))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ovit_engine.pruning import prune_by_scores
 from ovit_engine.pruning.patterns import Pattern, parse_pattern
-from ovit_engine.pruning.problem import share_out
+from ovit_engine.pruning.problem import erk_counts
 from ovit_engine.pruning.rewire import random_scores, rewire
 
 FREE = parse_pattern("unstructured")
@@ -171,7 +171,7 @@ def test_densities_of_the_published_initialisation(name: str, density: float) ->
         model = timm.create_model(name)
     weights = {name: p for name, p in model.named_parameters() if p.ndim in (2, 4) and name.endswith("weight")}
     sizes = [p.numel() for p in weights.values()]
-    kept = share_out([p.shape for p in weights.values()], sizes, round(density * sum(sizes)))
+    kept = erk_counts([p.shape for p in weights.values()], sizes, round(density * sum(sizes)))
     assert sum(kept) == round(density * sum(sizes))
     assert len(weights) == 12 * 4 + 2
     for (weight, size), count in zip(zip(weights, sizes, strict=True), kept, strict=True):
@@ -187,5 +187,5 @@ def test_a_random_start_is_exact() -> None:
     scores = [random_scores(shape, str(index), 0, 0) for index, shape in enumerate(shapes)]
     masks = prune_by_scores(weights, scores, sparsity=0.7, scope="erk").masks
     total = sum(shape.numel() for shape in shapes)
-    kept = share_out(shapes, [shape.numel() for shape in shapes], total - round(0.7 * total))
+    kept = erk_counts(shapes, [shape.numel() for shape in shapes], total - round(0.7 * total))
     assert [int(mask.sum()) for mask in masks] == kept
