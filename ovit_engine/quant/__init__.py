@@ -1,49 +1,93 @@
 """Int8 in training and after it: fake quantizers, quantized layers, their deployed form. Imports torch only."""
 
-from ovit_engine.quant.attention import QuantAttention as QuantAttention
-from ovit_engine.quant.attention import attention_modules as attention_modules
-from ovit_engine.quant.bake import BakedConv2d as BakedConv2d
-from ovit_engine.quant.bake import BakedLinear as BakedLinear
-from ovit_engine.quant.bake import QuantizeDequantize as QuantizeDequantize
-from ovit_engine.quant.bake import bake as bake
-from ovit_engine.quant.batch_norm import freeze_batch_norm as freeze_batch_norm
-from ovit_engine.quant.batch_norm import unfreeze_batch_norm as unfreeze_batch_norm
-from ovit_engine.quant.bias_correction import correct_biases as correct_biases
-from ovit_engine.quant.calibrate import calibrate as calibrate
-from ovit_engine.quant.calibrate import leave_unseen as leave_unseen
-from ovit_engine.quant.fake_quantizer import FakeQuantize as FakeQuantize
-from ovit_engine.quant.functional import INT7_SYMMETRIC as INT7_SYMMETRIC
-from ovit_engine.quant.functional import INT8_ACTIVATION as INT8_ACTIVATION
-from ovit_engine.quant.functional import INT8_SYMMETRIC as INT8_SYMMETRIC
-from ovit_engine.quant.functional import UINT8_AFFINE as UINT8_AFFINE
-from ovit_engine.quant.functional import IntegerGrid as IntegerGrid
-from ovit_engine.quant.functional import choose_qparams as choose_qparams
-from ovit_engine.quant.functional import dequantize as dequantize
-from ovit_engine.quant.functional import fake_quantize as fake_quantize
-from ovit_engine.quant.functional import quantize as quantize
-from ovit_engine.quant.layers import QuantConv2d as QuantConv2d
-from ovit_engine.quant.layers import QuantLinear as QuantLinear
-from ovit_engine.quant.observers import CurrentLeastError as CurrentLeastError
-from ovit_engine.quant.observers import CurrentMinMax as CurrentMinMax
-from ovit_engine.quant.observers import LeastError as LeastError
-from ovit_engine.quant.observers import MinMax as MinMax
-from ovit_engine.quant.observers import MovingAverageMinMax as MovingAverageMinMax
-from ovit_engine.quant.observers import Observer as Observer
-from ovit_engine.quant.observers import Percentile as Percentile
-from ovit_engine.quant.prepare import Prepared as Prepared
-from ovit_engine.quant.prepare import dense_state_dict as dense_state_dict
-from ovit_engine.quant.prepare import prepare_quantization as prepare_quantization
-from ovit_engine.quant.prepare import quantizers as quantizers
-from ovit_engine.quant.prepare import set_enabled as set_enabled
-from ovit_engine.quant.prepare import set_observing as set_observing
-from ovit_engine.quant.prepare import unrounded_outputs as unrounded_outputs
-from ovit_engine.quant.range_search import extremes as extremes
-from ovit_engine.quant.range_search import least_error_range as least_error_range
-from ovit_engine.quant.range_search import percentile_range as percentile_range
-from ovit_engine.quant.ranges import share_ranges as share_ranges
-from ovit_engine.quant.scheme import CPU as CPU
-from ovit_engine.quant.scheme import GPU as GPU
-from ovit_engine.quant.scheme import Scheme as Scheme
-from ovit_engine.quant.sensitivity import layer_sensitivity as layer_sensitivity
-from ovit_engine.quant.smoothing import Smoothed as Smoothed
-from ovit_engine.quant.smoothing import smooth as smooth
+from ovit_engine.quant.attention import QuantAttention, attention_modules
+from ovit_engine.quant.bake import BakedConv2d, BakedLinear, QuantizeDequantize, bake
+from ovit_engine.quant.batch_norm import freeze_batch_norm, unfreeze_batch_norm
+from ovit_engine.quant.bias_correction import correct_biases
+from ovit_engine.quant.calibrate import calibrate, leave_unseen
+from ovit_engine.quant.fake_quantizer import FakeQuantize
+from ovit_engine.quant.functional import (
+    INT7_SYMMETRIC,
+    INT8_ACTIVATION,
+    INT8_SYMMETRIC,
+    UINT8_AFFINE,
+    IntegerGrid,
+    choose_qparams,
+    dequantize,
+    fake_quantize,
+    quantize,
+)
+from ovit_engine.quant.layers import QuantConv2d, QuantLinear
+from ovit_engine.quant.observers import (
+    CurrentLeastError,
+    CurrentMinMax,
+    LeastError,
+    MinMax,
+    MovingAverageMinMax,
+    Observer,
+    Percentile,
+)
+from ovit_engine.quant.prepare import (
+    Prepared,
+    dense_state_dict,
+    prepare_quantization,
+    quantizers,
+    set_enabled,
+    set_observing,
+    unrounded_outputs,
+)
+from ovit_engine.quant.range_search import extremes, least_error_range, percentile_range
+from ovit_engine.quant.ranges import share_ranges
+from ovit_engine.quant.scheme import CPU, GPU, Scheme
+from ovit_engine.quant.sensitivity import layer_sensitivity
+from ovit_engine.quant.smoothing import Smoothed, smooth
+
+__all__ = [
+    "CPU",
+    "GPU",
+    "INT7_SYMMETRIC",
+    "INT8_ACTIVATION",
+    "INT8_SYMMETRIC",
+    "UINT8_AFFINE",
+    "BakedConv2d",
+    "BakedLinear",
+    "CurrentLeastError",
+    "CurrentMinMax",
+    "FakeQuantize",
+    "IntegerGrid",
+    "LeastError",
+    "MinMax",
+    "MovingAverageMinMax",
+    "Observer",
+    "Percentile",
+    "Prepared",
+    "QuantAttention",
+    "QuantConv2d",
+    "QuantLinear",
+    "QuantizeDequantize",
+    "Scheme",
+    "Smoothed",
+    "attention_modules",
+    "bake",
+    "calibrate",
+    "choose_qparams",
+    "correct_biases",
+    "dense_state_dict",
+    "dequantize",
+    "extremes",
+    "fake_quantize",
+    "freeze_batch_norm",
+    "layer_sensitivity",
+    "least_error_range",
+    "leave_unseen",
+    "percentile_range",
+    "prepare_quantization",
+    "quantize",
+    "quantizers",
+    "set_enabled",
+    "set_observing",
+    "share_ranges",
+    "smooth",
+    "unfreeze_batch_norm",
+    "unrounded_outputs",
+]

@@ -1,10 +1,8 @@
 """Attention whose two products, Q·K and A·V, take rounded operands.
 
-The products are no layers: they stand in the forward of each model's attention module, as ``@`` or as torch's fused
+The products are no layers: they stand in the forward of each model's attention module, as `@` or as torch's fused
 kernel. So that forward runs as it is, and whatever multiplies two activations in it is intercepted.
 """
-
-from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Iterable
@@ -27,8 +25,8 @@ class QuantAttention(nn.Module):
     """What a quantized attention module is besides its own class; parameters keep their names."""
 
     @staticmethod
-    def from_float(module: nn.Module, *, scheme: Scheme = CPU) -> QuantAttention:
-        """Turn ``module`` itself into its quantized form (disabled) and return it."""
+    def from_float(module: nn.Module, *, scheme: Scheme = CPU) -> "QuantAttention":
+        """Turn `module` itself into its quantized form (disabled) and return it."""
         device = next((parameter.device for parameter in module.parameters()), None)
         module.__class__ = quantized_class(type(module))
         for name in OPERANDS:
@@ -40,7 +38,7 @@ class QuantAttention(nn.Module):
         return module
 
     def to_float(self) -> None:
-        """Undo ``from_float``."""
+        """Undo `from_float`."""
         for name in OPERANDS:
             delattr(self, name)
         self.__class__ = type(self).__mro__[2]
@@ -58,7 +56,7 @@ class QuantAttention(nn.Module):
 
 
 def quantized_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """``kind`` with rounded products; the same class each time."""
+    """Return `kind` with rounded products; the same class each time."""
     return _quantized_class(cast(Hashable, kind))
 
 
@@ -70,14 +68,14 @@ def _quantized_class(kind: Any) -> type[nn.Module]:
 def attention_modules(model: nn.Module) -> list[str]:
     """Names of the modules that are attention themselves: timm's, and others whose class is called so.
 
-    Told by ``fused_attn``, which timm's have, or the name of the class; modules that only hold another one are not
-    meant, and neither is ``nn.MultiheadAttention``, whose products are inside torch.
+    Told by `fused_attn`, which timm's have, or the name of the class; modules that only hold another one are not
+    meant, and neither is `nn.MultiheadAttention`, whose products are inside torch.
     """
-    found = [name for name, module in model.named_modules() if name and _is_attention(module)]
+    found = [name for name, module in model.named_modules() if name and _is_attention_module(module)]
     return [name for name in found if not any(other.startswith(f"{name}.") for other in found)]
 
 
-def _is_attention(module: nn.Module) -> bool:
+def _is_attention_module(module: nn.Module) -> bool:
     if isinstance(module, nn.MultiheadAttention):
         return False
     return hasattr(module, "fused_attn") or type(module).__name__.endswith(("Attention", "Attn", "Attention2d"))
@@ -128,7 +126,7 @@ class _Rounded(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """``scaled_dot_product_attention`` in its two products."""
+        """`scaled_dot_product_attention` in its two products."""
         if is_causal or enable_gqa:
             raise ValueError(f"{self._owner} is causal or groups its queries, which is not quantized: exclude it")
         factor = query.shape[-1] ** -0.5 if scale is None else scale

@@ -1,7 +1,5 @@
 """From training form to deployed form: int8 weights, explicit quantize/dequantize, batch-norm folded."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -158,7 +156,7 @@ def bake(model: nn.Module) -> nn.Module:
 
 
 def _bake_follower(model: nn.Module, module: nn.Module, conv: BakedConv2d | None) -> None:
-    """Bake what follows a convolution: fold the batch-norm if ``conv`` owns it, make its quantizer explicit."""
+    """Bake what follows a convolution: fold the batch-norm if `conv` owns it, make its quantizer explicit."""
     stages: list[nn.Module] = [module]
     if conv is not None:
         conv.fold(module)
@@ -175,7 +173,7 @@ def _bake_follower(model: nn.Module, module: nn.Module, conv: BakedConv2d | None
 
 
 def _bake_attention(layer: QuantAttention) -> None:
-    """Make the quantizers of the products explicit, or undo ``from_float`` where they were never enabled."""
+    """Make the quantizers of the products explicit, or undo `from_float` where they were never enabled."""
     found = {name: layer.get_submodule(name) for name in OPERANDS}
     if not all(isinstance(child, FakeQuantize) and child.enabled for child in found.values()):
         layer.to_float()
@@ -201,7 +199,7 @@ def _check_ready(model: nn.Module) -> None:
 
 
 def _make_float(layer: QuantLinear | QuantConv2d) -> None:
-    """Undo ``from_float``."""
+    """Undo `from_float`."""
     for child in [child for child, module in layer.named_children() if isinstance(module, FakeQuantize)]:
         delattr(layer, child)
     if isinstance(layer, QuantConv2d):
@@ -213,7 +211,7 @@ def _make_float(layer: QuantLinear | QuantConv2d) -> None:
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` wherever ``old`` is a child: a shared layer has several parents."""
+    """Put `new` wherever `old` is a child: a shared layer has several parents."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is old:

@@ -4,8 +4,6 @@ Nagel et al., 2019, §4.2, https://arxiv.org/abs/1906.04721; here with the shift
 input that it really gets in the quantized model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -15,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ovit_engine.quant.layers import QuantConv2d, QuantLinear
+from ovit_engine.quant.prepare import rounding_layers, run_watched
 
 
 def mean_shift(rounded: Tensor, exact: Tensor, channel_axis: int) -> Tensor:
-    """Mean of ``rounded - exact`` for each channel, float64 [channels]."""
+    """Mean of `rounded - exact` for each channel, float64 [channels]."""
     difference = (rounded.double() - exact.double()).transpose(0, channel_axis).flatten(1)
     return difference.mean(dim=1)
 
@@ -31,27 +30,18 @@ def correct_biases(model: nn.Module, batches: Iterable[tuple[Any, ...]]) -> int:
     Batches weigh by the number of their outputs.
     """
     model.eval()
-    layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, (QuantLinear, QuantConv2d)) and layer.weight_quantizer.enabled
-    }
+    layers = rounding_layers(model)
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    handles = [layer.register_forward_hook(partial(_measure, name, sums, counts)) for name, layer in layers.items()]
-    try:
-        for batch in batches:
-            model(*batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    handles = [layer.register_forward_hook(partial(_add_shift, name, sums, counts)) for name, layer in layers.items()]
+    run_watched(model, batches, handles)
     for name, layer in layers.items():
         if name in sums:
             _take_back(model, layer, sums[name] / counts[name])
     return len(sums)
 
 
-def _measure(
+def _add_shift(
     name: str,
     sums: dict[str, Tensor],
     counts: dict[str, int],

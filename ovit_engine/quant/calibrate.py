@@ -1,7 +1,5 @@
 """Post-training static quantization: ranges from some batches, no training."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +17,7 @@ from ovit_engine.quant.prepare import quantizers, set_enabled
 
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable[tuple[Any, ...]]) -> tuple[str, ...]:
-    """Take every range of a prepared model from ``batches``, then freeze it and start rounding.
+    """Take every range of a prepared model from `batches`, then freeze it and start rounding.
 
     The model is in eval mode and computes in float meanwhile. Averages over batches weigh each batch the same.
 

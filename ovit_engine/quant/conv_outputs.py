@@ -2,11 +2,9 @@
 
 ONNX Runtime runs a convolution in int8 (QLinearConv) only when batch-norm is folded in and a quantizer follows, with
 a ReLU between them at most. Each tensor is best rounded once: if it goes to one quantized layer and nowhere else, that
-layer's input quantizer is the one. The graph comes from ``torch.fx``; models that cannot be traced are paired by
+layer's input quantizer is the one. The graph comes from `torch.fx`; models that cannot be traced are paired by
 order of registration, and every tensor gets its own quantizer.
 """
-
-from __future__ import annotations
 
 import warnings
 from collections import Counter
@@ -37,7 +35,7 @@ class ConvOutput:
 
 
 def find_conv_outputs(model: nn.Module, convs: Collection[str], quantized: Collection[str]) -> dict[str, ConvOutput]:
-    """For each name in ``convs`` what follows it; ``quantized`` names all layers that get an input quantizer."""
+    """For each name in `convs` what follows it; `quantized` names all layers that get an input quantizer."""
     graph = _trace(model, quantized)
     if graph is None:
         return {name: _by_registration(model, name) for name in convs}
@@ -77,7 +75,7 @@ class _Walker:
         return ConvOutput(norm=norm, rounded_at=place)
 
     def _only_user(self, node: fx.Node) -> fx.Node | None:
-        """The one node that takes this output, looking through ``nn.Identity``; None if there are several."""
+        """The one node that takes this output, looking through `nn.Identity`; None if there are several."""
         while len(node.users) == 1:
             (user,) = node.users
             if not (user.op == "call_module" and type(self.model.get_submodule(str(user.target))) is nn.Identity):
@@ -102,7 +100,7 @@ class _Walker:
 def place_after_norm(model: nn.Module, norm: str) -> str:
     """Where the output of a batch-norm can be rounded so that the runtime still fuses the convolution.
 
-    After a fused ReLU; but before any other activation: timm's modules call ``drop`` between the two.
+    After a fused ReLU; but before any other activation: timm's modules call `drop` between the two.
     """
     module = model.get_submodule(norm)
     if not has_activation(module):
@@ -138,7 +136,7 @@ class _Tracer(fx.Tracer):
 
 
 def _trace(model: nn.Module, quantized: Collection[str]) -> fx.Graph | None:
-    """The graph of ``model``, or None where fx cannot follow its Python (it raises whatever the model's code does)."""
+    """The graph of `model`, or None where fx cannot follow its Python (it raises whatever the model's code does)."""
     leaves = [model.get_submodule(name) for name in quantized]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

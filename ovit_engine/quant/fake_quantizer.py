@@ -1,7 +1,5 @@
 """FakeQuantize: one tensor's quantizer in training form, all of its state in buffers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -16,7 +14,7 @@ from ovit_engine.utils.autograd import is_recomputed
 class FakeQuantize(nn.Module):
     """Rounds a tensor to the grid that the deployed integer kernel will use.
 
-    Installed disabled, when it is the identity. ``enabled``, ``observing`` and ``observed`` are tensors: flipping one
+    Installed disabled, when it is the identity. `enabled`, `observing` and `observed` are tensors: flipping one
     makes no compiled graph compile again, and checkpoints and EMA copies carry them. Works in float32 inside autocast.
     It rounds only once it has observed a tensor: an enabled quantizer without a range would destroy the signal.
     """
@@ -38,7 +36,7 @@ class FakeQuantize(nn.Module):
         channels: int | None = None,
         device: torch.device | None = None,
     ) -> None:
-        """``axis`` and ``channels`` go together: one scale for each index along ``axis``; neither: one scale."""
+        """`axis` and `channels` go together: one scale for each index along `axis`; neither: one scale."""
         super().__init__()
         if (axis is None) != (channels is None):
             raise ValueError(f"axis and channels go together, got axis={axis}, channels={channels}")
@@ -52,7 +50,7 @@ class FakeQuantize(nn.Module):
             self.register_buffer(flag, torch.zeros((), dtype=torch.bool, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` rounded to the grid, same shape and dtype."""
+        """`x` rounded to the grid, same shape and dtype."""
         # On the CPU a flag costs nothing to read; on CUDA it would wait for the device, in a compiled graph break it.
         readable = not torch.compiler.is_compiling() and self.enabled.device.type == "cpu"
         # what is recomputed must come out as before: an observer that followed a tensor twice would have moved on
@@ -67,7 +65,7 @@ class FakeQuantize(nn.Module):
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        """Let the range follow ``x`` if ``observing``.
+        """Let the range follow `x` if `observing`.
 
         A tensor with NaN or infinity is not taken: mixed precision overflows now and then, the step is skipped by the
         gradient scaler, and a moving average would never recover.

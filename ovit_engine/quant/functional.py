@@ -1,12 +1,10 @@
-"""Affine int8 arithmetic as pure functions of tensors.
+"""Affine int8 arithmetic as pure functions of tensors, and as the two operators of an exported program.
 
-One formula for training, evaluation and the exported file: ``round_half_even(x / scale) + zero_point``, saturated, as
-ONNX ``QuantizeLinear`` computes it. (``torch.fake_quantize_*`` multiplies by 1/scale and rounds after adding the
+One formula for training, evaluation and the exported file: `round_half_even(x / scale) + zero_point`, saturated, as
+ONNX `QuantizeLinear` computes it. (`torch.fake_quantize_*` multiplies by 1/scale and rounds after adding the
 zero point; it can differ by one level, and then the file differs from the model that was trained.)
 Jacob et al., 2018, https://arxiv.org/abs/1712.05877.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +54,7 @@ def choose_qparams(minimum: Tensor, maximum: Tensor, grid: IntegerGrid) -> tuple
 
 
 def along(values: Tensor, like: Tensor, axis: int | None) -> Tensor:
-    """``values`` (0-d, or 1-d a channel) shaped to broadcast over ``like`` along ``axis``."""
+    """`values` (0-d, or 1-d a channel) shaped to broadcast over `like` along `axis`."""
     if axis is None or values.dim() == 0:
         return values
     shape = [1] * like.dim()
@@ -65,13 +63,13 @@ def along(values: Tensor, like: Tensor, axis: int | None) -> Tensor:
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid, axis: int | None = None) -> Tensor:
-    """The integer levels of ``x``, same shape, dtype ``grid.dtype``."""
+    """The integer levels of `x`, same shape, dtype `grid.dtype`."""
     levels = torch.round(x.float() / along(scale, x, axis)) + along(zero_point, x, axis)
     return levels.clamp(grid.low, grid.high).to(grid.dtype)
 
 
 def dequantize(levels: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None = None) -> Tensor:
-    """The float32 values that the integer ``levels`` stand for."""
+    """The float32 values that the integer `levels` stand for."""
     return (levels.float() - along(zero_point, levels, axis)) * along(scale, levels, axis)
 
 
@@ -108,9 +106,9 @@ def fake_quantize(
     axis: int | None = None,
     active: Tensor | None = None,
 ) -> Tensor:
-    """``dequantize(quantize(x))`` with a straight-through gradient; float32 in and out.
+    """`dequantize(quantize(x))` with a straight-through gradient; float32 in and out.
 
-    Where ``active`` (0-d bool tensor) is false ``x`` passes unchanged: a tensor and not a Python bool, so that a
+    Where `active` (0-d bool tensor) is false `x` passes unchanged: a tensor and not a Python bool, so that a
     compiled graph does not compile again when quantization starts.
     """
     if active is None:
@@ -123,10 +121,11 @@ def fake_quantize(
 
 @torch.library.custom_op("ovit_engine::quantize_linear", mutates_args=())
 def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Levels of ``x`` in the dtype of ``zero_point`` (int8 or uint8); one scale for the whole tensor."""
+    """Levels of `x` in the dtype of `zero_point` (int8 or uint8); one scale for the whole tensor."""
     limits = torch.iinfo(zero_point.dtype)
-    levels = torch.round(x / scale) + zero_point.float()
-    return levels.clamp(limits.min, limits.max).to(zero_point.dtype)
+    return quantize(
+        x, scale, zero_point, IntegerGrid(low=limits.min, high=limits.max, symmetric=False, dtype=zero_point.dtype)
+    )
 
 
 @quantize_linear.register_fake
@@ -136,8 +135,8 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 @torch.library.custom_op("ovit_engine::dequantize_linear", mutates_args=())
 def dequantize_linear(levels: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
-    """float32 values of ``levels``; a 1-d ``scale`` runs along ``axis``, a 0-d one covers the tensor."""
-    return (levels.float() - along(zero_point, levels, axis).float()) * along(scale, levels, axis)
+    """float32 values of `levels`; a 1-d `scale` runs along `axis`, a 0-d one covers the tensor."""
+    return dequantize(levels, scale, zero_point, axis)
 
 
 @dequantize_linear.register_fake

@@ -1,10 +1,8 @@
 """Linear and Conv2d in training form: the same layer, its operands rounded.
 
-Conversion changes the class of the layer object itself, as ``torch.nn.utils.parametrize`` does. Parameters, their
+Conversion changes the class of the layer object itself, as `torch.nn.utils.parametrize` does. Parameters, their
 names, hooks, optimizer groups, masks and every reference to the layer stay valid; only children are added.
 """
-
-from __future__ import annotations
 
 from typing import Self
 
@@ -16,17 +14,17 @@ from ovit_engine.quant.scheme import CPU, Scheme
 
 
 class QuantLinear(nn.Linear):
-    """``nn.Linear`` with quantized input and weight; the output is float, as MatMulIntegerToFloat gives it."""
+    """`nn.Linear` with quantized input and weight; the output is float, as MatMulIntegerToFloat gives it."""
 
     input_quantizer: FakeQuantize
     weight_quantizer: FakeQuantize
 
     @classmethod
     def from_float(cls, layer: nn.Linear, *, scheme: Scheme = CPU) -> Self:
-        """Turn ``layer`` itself into its quantized form (disabled) and return it.
+        """Turn `layer` itself into its quantized form (disabled) and return it.
 
         Raises:
-            TypeError: ``layer`` is not exactly ``nn.Linear``: a subclass may compute something else in its forward.
+            TypeError: `layer` is not exactly `nn.Linear`: a subclass may compute something else in its forward.
         """
         _require_exactly(layer, nn.Linear)
         layer.__class__ = cls
@@ -41,10 +39,10 @@ class QuantLinear(nn.Linear):
 
 
 class QuantConv2d(nn.Conv2d):
-    """``nn.Conv2d`` (grouped and depthwise too) with quantized input, weight and output.
+    """`nn.Conv2d` (grouped and depthwise too) with quantized input, weight and output.
 
     ONNX Runtime fuses a convolution only between quantized tensors. Where a batch-norm or ReLU follows, the output is
-    rounded after it and ``output_quantizer`` is None here; ``norm`` then names the batch-norm that bake folds in.
+    rounded after it and `output_quantizer` is None here; `norm` then names the batch-norm that bake folds in.
     """
 
     input_quantizer: FakeQuantize
@@ -54,10 +52,10 @@ class QuantConv2d(nn.Conv2d):
 
     @classmethod
     def from_float(cls, layer: nn.Conv2d, *, scheme: Scheme = CPU, output: bool = True) -> Self:
-        """Turn ``layer`` itself into its quantized form (disabled) and return it.
+        """Turn `layer` itself into its quantized form (disabled) and return it.
 
         Raises:
-            TypeError: ``layer`` is not exactly ``nn.Conv2d``: a subclass (``Conv2dSame``, ``StdConv2d``) computes
+            TypeError: `layer` is not exactly `nn.Conv2d`: a subclass (`Conv2dSame`, `StdConv2d`) computes
                 something else in its forward.
         """
         _require_exactly(layer, nn.Conv2d)
@@ -79,7 +77,7 @@ class QuantConv2d(nn.Conv2d):
 
 
 def quantize_output(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
-    """Forward hook: rounds the output of a module that has an ``output_quantizer`` child (batch-norm, ReLU)."""
+    """Forward hook: rounds the output of a module that has an `output_quantizer` child (batch-norm, ReLU)."""
     rounded: Tensor = module.get_submodule("output_quantizer")(output)
     return rounded
 

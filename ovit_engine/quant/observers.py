@@ -4,8 +4,6 @@ An observer is a frozen, stateless rule; the range itself lives in the quantizer
 copies and compiled graphs carry it. A new rule is a new subclass and no change anywhere else.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -26,7 +24,7 @@ class Observer(ABC):
     def update(
         self, x: Tensor, minimum: Tensor, maximum: Tensor, observed: Tensor, axis: int | None
     ) -> tuple[Tensor, Tensor]:
-        """The new (minimum, maximum) after ``x``; ``observed`` (0-d bool) is false for the first tensor."""
+        """The new (minimum, maximum) after `x`; `observed` (0-d bool) is false for the first tensor."""
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
-"""Putting quantizers into a model, and switching them."""
+"""Put quantizers into a model, find and switch them."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ovit_engine.quant.attention import OPERANDS, QuantAttention
 from ovit_engine.quant.conv_outputs import find_conv_outputs
@@ -19,7 +19,7 @@ _QUANTIZER_NAMES = ("input_quantizer", "weight_quantizer", "output_quantizer", *
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What ``prepare_quantization`` did."""
+    """What `prepare_quantization` did."""
 
     # layers that are now quantized, in the order asked
     layers: tuple[str, ...]
@@ -37,11 +37,11 @@ def prepare_quantization(
     attention: Iterable[str] = (),
     outputs: Iterable[str] = (),
 ) -> Prepared:
-    """Give the layers ``names`` their quantizers, disabled: the model computes what it did before.
+    """Give the layers `names` their quantizers, disabled: the model computes what it did before.
 
-    Layers are converted in place (see ``layers``). ``model`` must be the bare module, before DDP, FSDP or compile.
-    Layers of other classes are not converted but named in ``Prepared.skipped``. ``attention`` names modules whose two
-    products (Q·K, A·V) are rounded, ``outputs`` modules whose output is (LayerNorm).
+    Layers are converted in place (see `layers`). `model` must be the bare module, before DDP, FSDP or compile.
+    Layers of other classes are not converted but named in `Prepared.skipped`. `attention` names modules whose two
+    products (Q·K, A·V) are rounded, `outputs` modules whose output is (LayerNorm).
 
     Raises:
         ValueError: a name that is not in the model, or a layer that has quantizers already.
@@ -56,7 +56,7 @@ def prepare_quantization(
     again = [name for name in (*names, *attention, *outputs) if _is_prepared(modules[name])]
     if again:
         raise ValueError(f"already prepared for quantization: {', '.join(again)}")
-    skipped = {name: reason for name in names if (reason := _why_not(modules[name])) is not None}
+    skipped = {name: reason for name in names if (reason := _why_not_quantized(modules[name])) is not None}
     layers = [name for name in names if name not in skipped]
     convs = [name for name in layers if type(modules[name]) is nn.Conv2d]
     follow = find_conv_outputs(model, convs, layers) if convs else {}
@@ -80,10 +80,29 @@ def prepare_quantization(
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, FakeQuantize]]:
-    """Every fake quantizer of ``model`` with its name."""
+    """Every fake quantizer of `model` with its name."""
     for name, module in model.named_modules():
         if isinstance(module, FakeQuantize):
             yield name, module
+
+
+def rounding_layers(model: nn.Module) -> dict[str, QuantLinear | QuantConv2d]:
+    """Return the layers of `model` whose weights are rounded, by name."""
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, (QuantLinear, QuantConv2d)) and layer.weight_quantizer.enabled
+    }
+
+
+def run_watched(model: nn.Module, batches: Iterable[tuple[Any, ...]], handles: Sequence[RemovableHandle]) -> None:
+    """Run `model` on batches of positional arguments, then remove the hooks that watch it."""
+    try:
+        for batch in batches:
+            model(*batch)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def set_enabled(model: nn.Module, enabled: bool) -> None:
@@ -110,9 +129,9 @@ def unrounded_outputs(model: nn.Module) -> list[str]:
 
 
 def dense_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``state_dict`` without quantizer entries: loads with ``strict=True`` into the model before surgery.
+    """`state_dict` without quantizer entries: loads with `strict=True` into the model before surgery.
 
-    The other direction needs nothing: a prepared model accepts a dense checkpoint with ``strict=True``.
+    The other direction needs nothing: a prepared model accepts a dense checkpoint with `strict=True`.
     """
     return {
         key: value for key, value in state_dict.items() if not any(part in _QUANTIZER_NAMES for part in key.split("."))
@@ -144,7 +163,7 @@ def _leave_fast_path(model: nn.Module) -> None:
             module.activation_relu_or_gelu = 0  # the only use of this attribute is to ask for that kernel
 
 
-def _why_not(module: nn.Module) -> str | None:
+def _why_not_quantized(module: nn.Module) -> str | None:
     if type(module) in (nn.Linear, nn.Conv2d):
         return None
     kind = f"{type(module).__module__}.{type(module).__qualname__}"

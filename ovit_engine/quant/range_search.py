@@ -1,12 +1,10 @@
 """The range of a tensor that is worth covering: extremes, percentiles, least squared error. Pure functions.
 
-Every function returns (minimum, maximum): 0-d for a whole tensor, [channels] along ``axis``. Zero is in the range that
-``choose_qparams`` makes of them. Clipping by squared error: Banner et al., 2019, §4, https://arxiv.org/abs/1810.05723;
+Every function returns (minimum, maximum): 0-d for a whole tensor, [channels] along `axis`. Zero is in the range that
+`choose_qparams` makes of them. Clipping by squared error: Banner et al., 2019, §4, https://arxiv.org/abs/1810.05723;
 the search over the range instead of a formula for one distribution: Nagel et al., 2021, §3.1,
 https://arxiv.org/abs/2106.08295.
 """
-
-from __future__ import annotations
 
 import math
 
@@ -24,7 +22,7 @@ _BINS = 4096
 
 
 def rows(x: Tensor, axis: int | None) -> Tensor:
-    """``x`` as [1, numel], or [channels, rest] along ``axis``."""
+    """`x` as [1, numel], or [channels, rest] along `axis`."""
     return x.reshape(1, -1) if axis is None else x.transpose(0, axis).flatten(1)
 
 
@@ -35,7 +33,7 @@ def extremes(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
 
 
 def percentile_range(x: Tensor, percentile: float, axis: int | None = None) -> tuple[Tensor, Tensor]:
-    """The smallest and largest value once ``100 - percentile`` percent of the values at either end are left out.
+    """The smallest and largest value once `100 - percentile` percent of the values at either end are left out.
 
     Counts are rounded down: with fewer values than one in that share these are the extremes. So they are, not to be
     hidden, where the tensor holds NaN or infinity.
@@ -52,7 +50,7 @@ def percentile_range(x: Tensor, percentile: float, axis: int | None = None) -> t
 
 
 def least_error_range(x: Tensor, grid: IntegerGrid, axis: int | None = None) -> tuple[Tensor, Tensor]:
-    """The range whose rounding and saturation to ``grid`` leave the least squared error.
+    """The range whose rounding and saturation to `grid` leave the least squared error.
 
     A whole tensor is searched through its histogram, both ends for themselves on an affine grid; channels value by
     value, both ends by the same factor.

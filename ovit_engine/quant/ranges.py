@@ -1,7 +1,5 @@
 """Ranges that several processes watch, each on its share of the batch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -23,10 +21,10 @@ def share_ranges(quantizers: Iterable[FakeQuantize], group: dist.ProcessGroup) -
     for quantizer in quantizers:
         by_grid.setdefault(quantizer.grid, []).append(quantizer)
     for grid, alike in by_grid.items():
-        _share(alike, grid, group)
+        _share_grid(alike, grid, group)
 
 
-def _share(quantizers: Sequence[FakeQuantize], grid: IntegerGrid, group: dist.ProcessGroup) -> None:
+def _share_grid(quantizers: Sequence[FakeQuantize], grid: IntegerGrid, group: dist.ProcessGroup) -> None:
     """All ranges at once: one by one they would cost a GPU a dozen kernels each, after every step."""
     sizes = [quantizer.minimum.numel() for quantizer in quantizers]
     old = {

@@ -1,7 +1,5 @@
 """What a model is rounded to: grids and observers of weights, activations and second operands."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -26,7 +24,7 @@ ActivationObserver = Literal["min_max", "moving_average", "percentile", "mse"]
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """How the tensors of a model are rounded. ``CPU`` and ``GPU`` are what the two kinds of kernels take."""
+    """How the tensors of a model are rounded. `CPU` and `GPU` are what the two kinds of kernels take."""
 
     # one scale an output channel, or one for the whole weight
     per_channel: bool = True

@@ -1,7 +1,5 @@
 """How much each layer alone costs: what its rounding does to the outputs of an otherwise float model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +8,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ovit_engine.quant.fake_quantizer import FakeQuantize
-from ovit_engine.quant.layers import QuantConv2d, QuantLinear
-from ovit_engine.quant.prepare import quantizers
+from ovit_engine.quant.prepare import quantizers, rounding_layers
 
 
 @torch.no_grad()
@@ -24,7 +21,7 @@ def layer_sensitivity(model: nn.Module, batches: Sequence[tuple[Any, ...]]) -> d
         batches: positional arguments of the model, one tuple a batch.
 
     Returns:
-        layer -> ``sum((y - y_float)^2) / sum(y_float^2)``; infinite where an output is not finite.
+        layer -> `sum((y - y_float)^2) / sum(y_float^2)`; infinite where an output is not finite.
 
     Raises:
         ValueError: no batches.
@@ -32,16 +29,12 @@ def layer_sensitivity(model: nn.Module, batches: Sequence[tuple[Any, ...]]) -> d
     if not batches:
         raise ValueError("no batches to measure the sensitivity of layers on")
     model.eval()
-    layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, (QuantLinear, QuantConv2d)) and layer.weight_quantizer.enabled
-    }
+    layers = rounding_layers(model)
     states = [(quantizer, bool(quantizer.enabled)) for _, quantizer in quantizers(model)]
     try:
         for quantizer, _ in states:
             quantizer.enabled.fill_(False)
-        exact = [_outputs(model, batch) for batch in batches]
+        exact = [_flat_outputs(model, batch) for batch in batches]
         power = sum(float(values.square().sum()) for values in exact)
         found = {}
         for name, layer in layers.items():
@@ -49,7 +42,7 @@ def layer_sensitivity(model: nn.Module, batches: Sequence[tuple[Any, ...]]) -> d
             for quantizer in own:
                 quantizer.enabled.fill_(True)
             noise = sum(
-                float((_outputs(model, batch) - values).square().sum())
+                float((_flat_outputs(model, batch) - values).square().sum())
                 for batch, values in zip(batches, exact, strict=True)
             )
             for quantizer in own:
@@ -61,6 +54,6 @@ def layer_sensitivity(model: nn.Module, batches: Sequence[tuple[Any, ...]]) -> d
     return found
 
 
-def _outputs(model: nn.Module, batch: tuple[Any, ...]) -> Tensor:
+def _flat_outputs(model: nn.Module, batch: tuple[Any, ...]) -> Tensor:
     leaves = [leaf for leaf in pytree.tree_leaves(model(*batch)) if isinstance(leaf, Tensor)]
     return torch.cat([leaf.double().flatten() for leaf in leaves])

@@ -1,10 +1,8 @@
 """SmoothQuant: divide wide activations, multiply the weights that read them; LayerNorm does the dividing.
 
-``LN(x) W^T == (LN(x) / s) (W s)^T``: with ``s`` folded into the LayerNorm's gain and bias the float model computes what
+`LN(x) W^T == (LN(x) / s) (W s)^T`: with `s` folded into the LayerNorm's gain and bias the float model computes what
 it did, and both factors round better. Xiao et al., 2023, eq. 4, https://arxiv.org/abs/2211.10438.
 """
-
-from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Sequence
@@ -16,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from ovit_engine.quant.prepare import run_watched
+
 # the least reach a channel may have, against the widest: below, 1 / s would be noise, or infinite
 _FLOOR = 1e-5
 # in float64 the folded model differs by 1e-12; whatever is above this is a wrong fold
@@ -25,7 +25,7 @@ _PROOF = 4  # images
 
 @dataclass(frozen=True, kw_only=True)
 class Smoothed:
-    """What ``smooth`` did."""
+    """What `smooth` did."""
 
     # LayerNorm -> layers whose weights took its factors
     folded: dict[str, tuple[str, ...]]
@@ -42,7 +42,7 @@ class Smoothed:
 
 
 def smoothing_factors(reach: Tensor, weights: Sequence[Tensor], strength: float) -> Tensor:
-    """``s`` [in]: ``max|x_j| ** strength / max|w_j| ** (1 - strength)``; 1 for a channel that nothing reads or fills.
+    """`s` [in]: `max|x_j| ** strength / max|w_j| ** (1 - strength)`; 1 for a channel that nothing reads or fills.
 
     Args:
         reach: largest absolute activation of each channel [in].
@@ -58,7 +58,7 @@ def smoothing_factors(reach: Tensor, weights: Sequence[Tensor], strength: float)
 
 @torch.no_grad()
 def smooth(model: nn.Module, names: Collection[str], batches: Sequence[tuple[Any, ...]], strength: float) -> Smoothed:
-    """Smooth every LayerNorm of ``model`` whose output goes to Linear layers among ``names`` and nowhere else.
+    """Smooth every LayerNorm of `model` whose output goes to Linear layers among `names` and nowhere else.
 
     In place, in eval mode, before quantizers are put in. The model is run on the first images before and after, in
     float64: unless its outputs are equal, it is as it was.
@@ -74,10 +74,10 @@ def smooth(model: nn.Module, names: Collection[str], batches: Sequence[tuple[Any
     reach = _reach(model, list(readers), batches)
     before = copy.deepcopy(model.state_dict())
     proof = tuple(value[:_PROOF] if isinstance(value, Tensor) else value for value in batches[0])
-    expected = _outputs(model, proof)
+    expected = _exact_output(model, proof)
     for name, layers in readers.items():
         _fold(model.get_submodule(name), [model.get_submodule(layer) for layer in layers], reach[name], strength)
-    got = _outputs(model, proof)
+    got = _exact_output(model, proof)
     difference = float((got - expected).abs().max() / expected.abs().max().clamp(min=torch.finfo(torch.float64).tiny))
     if not difference <= _TOLERANCE:
         model.load_state_dict(before)
@@ -96,7 +96,7 @@ def _fold(norm: nn.Module, layers: Sequence[nn.Module], reach: Tensor, strength:
         weight.copy_(weight.double() * factors)
 
 
-def _outputs(model: nn.Module, batch: tuple[Any, ...]) -> Tensor:
+def _exact_output(model: nn.Module, batch: tuple[Any, ...]) -> Tensor:
     """The first output in float64, of a copy."""
     exact = copy.deepcopy(model).double()
     output = exact(*(value.double() if _is_float(value) else value for value in batch))
@@ -120,18 +120,12 @@ def _reach(model: nn.Module, norms: Sequence[str], batches: Sequence[tuple[Any, 
 
         return watch
 
-    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in norms]
-    try:
-        for batch in batches:
-            model(*batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_watched(model, batches, [model.get_submodule(name).register_forward_hook(hook(name)) for name in norms])
     return found
 
 
 @dataclass
-class _Use:
+class _NormReaders:
     """Who takes the output of one LayerNorm."""
 
     output: Tensor
@@ -139,12 +133,12 @@ class _Use:
     other: str | None = None
 
 
-class _Watch(TorchFunctionMode):
+class _CallRecorder(TorchFunctionMode):
     """Notes which calls take a watched tensor."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.uses: dict[str, _Use] = {}
+        self.uses: dict[str, _NormReaders] = {}
         self.calls: dict[str, int] = {}
         self.layer: str | None = None  # the Linear that runs now
 
@@ -182,12 +176,12 @@ def _readers(
     """(LayerNorm -> layers that read it, LayerNorm -> why it is left), seen in one run."""
     norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)}
     linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
-    watch, handles = _Watch(), []
+    watch, handles = _CallRecorder(), []
 
     def after_norm(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
             watch.calls[name] = watch.calls.get(name, 0) + 1
-            watch.uses[name] = _Use(output)
+            watch.uses[name] = _NormReaders(output)
 
         return hook
 
@@ -224,7 +218,9 @@ def _readers(
     return readers, left
 
 
-def _why_left(model: nn.Module, name: str, use: _Use, names: Collection[str], calls: dict[str, int]) -> str | None:
+def _why_left(
+    model: nn.Module, name: str, use: _NormReaders, names: Collection[str], calls: dict[str, int]
+) -> str | None:
     weight = model.get_submodule(name).weight
     float_layers = [layer for layer in use.layers if layer not in names]
     if not isinstance(weight, Tensor):
