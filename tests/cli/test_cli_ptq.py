@@ -27,7 +27,7 @@ name: short
 training:
   model: vit_tiny_patch16_224
   model_args: {img_size: 8, patch_size: 2, in_chans: 1, num_classes: 10, embed_dim: 32, depth: 2, num_heads: 2}
-  epochs: 10
+  epochs: 20  # after 10, rounding still changes more than 1 % of the answers on some processors
   batch_size: 64
 modifiers:
   - cyclic_lr: {max: 4.0e-3, min: 1.0e-4, warmup: 1ep}
@@ -108,7 +108,7 @@ modifiers:
 
 def test_zeros_of_a_pruned_run_are_promised(ovit: Ovit, tmp_path: Path) -> None:
     Path("sparse.yaml").write_text(
-        TRAINED.replace("epochs: 10", "epochs: 1").replace("warmup: 1ep", "warmup: 2st")
+        TRAINED.replace("epochs: 20", "epochs: 1").replace("warmup: 1ep", "warmup: 2st")
         + '  - magnitude_prune: {pattern: "2:4", targets: ["re:blocks.*fc1.weight"]}\n'
     )
     ovit("train", "--recipe", "sparse.yaml", "--data", "digits", "--output", "run", "--device", "cpu")

@@ -21,7 +21,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler
 from torch import nn
 
 from ovit_engine import Calibration, Engine, Recipe
-from ovit_engine.training.api import timm_calibration, timm_engine
+from ovit_engine.integrations.timm import timm_calibration, timm_engine
 from tests.integrations import small
 
 pytestmark = [

@@ -57,9 +57,9 @@ def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
 
 
 KILLED = """
-import os, signal, sys
-sys.path.insert(0, {folder!r})
-from files import atomic_write
+import os, runpy, signal
+
+atomic_write = runpy.run_path({source!r})["atomic_write"]
 
 def write(stream):
     stream.write(b"half of the n")
@@ -73,10 +73,8 @@ atomic_write({path!r}, write)
 def test_a_kill_midway_leaves_the_old_file_and_the_next_write_works(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
-    source = Path(
-        sys.modules["ovit_engine.utils.files"].__file__ or ""
-    ).parent  # without the package: torch takes seconds
-    done = subprocess.run([sys.executable, "-c", KILLED.format(folder=str(source), path=str(path))], check=False)
+    source = sys.modules["ovit_engine.utils.files"].__file__  # without the package: importing torch takes seconds
+    done = subprocess.run([sys.executable, "-c", KILLED.format(source=source, path=str(path))], check=False)
     assert done.returncode == -signal.SIGKILL
     assert path.read_bytes() == b"old"
     atomic_write(path, lambda stream: stream.write(b"new"))
