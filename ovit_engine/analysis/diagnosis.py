@@ -1,12 +1,13 @@
-"""What ``diagnose`` found, and how it is told."""
+"""What `diagnose` finds, and how it is printed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import yaml
 
+from ovit_engine.certificate.check import MIN_AGREEMENT
 from ovit_engine.utils.console import table_console
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """A variant of the file beside the float logits."""
+    """A variant of the file compared with the float logits."""
 
     # share of images with the same argmax
     agreement: float
@@ -32,49 +33,64 @@ class Score:
 
 @dataclass(frozen=True)
 class PartCost:
-    """One part: activations, weights or sparsity."""
+    """What one part of the compression costs: a float file with this part alone, and the file without it."""
 
-    name: str
-    # a float file with this part alone, and the file without it
+    name: Literal["activations", "weights", "sparsity"]
     alone: Score
     without: Score
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCost:
-    """One layer. ``None`` where it was not measured: no output of its own, or it makes little of the error."""
+    """One layer; ratios of signal to quantization noise are in dB. `None`: not rounded, not compared or below 5 %."""
 
     name: str
     op: str
-    # of its output beside the float layer's on the same input; sqnr in dB
-    cosine: float | None
-    sqnr: float | None
+    # of its weight, compared with the reference's
+    weight_sqnr: float | None
+    # of its input, compared with that before it was rounded, and with that of the same layer in the float file
+    input_sqnr: float | None
+    total_sqnr: float | None
     # error of the logits that it makes alone, over the file's
     share: float | None
-    # agreement that leaving it float brings
+    # agreement that leaving it in float brings
     gain: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mend:
-    """Something that brings agreement back, measured on the file."""
+class RecipeChange:
+    """A change of the recipe that brings agreement back, measured on the file."""
 
     layers: tuple[str, ...]
-    # ranges of these layers' inputs as this observer takes them; None: they stay float
+    # ranges of these layers' inputs as this observer takes them; None: they stay in float
     observer: str | None
     score: Score
 
     def recipe(self) -> str:
-        """The lines of a recipe."""
+        """The line of the recipe."""
         if self.observer is not None:
             return f"quantize: {{activations: {{observer: {self.observer}}}}}"
         names = yaml.safe_dump(list(self.layers), default_flow_style=True, width=10**6).strip()  # "0" is quoted
         return f"quantize: {{exclude: {names}}}"
 
 
+# why the weights of the file are not compared with those of a reference, and what a reader is told
+NotCompared = Literal["no reference", "missing layer", "other shape", "other weights", "other outputs"]
+
+_SINCE = "was the model trained, smoothed or folded since?"
+
+_NOT_COMPARED: dict[NotCompared, str] = {
+    "no reference": "to measure what rounded weights and sparsity cost, name the float file: --reference float.onnx",
+    "missing layer": "weights can't be compared: the reference has other layers",
+    "other shape": "weights can't be compared: in the reference they have other shapes",
+    "other weights": f"weights can't be compared: they differ by more than rounding and pruning: {_SINCE}",
+    "other outputs": f"weights can't be compared: with those of the reference the outputs are other ones: {_SINCE}",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What each part and each layer of a file costs, and what mends it."""
+    """What each part and each layer of a file costs, and which changes of the recipe help."""
 
     file: str
     images: int
@@ -84,8 +100,14 @@ class Diagnosis:
     float_accuracy: float | None
     parts: tuple[PartCost, ...]
     layers: tuple[LayerCost, ...]
-    mends: tuple[Mend, ...]
-    notes: tuple[str, ...]
+    # the best first
+    changes: tuple[RecipeChange, ...]
+    not_compared: NotCompared | None
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether the file is bad, and no layer alone is to blame."""
+        return self.whole.agreement < MIN_AGREEMENT and all(layer.share is None for layer in self.layers)
 
     def render(self, console: Console | None = None) -> None:
         """Print for people."""
@@ -95,37 +117,33 @@ class Diagnosis:
         console = console or table_console()
         accuracy = "" if self.float_accuracy is None else f", whose accuracy is {self.float_accuracy:.2%}"
         compared = "itself in float" if self.reference is None else self.reference
-        console.print(
-            f"{self.file} on {self.images} images: {self.whole.describe()} with {compared}{accuracy}",
-            soft_wrap=True,
-            markup=False,
-        )
+        first = f"{self.file} on {self.images} images: {self.whole.describe()} with {compared}{accuracy}"
+        console.print(first, soft_wrap=True, markup=False)
         parts = Table("part", "alone in a float file", "the file without it", box=None, pad_edge=False)
         for part in self.parts:
             parts.add_row(part.name, part.alone.describe(), part.without.describe())
-        console.print(parts)
-        console.print()
-        layers = Table("layer", "op", "cosine", "SQNR", "share of the error", "gain if float", box=None, pad_edge=False)
+        headings = ("layer", "op", "weight SQNR", "input SQNR", "with layers before", "share of the error")
+        layers = Table(*headings, "gain if float", box=None, pad_edge=False)
         for layer in self.layers:
-            layers.add_row(
-                escape(layer.name),
-                layer.op,
-                "" if layer.cosine is None else f"{layer.cosine:.4f}",
-                "" if layer.sqnr is None else f"{layer.sqnr:.1f} dB",
-                "< 5%" if layer.share is None else f"{layer.share:.1%}",
-                "" if layer.gain is None else f"{layer.gain:+.2%}",
-            )
-        console.print(layers)
-        console.print()
+            ratios = (layer.weight_sqnr, layer.input_sqnr, layer.total_sqnr)
+            share = "< 5%" if layer.share is None else f"{layer.share:.1%}"
+            gain = "" if layer.gain is None else f"{layer.gain:+.2%}"
+            cells = ("" if ratio is None else f"{ratio:.1f} dB" for ratio in ratios)
+            layers.add_row(escape(layer.name), layer.op, *cells, share, gain)
+        for table in (parts, layers):
+            console.print(table)
+            console.print()
         for line in self.advice():
             console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def advice(self) -> list[str]:
-        """Recipe lines with what they bring, or that nothing needs mending; then notes."""
+        """Recipe lines with what they bring, or that nothing is wrong; then what could not be measured."""
         lines = []
-        for mend in self.mends:
-            what = "left float" if mend.observer is None else f"with ranges of observer {mend.observer}"
-            lines += [f"{', '.join(mend.layers)} {what}: {mend.score.describe()}", f"  - {mend.recipe()}"]
-        if not self.mends and not any("spread" in note for note in self.notes):
-            lines.append("nothing to mend: at least 99% of the images agree")
-        return [*lines, *self.notes]
+        for change in self.changes:
+            what = "left in float" if change.observer is None else f"with ranges of observer {change.observer}"
+            lines += [f"{', '.join(change.layers)} {what}: {change.score.describe()}", f"  - {change.recipe()}"]
+        if self.whole.agreement >= MIN_AGREEMENT:
+            lines.append(f"nothing to change: at least {MIN_AGREEMENT:.0%} of the images agree")
+        if self.is_spread:
+            lines.append("no layer alone makes 5% of the error: it is spread over all of them")
+        return lines if self.not_compared is None else [*lines, _NOT_COMPARED[self.not_compared]]
