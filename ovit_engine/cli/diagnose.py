@@ -15,7 +15,7 @@ import click
     help="The float ONNX file that FILE was made from: adds what rounded weights and sparsity cost.",
 )
 def diagnose(file: Path, data: str, data_root: Path | None, reference: Path | None) -> None:
-    """Run FILE with parts and layers of it in float, and print what each of them costs and the recipe line that helps."""
+    """Run FILE with parts and layers of it in float, and print what each costs and the recipe line that helps."""
     from ovit_engine.analysis.diagnose import diagnose as measure
     from ovit_engine.cli.verify import images_for
 
