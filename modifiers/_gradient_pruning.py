@@ -11,7 +11,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, PrivateAttr, model_valid
 from torch import Tensor
 
 from ovit_engine.core.modifier import Run
-from ovit_engine.distributed.comm import process_group, ranks
+from ovit_engine.distributed.comm import world
 from ovit_engine.distributed.sharding import gathered, whole_model
 from ovit_engine.masking.parameters import Slot
 from ovit_engine.modifiers._pruning import PruningModifier
@@ -101,10 +101,10 @@ class GradientPruningModifier(PruningModifier):
             names=[slot.name for slot in self._slots],
             memory_limit=self._limit,
             held_besides=window,
-            process_group=process_group(),
+            comm=world(),
             **self._options(next(iter(self._events.values()))),
         )
-        needed = max(ranks().gather(plan.needed + window)) / 2**30  # the history is the same on every rank
+        needed = max(world().gather(plan.needed + window)) / 2**30  # the history is the same on every rank
         log.info("%s needs %.2f GiB on %s for each pruning step", self.name, needed, weights[0].device)
         if not self._checked:  # once, and not again where training is resumed
             run.log(f"{self.name}/memory_gib", needed)
@@ -202,7 +202,7 @@ class GradientPruningModifier(PruningModifier):
                 masks=masks,
                 method=self.method,
                 memory_limit=self._limit,
-                process_group=process_group(),
+                comm=world(),
                 progress=lambda stage, done, total: run.progress(f"{what}: {stage}", done, total),
                 **self._options(sparsity),
             )
@@ -217,8 +217,7 @@ class GradientPruningModifier(PruningModifier):
 
     def _chunks(self, run: Run, slots: Sequence[Slot], draw: int) -> tuple[GradientSource, int]:
         """Gradients of slots by index, those of this rank, and how many there are on all ranks."""
-        everyone = ranks()
-        rank, count = everyone.rank, everyone.count
+        comm = world()
         calibration = run.calibration
         if calibration is None:
             recent = list(self._recent)
@@ -228,7 +227,9 @@ class GradientPruningModifier(PruningModifier):
                     f"{self.name}: only {len(recent)} training gradients were seen before this step", stacklevel=6
                 )
             # every rank has the same ones, averaged; shards become whole on all ranks at once
-            mine = [g for i, grads in enumerate(recent) if (g := list(map(gathered, grads))) and i % count == rank]
+            mine = [
+                g for i, grads in enumerate(recent) if (g := list(map(gathered, grads))) and i % comm.count == comm.rank
+            ]
             return lambda indices: ([grads[i].unsqueeze(0) for i in indices] for grads in mine), len(recent)
 
         def gradients(indices: list[int]) -> Iterable[Sequence[Tensor]]:
@@ -239,7 +240,7 @@ class GradientPruningModifier(PruningModifier):
                 images_per_gradient=self.images_per_gradient,
                 chunk=chunk_size(sum(slot.tensor.numel() for slot in slots), self.gradients),
                 draw=draw,
-                share=(rank, count),
+                share=(comm.rank, comm.count),
                 among=slots,
             )
 

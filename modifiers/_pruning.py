@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BeforeValidator, Field, PlainSerializer, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ovit_engine.core.modifier import Claim, Modifier, Run, SweepPlan
 from ovit_engine.core.schedule import Clock
+from ovit_engine.distributed.sharding import gathered
 from ovit_engine.masking.parameters import Slot
 from ovit_engine.masking.targets import check_target, find_slots
 from ovit_engine.modifiers._schedule import Amount, ScheduledModifier, SparsityRange, Sweep, place_targets, spelled
@@ -111,7 +111,7 @@ class MaskingModifier(Modifier):
             grad = run.gradient(slot)
             if grad is None:
                 raise self.error(f"{slot.name!r} gets no gradient from the training loss", "targets")
-            found.append(grad.full_tensor() if isinstance(grad, DTensor) else grad)
+            found.append(gathered(grad))
         return found
 
     def present_masks(self, run: Run) -> list[Tensor]:

@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ovit_engine.core.modifier import Run
-from ovit_engine.distributed.sharding import gathered, local_part
+from ovit_engine.distributed.sharding import gathered, is_shard, local_part
 from ovit_engine.masking.parameters import Slot
 from ovit_engine.modifiers._gohsp_options import Penalty
 from ovit_engine.structured import soft_pruning
@@ -197,7 +196,7 @@ def _norms(pieces: Sequence[Piece], tensors: Sequence[Tensor]) -> Tensor:
 def _held(piece: Piece, whole: Tensor) -> Tensor:
     """Of a tensor as the weight, or one that broadcasts over it, the part that this process holds."""
     weight = piece.slot.tensor
-    if not isinstance(weight, DTensor):
+    if not is_shard(weight):
         return whole
     return local_part(piece.slot.scatter(whole.expand(weight.shape)))
 

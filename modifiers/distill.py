@@ -10,7 +10,7 @@ from ovit_engine.core.registry import register
 from ovit_engine.core.schedule import Clock
 from ovit_engine.distillation.losses import hard_loss, soft_loss, token_loss
 from ovit_engine.distillation.teacher import Lesson, Teacher, logits_of
-from ovit_engine.distributed.comm import ranks
+from ovit_engine.distributed.comm import world
 from ovit_engine.tokens import hooks_of
 
 
@@ -113,7 +113,7 @@ class Distill(Modifier):
                 "of it has none)"
             )
         if term is not None and run.step % run.steps_per_epoch == 0:
-            of_ranks = ranks().gather(float(term))
+            of_ranks = world().gather(float(term))
             run.log(f"{self.name}/loss", sum(of_ranks) / len(of_ranks))
 
     def detach(self, run: Run) -> None:

@@ -10,7 +10,7 @@ from ovit_engine import tokens
 from ovit_engine.core.modifier import Run, Time
 from ovit_engine.core.registry import register
 from ovit_engine.core.schedule import Clock
-from ovit_engine.distributed.comm import ranks
+from ovit_engine.distributed.comm import world
 from ovit_engine.masking.parameters import SCORER
 from ovit_engine.modifiers._tokens import TokenPruning, check_blocks
 from ovit_engine.tokens.learning_rates import ScaledRates, backbone_groups
@@ -125,7 +125,7 @@ class DynamicViT(TokenPruning):
                 "in training mode, with gradients, came before engine.loss(loss)"
             )
         if run.step % run.steps_per_epoch == 0:
-            of_ranks = ranks().gather(self.selector.kept_shares())
+            of_ranks = world().gather(self.selector.kept_shares())
             for number, kept in enumerate(zip(*of_ranks, strict=True), 1):
                 run.log(f"{self.name}/kept_{number}", sum(kept) / len(kept))
         super().step_end(run)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ovit_engine.core.modifier import Claim, Run, Time
 from ovit_engine.core.registry import register
 from ovit_engine.core.schedule import Clock
-from ovit_engine.distributed.comm import ranks
+from ovit_engine.distributed.comm import world
 from ovit_engine.distributed.sharding import whole_model
 from ovit_engine.modifiers._gates import GateModifier, count_parameters
 from ovit_engine.modifiers._gohsp_options import BATCH, Penalty, Ranking
@@ -29,7 +29,7 @@ from ovit_engine.structured.gates import GateSite, Kind
 from ovit_engine.structured.ranking import Statistics, find_ranker
 from ovit_engine.structured.recording import SumsTally
 from ovit_engine.structured.selection import kept_count, spread_evenly
-from ovit_engine.structured.similarity import OutputTally, add_over_processes, mean_similarity, watched
+from ovit_engine.structured.similarity import OutputTally, mean_similarity, watched
 
 log = logging.getLogger(__name__)
 
@@ -240,12 +240,13 @@ class Gohsp(GateModifier):
         sums: Mapping[str, Tensor] = self._sums
         if not self._window:
             assert run.calibration is not None
-            everyone = ranks()
+            comm = world()
             watch = watched(sites, self.rank.kernel, self.rank.temperature)
-            share = (everyone.rank, everyone.count)
-            with whole_model(run.model) as model, everyone.together(), watch as sums:
+            share = (comm.rank, comm.count)
+            with whole_model(run.model) as model, comm.fail_together(), watch as sums:
                 run.calibration.forward(model, count=self.rank.batches, images=BATCH, draw=run.step, share=share)
-            add_over_processes(sums)
+            for each in sums.values():
+                comm.sum(each)
         if not sums:
             raise self.error("no outputs of heads were recorded: training ended before the steps that would tell them")
         try:

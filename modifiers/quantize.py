@@ -12,7 +12,7 @@ from ovit_engine import quant
 from ovit_engine.core.modifier import Claim, Modifier, Run, Time
 from ovit_engine.core.registry import register
 from ovit_engine.core.schedule import Clock
-from ovit_engine.distributed.comm import process_group
+from ovit_engine.distributed.comm import world
 from ovit_engine.modifiers._pruning import Targets
 from ovit_engine.modifiers._quantize_options import (
     DEFAULT_GROUPS,
@@ -297,10 +297,8 @@ class Quantize(Modifier):
 
     def _share_ranges(self, run: Run) -> None:
         """Every process watched its share of the batch; a weight's range needs no more than the weight."""
-        group = process_group()
-        if group is not None:
-            watching = (q for _, q in quant.quantizers(run.model) if q.observer.only_in_training)
-            quant.share_ranges(watching, group)
+        watching = (q for _, q in quant.quantizers(run.model) if q.observer.only_in_training)
+        quant.share_ranges(watching, world())
 
     def _freeze(self, run: Run) -> None:
         """Let no range move any more; a layer that training never called has none and stays float."""

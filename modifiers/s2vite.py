@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, NonNegativeInt, PrivateAttr, model_validator
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ovit_engine.core.modifier import Claim, Run
 from ovit_engine.core.registry import register
 from ovit_engine.core.schedule import Clock
+from ovit_engine.distributed.sharding import gathered
 from ovit_engine.masking.parameters import Slot
 from ovit_engine.modifiers._gates import GateModifier
 from ovit_engine.modifiers._schedule import Sparsity
@@ -155,8 +155,7 @@ class S2Vite(UpdatingModifier, GateModifier):
             gradient = run.gradient(Slot(f"{name}.weight", module, "weight"))
             if gradient is None:
                 raise self.error(f"{name + '.weight'!r} gets no gradient from the training loss", "mlp_growth")
-            whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-            sums.append(whole.float().abs().sum(axis))
+            sums.append(gathered(gradient).float().abs().sum(axis))
         return sums[0] + sums[1]
 
     def _sparsity(self, kind: Kind) -> float:

@@ -12,7 +12,6 @@ LAZY = [
     "onnx",
     "onnxruntime",
     "neural_compressor",
-    "torch_pruning",
     "transformers",
     "lightning",
     "accelerate",
@@ -27,6 +26,15 @@ def test_modifiers_share_code_only_through_underscored_modules() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ovit_engine.modifiers"):
                 assert (node.module or "").rsplit(".", 1)[-1].startswith("_"), f"{path} imports {node.module}"
+
+
+def test_only_distributed_uses_torch_distributed() -> None:
+    """import-linter does not know the submodules of other packages."""
+    for path in (path for root in ("ovit_engine", "modifiers", "integrations") for path in (ROOT / root).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())) if path.parent.name != "distributed" else ():
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            used = [*names, getattr(node, "module", None), ast.unparse(node) if isinstance(node, ast.Attribute) else ""]
+            assert not any(str(name).startswith("torch.distributed") for name in used), f"{path}: {used}"
 
 
 def run(code: str) -> str:

@@ -1,13 +1,14 @@
 """What all commands share: one line for an error, one for a warning."""
 
 import logging
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import click
+
+from ovit_engine.distributed.launch import launched
 
 EXPECTED = (ValueError, OSError, MemoryError)  # what we raise on purpose, RecipeError and ExportError among them
 MOST_FINDINGS = 20  # lines about one file
@@ -67,8 +68,8 @@ def describe(error: Exception) -> str:
 
 def _tell_error(message: str, findings: Sequence[str] = ()) -> None:
     """One line on stderr and one a finding; where torchrun started several processes, of the first to fail."""
-    if _rank() is not None:
-        from ovit_engine.training.processes import first_to_fail
+    if launched().count > 1:
+        from ovit_engine.distributed.torchrun import first_to_fail
 
         if not first_to_fail():
             return
@@ -77,12 +78,6 @@ def _tell_error(message: str, findings: Sequence[str] = ()) -> None:
         click.echo(f"  - {' '.join(finding.split())}", err=True)
     if len(findings) > MOST_FINDINGS:
         click.echo(f"  ... and {len(findings) - MOST_FINDINGS} more", err=True)
-
-
-def _rank() -> int | None:
-    """Which of torchrun's processes this is; None where it is the only one. (Read here, without loading torch.)"""
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    return None if alone else int(os.environ.get("RANK", "0"))
 
 
 def _findings(error: Exception) -> Sequence[str]:
@@ -95,7 +90,7 @@ class _OneLine(logging.Handler):
     """Our warnings. What they say is as a rule the same in all processes; which images are broken each one finds."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not _rank() or record.name == "ovit_engine.training.images":
+        if launched().is_main or record.name == "ovit_engine.training.images":
             _warn(record.getMessage())
 
 
@@ -109,7 +104,7 @@ def _told_on_stderr() -> Iterator[None]:
     show, handler, log = warnings.showwarning, _OneLine(logging.WARNING), logging.getLogger("ovit_engine")
 
     def one_line(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-        if not _rank():
+        if launched().is_main:
             _warn(str(message))
 
     warnings.showwarning = one_line

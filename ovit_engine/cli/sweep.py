@@ -127,10 +127,10 @@ def _continue(
 ) -> None:
     from ovit_engine.cli.train import Bars
     from ovit_engine.core.recipe import Recipe
+    from ovit_engine.distributed.launch import launched
     from ovit_engine.sweep.folder import FOLDER, point_name
     from ovit_engine.training.api import SILENT, train
     from ovit_engine.training.checkpoint import LAST, load_checkpoint
-    from ovit_engine.training.processes import launched
     from ovit_engine.training.sweep_run import TAIL_EPOCHS, find_point, tail_recipe
     from ovit_engine.utils.files import atomic_write
 
@@ -147,7 +147,7 @@ def _continue(
             )
     else:
         recipe = tail_recipe(start, epochs or TAIL_EPOCHS)
-    leads = launched().leads  # of torchrun's processes one writes and speaks
+    leads = launched().is_main  # of torchrun's processes one writes and speaks
     if resume is None and leads:
         output.mkdir(exist_ok=True)
         atomic_write(output / "recipe.yaml", lambda stream: stream.write(recipe.dump().encode()))

@@ -67,10 +67,10 @@ def train(
     A resumed run needs neither --recipe nor --data: its checkpoint knows them. Where torchrun starts several processes
     (torchrun --nproc-per-node 4 -m ovit_engine train ...), --batch-size is that of all together.
     """
+    from ovit_engine.distributed.launch import launched
     from ovit_engine.training.api import SILENT, FinishedRunError, with_training
     from ovit_engine.training.api import train as run
     from ovit_engine.training.checkpoint import LAST, PREVIOUS
-    from ovit_engine.training.processes import launched
 
     if resume is not None and (checkpoint is not None or pretrained):
         raise click.UsageError("--resume goes on with a run's own weights: no --checkpoint or --pretrained beside it")
@@ -94,7 +94,7 @@ def train(
     read = with_training(read, model=model, model_args=args, epochs=epochs, batch_size=batch_size, seed=seed)
     if output is None:
         output = Path("runs") / read.name if start is None else (start if start.is_dir() else start.parent)
-    leads = launched().leads
+    leads = launched().is_main
     try:
         with Bars() if leads else nullcontext() as bars:
             trained = run(

@@ -4,8 +4,9 @@ import gc
 from types import MappingProxyType
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from ovit_engine.distributed.sharding import is_shard
 
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
@@ -38,7 +39,7 @@ def _wrapper(model: nn.Module) -> str | None:
             return "wrapped in DistributedDataParallel"
         if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
             return "compiled"
-        if any(isinstance(parameter, DTensor) for parameter in module.parameters(recurse=False)):
+        if any(map(is_shard, module.parameters(recurse=False))):
             return "sharded"
     return None
 

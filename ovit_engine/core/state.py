@@ -6,11 +6,11 @@ from typing import Any
 
 import yaml
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ovit_engine.core.modifier import Modifier, Run
 from ovit_engine.core.recipe import Recipe
 from ovit_engine.core.schedule import Clock
+from ovit_engine.distributed.sharding import gathered
 from ovit_engine.masking.parameters import clean_name, parameter_slots, unwrapped
 
 STATE_VERSION = 2  # 1 had no shapes, and no gradients of a window
@@ -38,8 +38,7 @@ def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     With FSDP2 every process must call it at the same time.
     """
-    tensors = {clean_name(name): tensor.detach() for name, tensor in unwrapped(model).state_dict().items()}
-    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).cpu() for name, t in tensors.items()}
+    return {clean_name(name): gathered(tensor).cpu() for name, tensor in unwrapped(model).state_dict().items()}
 
 
 def model_shapes(model: nn.Module) -> dict[str, list[int]]:

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from ovit_engine.distributed.comm import digest
+from ovit_engine.distributed.sharding import is_shard
 from ovit_engine.masking.parameters import clean_name, parameter_slots, unwrapped
 from ovit_engine.utils.autograd import is_recomputed
 
@@ -156,7 +156,7 @@ class Teacher:
         weights = self.module.state_dict()
         for slot in parameter_slots(self._student):
             copy, own = weights.get(slot.name), slot.tensor.detach()
-            if copy is not None and not isinstance(own, DTensor) and not torch.equal(copy.to(own), own):
+            if copy is not None and not is_shard(own) and not torch.equal(copy.to(own), own):
                 raise RuntimeError(
                     f"{slot.name!r} changed after engine.prepare(), where the teacher was copied from the model: load "
                     "weights before engine.prepare(), or give Engine(..., teacher=...)"

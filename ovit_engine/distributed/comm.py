@@ -1,8 +1,8 @@
-"""Processes of torch.distributed that train one model: what must be the same in all of them, and what stops them."""
+"""What the processes that train one model exchange. Nothing else calls the collectives of torch.distributed."""
 
 import hashlib
 import socket
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, TypeVar
@@ -16,51 +16,96 @@ from ovit_engine.distributed.sharding import gathered
 
 T = TypeVar("T")
 
+Facts = Callable[[], Mapping[str, object]]  # by name; only called where there is another process to compare with
 
-class Alone:
-    """One process, which does everything; a process group is the subclass."""
+
+class ProcessLostError(RuntimeError):
+    """Another process ended, or waits at another step."""
+
+
+class Comm:
+    """The processes that train one model: this one is `rank` of `count`.
+
+    This class is a process that trains alone, `GroupComm` one of several. All processes of a group must call the same
+    methods in the same order.
+    """
 
     rank = 0
     count = 1
 
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that writes files and messages."""
+        return self.rank == 0
+
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Run the body on every rank; where it raises on one, raise on all: RuntimeError on the others."""
+    def fail_together(self) -> Iterator[None]:
+        """Run the body; where it raises in one process, raise RuntimeError in the others."""
         yield
 
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
+
     def gather(self, value: T) -> list[T]:
-        """The small values of all ranks."""
+        """Return the small values of all processes, by rank."""
         return [value]
 
-    def collect(self, candidates: dict[int, T]) -> dict[int, T]:
-        """On rank 0 the entries of all ranks, elsewhere any."""
-        return candidates
+    def gather_entries(self, entries: dict[int, T]) -> dict[int, T]:
+        """Return the entries of all processes in the main process; in the others any."""
+        return entries
 
-    def deliver(
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """Return the tensor of process `source`, bit for bit; all have one of the same shape and type."""
+        return tensor
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add up the tensors of all processes, in place."""
+        return tensor
+
+    def max(self, tensor: Tensor) -> Tensor:
+        """Take the elementwise maximum over all processes, in place."""
+        return tensor
+
+    def exchange(
         self,
         chunk: Sequence[Tensor] | None,
         sizes: Sequence[int],
         held: Sequence[Sequence[int]],
         like: Sequence[Tensor],
     ) -> Iterator[Sequence[Tensor]]:
-        """Every rank's present chunk, in order of ranks, with the tensors that this rank holds.
+        """Yield the present chunk of each process in turn, cut to the tensors that this process holds.
 
         Args:
-            chunk: one tensor [k, *shape] for each tensor of `like` that any rank holds, in order; None for no more.
-            sizes: k of every rank, 0 for no more.
-            held: which tensors each rank holds.
+            chunk: one tensor [k, *shape] for each tensor of `like` that any process holds, in order; None at the end.
+            sizes: k of every process, 0 at its end.
+            held: which tensors each process holds.
             like: all tensors, for shapes and device.
         """
         if chunk is not None:
             yield chunk
 
-    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
-        """A tensor of rank `source`, bit for bit; others give one of the same shape and type."""
-        return tensor
+    def assert_equal(self, facts: Facts, when: str) -> None:
+        """Raise RuntimeError in every process where one of the facts is not the same in all; tensors are hashed.
+
+        Args:
+            when: the moment, for the message, as "after step 3".
+
+        Raises:
+            ProcessLostError: a process did not come.
+        """
+
+    def sharers(self, devices: Collection[torch.device]) -> dict[torch.device, int]:
+        """Count the processes that use each of this process's devices."""
+        host = socket.gethostname()
+        found = list(chain.from_iterable(self.gather([(host, str(device)) for device in devices])))
+        return {device: found.count((host, str(device))) for device in devices}
 
 
-class Ranks(Alone):
-    """The processes of a group, over gloo or NCCL."""
+SINGLE_PROCESS = Comm()
+
+
+class GroupComm(Comm):
+    """A process of a group, over gloo or NCCL."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
@@ -68,31 +113,48 @@ class Ranks(Alone):
         self.count = dist.get_world_size(group)
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def fail_together(self) -> Iterator[None]:
         failure: BaseException | None = None
         try:
             yield
         except BaseException as error:  # also an interrupt: the others must not wait
             failure = error
-        told = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+        messages = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
         if failure is not None:
             raise failure
-        for rank, text in enumerate(told):
-            if text is not None:
-                raise RuntimeError(f"rank {rank} failed: {text}")
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise RuntimeError(f"rank {rank} failed: {message}")
+
+    def barrier(self) -> None:
+        dist.barrier(group=self._group)
 
     def gather(self, value: T) -> list[T]:
         found: list[Any] = [None] * self.count
         dist.all_gather_object(found, value, group=self._group)
         return found
 
-    def collect(self, candidates: dict[int, T]) -> dict[int, T]:
+    def gather_entries(self, entries: dict[int, T]) -> dict[int, T]:
         found: list[Any] | None = [None] * self.count if self.rank == 0 else None
-        plain = {index: each.cpu() if isinstance(each, Tensor) else each for index, each in candidates.items()}
+        plain = {index: each.cpu() if isinstance(each, Tensor) else each for index, each in entries.items()}
         dist.gather_object(plain, found, group=self._group, group_dst=0)
-        return candidates if found is None else dict(chain.from_iterable(each.items() for each in found))
+        return entries if found is None else dict(chain.from_iterable(each.items() for each in found))
 
-    def deliver(
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
+        data = tensor.to(self._device(tensor)).flatten().view(torch.uint8)
+        data = data.clone(memory_format=torch.contiguous_format)
+        dist.broadcast(data, group=self._group, group_src=source)
+        return data.view(tensor.dtype).reshape(tensor.shape).to(tensor.device)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor, group=self._group)
+        return tensor
+
+    def max(self, tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group)
+        return tensor
+
+    def exchange(
         self,
         chunk: Sequence[Tensor] | None,
         sizes: Sequence[int],
@@ -119,99 +181,53 @@ class Ranks(Alone):
                 tensors = torch.split(flat, [size * weight.numel() for weight in mine])
                 yield [t.reshape(size, *w.shape).to(w.device) for t, w in zip(tensors, mine, strict=True)]
 
-    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
-        data = tensor.to(self._device(tensor)).flatten().view(torch.uint8)
-        data = data.clone(memory_format=torch.contiguous_format)
-        dist.broadcast(data, group=self._group, group_src=source)
-        return data.view(tensor.dtype).reshape(tensor.shape).to(tensor.device)
+    def assert_equal(self, facts: Facts, when: str) -> None:
+        own = {name: digest(value) if isinstance(value, Tensor) else value for name, value in facts().items()}
+        try:
+            found = self.gather(own)
+        except RuntimeError as error:  # of torch.distributed: its timeout is over, or a connection broke
+            raise ProcessLostError(
+                f"the processes lost each other {when}: one ended, or waits at another step (it had fewer batches, or "
+                "its gradient scaler alone skipped a step)"
+            ) from error
+        for name in dict.fromkeys(chain.from_iterable(found)):
+            values = [each.get(name) for each in found]
+            if other := [rank for rank, value in enumerate(values) if value != values[0]]:
+                raise RuntimeError(
+                    f"{name} {when} is not the same in all processes: {_describe_ranks(other)} from rank 0"
+                    f"{_describe_values(values[0], values[other[0]])}. They train one model: give all the same "
+                    "recipe, weights and number of batches"
+                )
 
     def _device(self, like: Tensor) -> torch.device:
-        """Where the group's backend takes tensors from: NCCL knows GPUs only, gloo is used from main memory."""
+        """Return where the group's backend takes tensors from: NCCL knows GPUs only, gloo is used from main memory."""
         backends = dict(pair.split(":") for pair in str(dist.get_backend_config(self._group)).split(","))
         if backends.get(like.device.type, "gloo") != "gloo":
             return like.device
         return torch.device("cpu" if "cpu" in backends else f"cuda:{torch.cuda.current_device()}")
 
 
-def same_everywhere(ranks: Alone, facts: Mapping[str, Any]) -> None:
-    """Raise ValueError on all ranks, naming the first of the `facts` that is not the same on each."""
-    found = ranks.gather(dict(facts))
-    for rank, others in enumerate(found):
-        for name, value in found[0].items():
-            if others.get(name) != value:
-                raise ValueError(f"{name} differs between rank 0 and rank {rank}: pruning needs the same on all ranks")
+def _describe_ranks(ranks: Sequence[int]) -> str:
+    listed = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"ranks {listed} differ" if len(ranks) > 1 else f"rank {listed} differs"
 
 
-def users_of(ranks: Alone, devices: Collection[torch.device]) -> dict[torch.device, int]:
-    """How many ranks share the memory of each of this rank's devices."""
-    host = socket.gethostname()
-    found = list(chain.from_iterable(ranks.gather([(host, str(device)) for device in devices])))
-    return {device: found.count((host, str(device))) for device in devices}
+def _describe_values(first: object, other: object) -> str:
+    """Return both values; hashes say nothing to a reader."""
+    return "" if isinstance(first, bytes) or isinstance(other, bytes) else f" ({other!r}, not {first!r})"
 
 
-def fingerprint(tensor: Tensor) -> tuple[int, int]:
-    """Two sums over the bits of a tensor, of which hardly another one has the same."""
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = tensor.contiguous().flatten().view(kinds[tensor.dtype.itemsize]).long()
-    return int(bits.sum()), int((bits * torch.arange(len(bits), device=bits.device)).sum())
-
-
-Fact = str | int | bytes  # bytes are digests, which say nothing to a reader
-
-
-class ApartError(RuntimeError):
-    """The processes of a run waited for each other in vain."""
-
-
-def process_group() -> dist.ProcessGroup | None:
-    """The processes that train together, None for a single one."""
+def world() -> Comm:
+    """Return the processes that train together: those of the default group of torch.distributed, if there are any."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return None
-    return dist.group.WORLD
-
-
-def ranks() -> Alone:
-    """What the present process exchanges with the others that train with it."""
-    group = process_group()
-    return Alone() if group is None else Ranks(group)
+        return SINGLE_PROCESS
+    group = dist.group.WORLD
+    assert group is not None
+    return GroupComm(group)
 
 
 def digest(tensor: Tensor) -> bytes:
-    """16 bytes that hardly another tensor of this shape and type has; of a boolean one its packed bits are hashed."""
+    """Return 16 bytes that identify a tensor among those of its shape and type. Sharded ones are gathered."""
     flat = gathered(tensor).cpu().flatten().clone(memory_format=torch.contiguous_format)
     data = np.packbits(flat.numpy()) if flat.dtype == torch.bool else flat.view(torch.uint8).numpy()
     return hashlib.blake2b(data.data, digest_size=16).digest()
-
-
-def agree(everyone: Alone, facts: Mapping[str, Fact], when: str) -> None:
-    """Raise RuntimeError on every rank, naming the first of the `facts` that is not the same on all and the ranks.
-
-    All ranks must call it. `when` tells a reader the moment, as "after step 3". ApartError: not all came.
-    """
-    try:
-        found = everyone.gather(dict(facts))
-    except RuntimeError as error:  # of torch.distributed: its timeout is over, or a connection broke
-        raise ApartError(
-            f"the processes did not meet {when}: one of them ended, or is at another step and waits elsewhere (one had "
-            "fewer batches, or its gradient scaler alone skipped a step)"
-        ) from error
-    for name in dict.fromkeys(name for each in found for name in each):
-        values = [each.get(name) for each in found]
-        if other := [rank for rank, value in enumerate(values) if value != values[0]]:
-            raise RuntimeError(
-                f"{name} {when} is not the same in all processes: {_spell(other)} {_differ(values, other)}. They train "
-                "one model, so the run stops here: give all the same recipe, weights and number of batches"
-            )
-
-
-def _spell(some: Sequence[int]) -> str:
-    listed = ", ".join(map(str, some[:8])) + (f" and {len(some) - 8} more" if len(some) > 8 else "")
-    return f"rank{'s' * (len(some) > 1)} {listed}"
-
-
-def _differ(values: Sequence[Fact | None], other: Sequence[int]) -> str:
-    verb = "differ" if len(other) > 1 else "differs"
-    first, second = values[0], values[other[0]]
-    if isinstance(first, bytes) or isinstance(second, bytes):
-        return f"{verb} from rank 0"
-    return f"{verb} from rank 0 ({second!r}, not {first!r})"

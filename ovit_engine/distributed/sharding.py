@@ -1,4 +1,4 @@
-"""Models that FSDP2 (`torch.distributed.fsdp.fully_shard`) has split over processes: the local part, and the whole."""
+"""Models that FSDP2 (`torch.distributed.fsdp.fully_shard`) has sharded: the local part, and the whole."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 _HOOKS = {
     *("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks"),
@@ -18,30 +18,43 @@ _STATE = "__composable_api_state_key"  # where `fully_shard` keeps what can't be
 _FSDP = "torch.distributed.fsdp"
 
 
+def is_shard(tensor: Tensor) -> bool:
+    """Return whether this process holds only a part of a tensor."""
+    return isinstance(tensor, DTensor)
+
+
 @torch.no_grad()
 def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, as a plain tensor in the same memory."""
+    """Return what this process holds of a tensor, as a plain tensor in the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, detached; every process must ask at the same time where it is sharded."""
+    """Return the whole of a tensor, detached; where it is sharded, all processes must call this at the same time."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def scattered(whole: Tensor, like: Tensor) -> Tensor:
+    """Return a whole tensor placed and sharded as `like` is; no process waits for another."""
+    whole = whole.to(like.device)
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a process holds parts of this model's parameters only."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    """Return whether this process holds only parts of the model's parameters."""
+    return any(map(is_shard, model.parameters()))
 
 
 def sharded_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules that `fully_shard` was called on: their class begins with FSDP2's own."""
+    """Return the modules that `fully_shard` was called on: their class begins with FSDP2's own."""
     return [module for module in model.modules() if _class_without_fsdp(module) is not type(module)]
 
 
 def reshard(modules: list[nn.Module]) -> None:
-    """Make the parameters of these modules shards again: after an evaluation some are still whole, and only a copy."""
+    """Shard the parameters of these modules again: after an evaluation some are still whole, and only a copy."""
     for module in modules:
         _reshard(module)
 
@@ -50,8 +63,8 @@ def reshard(modules: list[nn.Module]) -> None:
 def whole_model(model: nn.Module) -> Iterator[nn.Module]:
     """`model` with whole, plain parameters on every process and without FSDP2: to calibrate, copy or export it.
 
-    A forward pass inside waits for no other process. Every process must enter at the same time; there must be room for
-    the whole model, without gradients, on each. What is written to its parameters inside is dropped at the end.
+    A forward pass inside waits for no other process. All processes must enter at the same time, and each needs memory
+    for the whole model without gradients. What is written to its parameters inside is dropped at the end.
 
     Raises:
         TypeError: a parameter is sharded by something other than `fully_shard`, such as tensor parallelism.
@@ -70,7 +83,7 @@ def whole_model(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _class_without_fsdp(module: nn.Module) -> type[nn.Module]:
-    """The class that a module had before `fully_shard` made one of it and FSDPModule."""
+    """Return the class that a module had before `fully_shard` made one of it and FSDPModule."""
     kind = type(module)
     bases = kind.__bases__
     if len(bases) == 2 and bases[0].__module__.startswith(_FSDP) and issubclass(bases[1], nn.Module):
@@ -83,7 +96,7 @@ def _reshard(module: Any) -> None:
 
 
 def _refuse_others(model: nn.Module, modules: list[nn.Module]) -> None:
-    """Raise TypeError where parameters are sharded in a way that `whole_model` can't take away."""
+    """Raise TypeError where parameters are sharded in a way that `whole_model` can't undo."""
     managed = {id(inner) for module in modules for inner in module.modules()}
     for name, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False):
@@ -95,7 +108,7 @@ def _refuse_others(model: nn.Module, modules: list[nn.Module]) -> None:
 
 
 def _without_fsdp(module: nn.Module) -> Callable[[], None]:
-    """Take FSDP2's class, hooks, state and compiled call from a module; the result puts them back."""
+    """Take FSDP2's class, hooks, state and compiled call from a module; return what puts them back."""
     kind, inside = type(module), module.__dict__
     before = {name: inside[name] for name in inside if name in _HOOKS or name.startswith(_STATE)}
     if inside.get("_compiled_call_impl") is not None:
@@ -119,7 +132,7 @@ def _is_of_fsdp(hook: Any) -> bool:
 
 
 def _with_whole_parameters(module: nn.Module) -> Callable[[], None]:
-    """Put gathered parameters in place of sharded ones; the result puts those back."""
+    """Put gathered parameters in place of sharded ones; return what puts those back."""
     before = {name: p for name, p in module._parameters.items() if p is not None and isinstance(p, DTensor)}
     for name, parameter in before.items():
         module._parameters[name] = nn.Parameter(gathered(parameter), parameter.requires_grad)

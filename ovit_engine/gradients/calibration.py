@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from ovit_engine.distributed.sharding import is_shard
 from ovit_engine.gradients.backward import LEAST_AT_ONCE, GradientPass, LossFunction
 from ovit_engine.gradients.samples import Samples
 from ovit_engine.masking.parameters import Slot, parameter_slots, unwrapped
@@ -94,7 +94,7 @@ class Calibration:
         seed = mixed(self.seed, draw)
         samples = Samples(self.dataset, images_per_gradient, seed=seed, options=self._loader_options)
         known = [*slots, *(slot for slot in among if slot not in slots)]
-        if sharded := next((slot.name for slot in known if isinstance(slot.tensor, DTensor)), None):
+        if sharded := next((slot.name for slot in known if is_shard(slot.tensor)), None):
             raise ValueError(
                 f"{sharded!r} is sharded: take gradients in `with whole_model(model):`, on all ranks at once"
             )

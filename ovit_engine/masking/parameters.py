@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ovit_engine.distributed.sharding import gathered
+from ovit_engine.distributed.sharding import gathered, scattered
 
 _MARK = "_ovit_engine"
 
@@ -63,11 +62,7 @@ class Slot:
 
     def scatter(self, whole: Tensor) -> Tensor:
         """The part of a whole tensor that this rank holds, placed as the weight is; no rank waits for another."""
-        tensor = self.tensor
-        if isinstance(tensor, DTensor):
-            mesh, placements = tensor.device_mesh, tensor.placements
-            return distribute_tensor(whole.to(tensor.device), mesh, placements, src_data_rank=None)
-        return whole.to(tensor.device)
+        return scattered(whole, self.tensor)
 
     @torch.no_grad()
     def write(self, whole: Tensor) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ovit_engine.distributed.comm import Alone, users_of
+from ovit_engine.distributed.comm import Comm
 from ovit_engine.pruning import memory as system
 from ovit_engine.pruning.fisher import RANK
 from ovit_engine.pruning.memory import Memory, balance, into_groups
@@ -43,7 +43,7 @@ def make_plan(
     options: Options,
     count: int,
     limit: int | None,
-    ranks: Alone,
+    comm: Comm,
     held_besides: int = 0,
 ) -> Plan:
     """Plan an event on tensors like `weights` (their devices and shapes count) for `limit` bytes on each device.
@@ -51,19 +51,19 @@ def make_plan(
     Without a limit, for what is available now less `held_besides`. Raises MemoryError where a single tensor does not
     fit, on all ranks.
     """
-    with ranks.together():
+    with comm.fail_together():
         if limit is not None and limit < 1:
             raise ValueError(f"memory_limit must be positive, is {limit}")
         whole = solver_type.memory([weight.shape for weight in weights], options, count)
-        mine = balance(whole.held, ranks.count)[ranks.rank]
+        mine = balance(whole.held, comm.count)[comm.rank]
         devices = sorted({weights[index].device for index in mine}, key=str)
-    users = users_of(ranks, devices)
-    with ranks.together():
+    users = comm.sharers(devices)
+    with comm.fail_together():
         by_device, needed = [], 0
         for device in devices:
             here = [index for index in mine if weights[index].device == device]
             memory = solver_type.memory([weights[index].shape for index in here], options, count)
-            memory = Memory(memory.held, whole.besides + _exchange(weights, ranks, options))
+            memory = Memory(memory.held, whole.besides + _exchange(weights, comm, options))
             needed += memory.total
             room = limit if limit is not None else _available(device, users[device], held_besides)
             if not solver_type.needs_gradients:  # nothing comes twice, so nothing is gained by groups
@@ -72,16 +72,16 @@ def make_plan(
             groups = into_groups(memory, room, [names[index] for index in here], limited_by, solver_type.advice)
             by_device.append([[here[place] for place in group] for group in groups])
         groups = [sorted(chain.from_iterable(each)) for each in zip_longest(*by_device, fillvalue=[])]
-    rounds = [list(each) for each in zip_longest(*ranks.gather(groups), fillvalue=[])]
+    rounds = [list(each) for each in zip_longest(*comm.gather(groups), fillvalue=[])]
     is_global = options.scope == "global" and not isinstance(options.pattern, NM) and len(weights) > 1
-    is_joint = is_global and (len(rounds) > 1 or ranks.count > 1)
+    is_joint = is_global and (len(rounds) > 1 or comm.count > 1)
     passes = 2 * len(rounds) - 1 if is_joint and solver_type.moves(options) else len(rounds)
     return Plan(rounds, is_joint, passes, needed)
 
 
-def _exchange(weights: Sequence[Tensor], ranks: Alone, options: Options) -> int:
+def _exchange(weights: Sequence[Tensor], comm: Comm, options: Options) -> int:
     """Bytes of a chunk of sixteen gradients on its way to other ranks."""
-    if ranks.count == 1:
+    if comm.count == 1:
         return 0
     return 2 * RANK * sum(weight.numel() for weight in weights) * options.dtype.itemsize
 

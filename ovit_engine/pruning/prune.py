@@ -4,10 +4,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypedDict, Unpack
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ovit_engine.distributed.comm import Alone, Ranks, fingerprint, same_everywhere
+from ovit_engine.distributed.comm import SINGLE_PROCESS, Comm
 from ovit_engine.pruning.allocation import masked, remove_lowest_scores
 from ovit_engine.pruning.memory import GIB
 from ovit_engine.pruning.memory_plan import Plan, make_plan
@@ -131,7 +130,7 @@ def prune_streamed(
     masks: Sequence[Tensor] | None = None,
     method: str = "ovit",
     memory_limit: int | None = None,
-    process_group: dist.ProcessGroup | None = None,
+    comm: Comm = SINGLE_PROCESS,
     progress: Progress | None = None,
     **options: Unpack[PruneOptions],
 ) -> Pruned:
@@ -144,33 +143,32 @@ def prune_streamed(
         chunks: the chunks; or a function of indices that gives those of the weights with these indices, always from the
             start and the same. Only with a function can gradients come again, for tensors that do not fit together.
         names: of the weights, for error messages.
-        process_group: ranks that share the work. All call this with the same weights; `chunks` of rank r gives chunks
+        comm: processes that share the work. All call this with the same weights; `chunks` of rank r gives chunks
             r, r + ranks, ... of those of one process; each rank holds a share of the tensors (whole ones, balanced by
             memory). Masks and weights are the same on every rank, bit for bit, and those of one process. What fails on
             one rank raises on all.
         progress: called as progress(stage, done, total) for the stages "gradients", "eliminate" or "score", "move".
 
     Raises:
-        ValueError: as `prune_tensors`; gradients that are not `count`; weights or options that differ between ranks.
+        ValueError: as `prune_tensors`; gradients that are not `count`.
         MemoryError: a single tensor would not fit (or not all, and `chunks` is no function), before the first chunk.
-        RuntimeError: another rank failed.
+        RuntimeError: another rank failed, or has other weights or options.
     """
-    is_alone = process_group is None or (method in METHODS and not METHODS[method].needs_gradients)
-    ranks = Alone() if process_group is None or is_alone else Ranks(process_group)
-    with ranks.together():
+    if method in METHODS and not METHODS[method].needs_gradients:
+        comm = SINGLE_PROCESS
+    with comm.fail_together():
         solver_type = _method(method)
         problem = make_problem(weights, masks, names, _options(options))
         one_of("update", problem.options.update, solver_type.updates)
-    if ranks.count > 1:
-        same_everywhere(ranks, _facts(problem, method, count))
+    comm.assert_equal(lambda: _facts(problem, method, count), "before pruning")
     if problem.is_solved():
         unchanged = [weight.clone() for weight in problem.weights]
         return Pruned([mask.clone() for mask in problem.masks], unchanged, [0.0] * len(unchanged))
     if solver_type.needs_gradients and count < 1:
         raise ValueError(f"{method} needs gradients, and there are none")
-    plan = make_plan(problem.names, problem.weights, solver_type, problem.options, count, memory_limit, ranks)
+    plan = make_plan(problem.names, problem.weights, solver_type, problem.options, count, memory_limit, comm)
     source = chunks if callable(chunks) else _once(chunks, plan, solver_type.advice)
-    return PruningStep(problem, solver_type, source, count, plan, ranks, progress).run()
+    return PruningStep(problem, solver_type, source, count, plan, comm, progress).run()
 
 
 def prune_by_scores(
@@ -210,7 +208,7 @@ def plan_pruning(
     names: Sequence[str] | None = None,
     memory_limit: int | None = None,
     held_besides: int = 0,
-    process_group: dist.ProcessGroup | None = None,
+    comm: Comm = SINGLE_PROCESS,
     **options: Unpack[PruneOptions],
 ) -> Plan:
     """How `prune_streamed` would go about these weights with so many gradients, if all of them had to lose some.
@@ -219,9 +217,8 @@ def plan_pruning(
     where there is no limit. Raises MemoryError where a single tensor does not fit, on all ranks.
     """
     names = [f"weights[{index}]" for index in range(len(weights))] if names is None else names
-    ranks = Alone() if process_group is None else Ranks(process_group)
     solver_type, read = _method(method), _options(options)
-    return make_plan(names, weights, solver_type, read, gradients, memory_limit, ranks, held_besides)
+    return make_plan(names, weights, solver_type, read, gradients, memory_limit, comm, held_besides)
 
 
 def estimate_memory(
@@ -273,12 +270,12 @@ def _once(chunks: Iterable[Sequence[Tensor]], plan: Plan, advice: str) -> Gradie
     return lambda indices: chunks
 
 
-def _facts(problem: Problem, method: str, count: int) -> dict[str, Any]:
-    """What has to be the same on all ranks, by name."""
-    facts: dict[str, Any] = {"method": method, "the number of gradients": count}
+def _facts(problem: Problem, method: str, count: int) -> dict[str, object]:
+    """Return what must be the same on all ranks, by name."""
+    facts: dict[str, object] = {"method": method, "the number of gradients": count}
     facts |= {f"option {name}": str(value) for name, value in vars(problem.options).items()}
     facts["the list of weights"] = tuple(problem.names)
     for name, weight, mask in zip(problem.names, problem.weights, problem.masks, strict=True):
-        facts[f"the mask of {name}"] = fingerprint(mask)
-        facts[f"the weight {name}"] = fingerprint(weight)
+        facts[f"the mask of {name}"] = mask
+        facts[f"the weight {name}"] = weight
     return facts

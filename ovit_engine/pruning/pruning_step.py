@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ovit_engine.distributed.comm import Alone
+from ovit_engine.distributed.comm import Comm
 from ovit_engine.pruning.allocation import masked
 from ovit_engine.pruning.memory_plan import Plan
 from ovit_engine.pruning.problem import Problem, Pruned, Solver, check_gradients
@@ -58,7 +58,7 @@ class PruningStep:
         source: GradientSource,
         count: int,
         plan: Plan,
-        ranks: Alone,
+        comm: Comm,
         progress: Progress | None,
     ) -> None:
         self._problem = problem
@@ -66,10 +66,10 @@ class PruningStep:
         self._source = source
         self._count = count
         self._plan = plan
-        self._ranks = ranks
+        self._comm = comm
         self._moves = solver_type.moves(problem.options)
         self._passes = 0
-        mine = chain.from_iterable(held[ranks.rank] for held in plan.rounds)
+        mine = chain.from_iterable(held[comm.rank] for held in plan.rounds)
         weights = sum(problem.weights[index].numel() for index in mine)
         totals = {"gradients": plan.passes * count, solver_type.stage: weights, "move": weights}
         self._stages = Stages(totals, progress)
@@ -85,8 +85,8 @@ class PruningStep:
         errors = [0.0] * len(masks)
         for held in self._plan.rounds:
             solver = self._observe(held)
-            mine = held[self._ranks.rank]
-            with self._ranks.together(), exact_arithmetic():
+            mine = held[self._comm.rank]
+            with self._comm.fail_together(), exact_arithmetic():
                 if solver is not None:
                     part = self._problem.part(mine)
                     candidates = self._candidates(solver)
@@ -97,22 +97,22 @@ class PruningStep:
                         masks[index], weights[index], errors[index] = mask, weight, error
             del solver  # before the next round
         for rank, index in self._owners():
-            masks[index] = self._ranks.broadcast(masks[index], rank)
-            weights[index] = self._ranks.broadcast(weights[index], rank)
-        by_rank = self._ranks.gather(errors)
+            masks[index] = self._comm.broadcast(masks[index], rank)
+            weights[index] = self._comm.broadcast(weights[index], rank)
+        by_rank = self._comm.gather(errors)
         for rank, index in self._owners():
             errors[index] = by_rank[rank][index]
         return masks, weights, errors
 
     def _jointly(self) -> tuple[list[Tensor], list[Tensor], list[float]]:
         """Where the choice is one over all tensors: rank 0 makes it once all rounds have said what removals cost."""
-        problem, me = self._problem, self._ranks.rank
+        problem, me = self._problem, self._comm.rank
         candidates: dict[int, Any] = {}
         solver: Solver[Any] | None = None
         for held in self._plan.rounds:
             solver = None
             solver = self._observe(held)
-            with self._ranks.together(), exact_arithmetic():
+            with self._comm.fail_together(), exact_arithmetic():
                 if solver is not None:
                     candidates.update(zip(held[me], self._candidates(solver), strict=True))
         with self._stages.timed("allocate"):
@@ -128,30 +128,30 @@ class PruningStep:
             if held is not last:
                 solver = self._observe(held)
             mine = held[me]
-            with self._ranks.together(), exact_arithmetic():
+            with self._comm.fail_together(), exact_arithmetic():
                 if solver is not None:
                     parts = [masks[i] for i in mine], [candidates[i] for i in mine]
                     for index, weight in zip(mine, self._move(solver, problem.part(mine), *parts), strict=True):
                         weights[index] = weight
             solver = None  # before the next round
         for rank, index in self._owners():
-            weights[index] = self._ranks.broadcast(weights[index], rank)
+            weights[index] = self._comm.broadcast(weights[index], rank)
         return masks, weights, errors
 
     def _choose(self, candidates: dict[int, Any]) -> tuple[list[Tensor], list[float]]:
         """Masks and errors by rank 0, for everyone."""
-        every = self._ranks.collect(candidates)
+        every = self._comm.gather_entries(candidates)
         masks, errors = list(self._problem.masks), [0.0] * len(self._problem.masks)
-        with self._ranks.together(), exact_arithmetic():
-            if self._ranks.rank == 0:
+        with self._comm.fail_together(), exact_arithmetic():
+            if self._comm.rank == 0:
                 ordered = [_beside(every[i], weight) for i, weight in enumerate(self._problem.weights)]
                 masks, errors = self._solver_type.choose(self._problem, ordered)
-        return [self._ranks.broadcast(mask, 0) for mask in masks], self._ranks.gather(errors)[0]
+        return [self._comm.broadcast(mask, 0) for mask in masks], self._comm.gather(errors)[0]
 
     def _observe(self, held: list[list[int]]) -> Solver[Any] | None:
         """A solver for the tensors that this rank holds, which has seen all gradients; None for no tensors."""
-        mine, union = held[self._ranks.rank], sorted(chain.from_iterable(held))
-        with self._ranks.together(), exact_arithmetic(), self._stages.timed("fisher"):
+        mine, union = held[self._comm.rank], sorted(chain.from_iterable(held))
+        with self._comm.fail_together(), exact_arithmetic(), self._stages.timed("fisher"):
             solver = self._solver_type(self._problem.part(mine), self._count) if mine else None
         if not self._solver_type.needs_gradients:
             return solver
@@ -160,17 +160,17 @@ class PruningStep:
         chunks = iter(self._source(union))
         seen, is_over = 0, False
         while not is_over:
-            with self._ranks.together(), self._stages.timed("gradients"):
+            with self._comm.fail_together(), self._stages.timed("gradients"):
                 # outside of exact_arithmetic: whoever makes gradients needs autograd
                 chunk = next(chunks, None)
                 if chunk is not None:
-                    _check_chunk(self._problem, union, chunk, seen, self._ranks.rank)
+                    _check_chunk(self._problem, union, chunk, seen, self._comm.rank)
             with self._stages.timed("exchange"):
-                found = self._ranks.gather(None if chunk is None else len(chunk[0]))
+                found = self._comm.gather(None if chunk is None else len(chunk[0]))
                 sizes, is_over = [size or 0 for size in found], all(size is None for size in found)
-                arrived = list(self._ranks.deliver(chunk, sizes, held, self._problem.weights))
+                arrived = list(self._comm.exchange(chunk, sizes, held, self._problem.weights))
             seen += sum(sizes)
-            with self._ranks.together(), self._stages.timed("fisher"), exact_arithmetic():
+            with self._comm.fail_together(), self._stages.timed("fisher"), exact_arithmetic():
                 for part in arrived:
                     if solver is not None and seen <= self._count:
                         solver.observe(part)

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ovit_engine.distributed.comm import process_group
+from ovit_engine.distributed.comm import world
 from ovit_engine.structured.gates import TALLY, GateSite
 
 _ROWS = 4  # of a tally: importance, growth, salience, samples
@@ -96,11 +95,8 @@ def take_sums(sites: Sequence[GateSite]) -> dict[str, Tensor]:
     Sums are what to add up and to save; of gradients (float32 [4, count]) `GateScores.of` makes means.
     """
     own = [site.linear.__dict__[TALLY].sums for site in sites]
-    together = torch.cat([each.flatten() for each in own])
-    group = process_group()
-    if group is not None:
-        dist.all_reduce(together, group=group)
-    parts = torch.split(together, [each.numel() for each in own])
+    total = world().sum(torch.cat([each.flatten() for each in own]))
+    parts = torch.split(total, [each.numel() for each in own])
     for each in own:
         each.zero_()
     return {site.name: part.view_as(each) for site, part, each in zip(sites, parts, own, strict=True)}

@@ -12,11 +12,11 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ovit_engine import quant
 from ovit_engine.certificate.manifest import Manifest, Part
+from ovit_engine.distributed.sharding import is_sharded
 from ovit_engine.masking.masks import Masks
 from ovit_engine.masking.parameters import clean_name, is_attached, parameter_slots, unwrapped
 from ovit_engine.pruning.patterns import Spelling
@@ -134,7 +134,7 @@ def _check_plain(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} is a wrapper: give the model inside, and wrap it again afterwards")
     if is_attached(model):
         raise ValueError("an engine is attached to the model: call engine.detach() first, or give a copy")
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if is_sharded(model):
         raise ValueError("the model is sharded: shrink it before fully_shard, or inside `with whole_model(model):`")
 
 

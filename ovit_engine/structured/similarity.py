@@ -1,15 +1,13 @@
 """Similarities between the outputs of a block's heads, on calibration images or as training goes by."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ovit_engine.distributed.comm import process_group
 from ovit_engine.structured.gates import GateSite
 
 Kernel = Literal["shift", "clip", "exp"]
@@ -101,13 +99,6 @@ def watched(sites: Sequence[GateSite], kernel: Kernel, temperature: float) -> It
     finally:
         for handle in handles:
             handle.remove()
-
-
-def add_over_processes(sums: Mapping[str, Tensor]) -> None:
-    """Make each of the sums that of all processes, in place: all of them must call it."""
-    group = process_group()
-    for each in sums.values() if group is not None else ():
-        dist.all_reduce(each, group=group)
 
 
 def mean_similarity(site: GateSite, sums: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import nn
 
 from ovit_engine.core.modifier import Modifier, Run, SweepPlan
 from ovit_engine.core.recipe import Recipe
+from ovit_engine.distributed.comm import world
 from ovit_engine.masking.masks import Masks
 from ovit_engine.quant import dense_state_dict
 from ovit_engine.sweep.folder import FOLDER, INDEX, Index, Point, draw, is_of, point_name, weigh, write_index
@@ -101,7 +102,7 @@ class Sweep:
                 "a sweep leaves files: make the engine as Engine(model, recipe, ..., output='runs/x')", "sweep"
             )
         self._snapshot, self._evaluate = snapshot, evaluate
-        if _writes():
+        if world().is_main:
             self._take_over(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -193,7 +194,7 @@ class Sweep:
             return
         state = {**self._snapshot(), **self.extra()}
         point = self._describe(self._open, metric, dense_state_dict(state["model"]))
-        if _writes():
+        if world().is_main:
             assert self.folder is not None
             save_file(self.folder / point.checkpoint, {**state, "point": asdict(point)})
         self.points[self._open] = point
@@ -205,7 +206,7 @@ class Sweep:
         claimed = [claim.what.removeprefix("the mask of ") for claim in self._modifier.claims(run)]
         zeros = [(pruned[name], weights[name].numel()) for name in claimed if name in pruned]
         parameters = sum(parameter.numel() for parameter in run.model.parameters())
-        raw, packed = weigh(weights.values()) if _writes() else (0, 0)
+        raw, packed = weigh(weights.values()) if world().is_main else (0, 0)
         return Point(
             sparsity=sparsity,
             measured=sum(count for count, _ in zeros) / max(1, sum(size for _, size in zeros)),
@@ -220,7 +221,7 @@ class Sweep:
         )
 
     def _write_index(self) -> None:
-        if self.folder is None or not _writes():
+        if self.folder is None or not world().is_main:
             return
         index = Index(
             recipe=self._recipe.name,
@@ -264,8 +265,3 @@ def _fingerprint(masks: Masks) -> str:
         digest.update(name.encode())
         digest.update(packed["bits"].numpy().data)
     return digest.hexdigest()
-
-
-def _writes() -> bool:
-    """Whether this process writes files: one does, where several train together."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

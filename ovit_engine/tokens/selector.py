@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ovit_engine.distributed.comm import process_group
+from ovit_engine.distributed.comm import world
 from ovit_engine.masking.parameters import SCORER
 from ovit_engine.tokens.layout import Layout
 from ovit_engine.tokens.ops import Survivors, compute_epsilon, gather_tokens, policy_bias, top_tokens
@@ -120,9 +119,7 @@ class SelectorHooks(TokenHooks):
         before = self._decisions.get(number - 1)
         scores = _scorer(block)(x[:, self.layout.prefix :], before).float()
         shape = (*scores.shape, self.sampler.choices)
-        group = process_group()
-        rank = 0 if group is None else dist.get_rank(group)
-        seed = mixed(self.seed, rank, self._step, self._calls, number)
+        seed = mixed(self.seed, world().rank, self._step, self._calls, number)
         decided = self.sampler(scores, gumbel(shape, x.device, seed), self.stages[number].keep, before)
         if before is not None:
             decided = decided * before

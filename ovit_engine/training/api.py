@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from ovit_engine.core.recipe import Recipe
+from ovit_engine.distributed.torchrun import process_group
+from ovit_engine.training.device import choose_device
 from ovit_engine.training.evaluation import evaluate as evaluate
 from ovit_engine.training.metrics import SILENT as SILENT
 from ovit_engine.training.metrics import EpochMetrics as EpochMetrics
@@ -10,7 +12,6 @@ from ovit_engine.training.metrics import Progress as Progress
 from ovit_engine.training.models import make_model as make_model
 from ovit_engine.training.models import model_name as model_name
 from ovit_engine.training.models import with_training as with_training
-from ovit_engine.training.processes import choose_device, joined
 from ovit_engine.training.runs import begin
 from ovit_engine.training.trainer import SAVE_EVERY, Trainer
 from ovit_engine.training.trainer import FinishedRunError as FinishedRunError
@@ -58,9 +59,8 @@ def train(
         FileExistsError: `output` holds another run.
     """
     place = choose_device(device)
-    with joined(place) as processes:
-        start = None if resume is None else str(resume)
-        processes.agree((recipe.hash, start), "what training starts from (hash of the recipe, checkpoint)")
+    with process_group(place) as comm:
+        comm.assert_equal(lambda: {"the recipe": recipe.hash.encode(), "the checkpoint": str(resume)}, "at the start")
         trainer = Trainer(
             recipe,
             str(data),
@@ -71,10 +71,10 @@ def train(
             root,
             amp=amp,
             save_every=save_every,
-            processes=processes,
+            comm=comm,
         )
         begin(trainer, checkpoint, pretrained, resume)
-        told = progress if processes.leads else SILENT
+        told = progress if comm.is_main else SILENT
         if resume is not None:
             told.resume(Path(resume))
         return trainer.fit(told)

@@ -14,8 +14,8 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from ovit_engine.core.training_options import Training
+from ovit_engine.distributed.comm import Comm
 from ovit_engine.training.images import UnreadableImageError
-from ovit_engine.training.processes import Processes
 from ovit_engine.utils.random import mixed, seed_cpu
 
 Key = tuple[int, int]  # the seed of an image's augmentation, and the image's index
@@ -33,12 +33,10 @@ class TrainingBatches(Sampler[list[Key]]):
         repeats: times that each image drawn comes in a row; an epoch has as many images as without.
     """
 
-    def __init__(
-        self, images: int, part: int, *, accumulate: int, repeats: int, seed: int, processes: Processes
-    ) -> None:
-        self.steps = images // (part * processes.count * accumulate)
+    def __init__(self, images: int, part: int, *, accumulate: int, repeats: int, seed: int, comm: Comm) -> None:
+        self.steps = images // (part * comm.count * accumulate)
         self._images, self._part, self._accumulate, self._repeats = images, part, accumulate, repeats
-        self._seed, self._processes = seed, processes
+        self._seed, self._comm = seed, comm
         self._epoch = self._first = 0
 
     def go_to(self, epoch: int, step: int) -> None:
@@ -49,10 +47,10 @@ class TrainingBatches(Sampler[list[Key]]):
         return self.steps * self._accumulate - self._first
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order, count = self._order(), self._processes.count
+        order, count = self._order(), self._comm.count
         whole = self._part * count
         for number in range(self._first, self.steps * self._accumulate):
-            places = range(number * whole + self._processes.rank, (number + 1) * whole, count)
+            places = range(number * whole + self._comm.rank, (number + 1) * whole, count)
             yield [(mixed(self._seed, self._epoch, place), order[place]) for place in places]
 
     def _order(self) -> list[int]:

@@ -6,15 +6,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ovit_engine.training.processes import ALONE, Processes
+from ovit_engine.distributed.comm import SINGLE_PROCESS, Comm
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader[Any], device: torch.device, *, processes: Processes = ALONE) -> float:
+def evaluate(model: nn.Module, loader: DataLoader[Any], device: torch.device, *, comm: Comm = SINGLE_PROCESS) -> float:
     """Top-1 accuracy in eval mode; the model's training flags are put back.
 
     Args:
-        processes: that see a part of the images each, and then give the share of all that are right.
+        comm: processes that see a part of the images each, and then return the accuracy over all.
     """
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -25,5 +25,5 @@ def evaluate(model: nn.Module, loader: DataLoader[Any], device: torch.device, *,
         counts[1] += (labels >= 0).sum()  # less than zero: an unreadable image, for which another stands in
     for module, flag in flags:
         module.training = flag
-    right, count = processes.sum(counts).tolist()
+    right, count = comm.sum(counts).tolist()
     return float(right / count)

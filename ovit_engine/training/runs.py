@@ -75,7 +75,7 @@ def begin(trainer: Trainer, checkpoint: str | Path | None, pretrained: bool, res
             )
         trainer.prepare(pretrained=pretrained, checkpoint=None if checkpoint is None else Path(checkpoint))
         if trainer.engine.sweep is not None:
-            if trainer.processes.leads:
+            if trainer.comm.is_main:
                 clear_broken_start(trainer.output, trainer.recipe)
             if checkpoint is not None or pretrained:
                 trainer.engine.sweep.baseline = trainer.accuracy()

@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader, Subset
 
 from ovit_engine.core.recipe import Recipe
 from ovit_engine.core.state import whole_state_dict
+from ovit_engine.distributed.comm import SINGLE_PROCESS, Comm
+from ovit_engine.distributed.torchrun import first_on_machine
 from ovit_engine.engine import Engine
 from ovit_engine.gradients.calibration import Calibration
 from ovit_engine.masking.parameters import is_scorer
@@ -42,7 +44,6 @@ from ovit_engine.training.data import ImageData, load_data, model_data_config
 from ovit_engine.training.evaluation import evaluate
 from ovit_engine.training.metrics import EpochMetrics, Progress, write_metrics
 from ovit_engine.training.models import make_model, model_name, with_classes
-from ovit_engine.training.processes import ALONE, Processes
 from ovit_engine.training.schedulers import make_scheduler
 from ovit_engine.training.steps import Steps
 from ovit_engine.training.sweep_run import METRIC, complete
@@ -98,17 +99,17 @@ class Trainer:
         *,
         amp: bool | None = None,
         save_every: float = SAVE_EVERY,
-        processes: Processes = ALONE,
+        comm: Comm = SINGLE_PROCESS,
     ) -> None:
         config = model_data_config(model_name(recipe.training), recipe.training.model_args)
         augmentation = recipe.training.augmentation
-        with processes.first_on_machine():  # it may download
+        with first_on_machine(comm):  # it may download
             self.data = load_data(data, config=config, augmentation=augmentation, strict=strict, root=root)
         self.recipe = with_classes(recipe, self.data)
         self.training = with_preset(self.recipe.training)
         self.preset = PRESETS.get(self.training.augmentation)
         self.mixup = make_mixup(self.training, self.training.model_args["num_classes"])
-        self.output, self.device, self.processes = output, device, processes
+        self.output, self.device, self.comm = output, device, comm
         self._make_loaders({"num_workers": workers, "pin_memory": self.device.type == "cuda"})
         self.amp, self.save_every, self._saved = amp, save_every, 0.0
         self.metrics: list[EpochMetrics] = []
@@ -116,15 +117,15 @@ class Trainer:
         self.loop_state: Mapping[str, Any] | None = None
 
     def _make_loaders(self, options: dict[str, Any]) -> None:
-        images, processes = len(self.data.train), self.processes  # type: ignore[arg-type]
-        part = part_size(self.training, images, paired=self.mixup is not None, processes=processes.count)
+        images, comm = len(self.data.train), self.comm  # type: ignore[arg-type]
+        part = part_size(self.training, images, paired=self.mixup is not None, processes=comm.count)
         self.batches = TrainingBatches(
             images,
             part,
             accumulate=self.training.accumulate,
             repeats=1 if self.preset is None else self.preset.repeats,
             seed=self.training.seed,
-            processes=processes,
+            comm=comm,
         )
         self.steps = self.batches.steps
         # its own generator: a loader without one draws from the model's random numbers
@@ -135,7 +136,7 @@ class Trainer:
             **options,
         )
         self.val_loader: DataLoader[Any] = DataLoader(self.data.val, batch_size=part, **options)
-        share = range(processes.rank, len(self.data.val), processes.count)  # type: ignore[arg-type]
+        share = range(comm.rank, len(self.data.val), comm.count)  # type: ignore[arg-type]
         self.val_share: DataLoader[Any] = DataLoader(Subset(self.data.val, share), batch_size=part, **options)
         self.calibration_loader: DataLoader[Any] = DataLoader(self.data.calibration, **options)
 
@@ -195,7 +196,7 @@ class Trainer:
         if "loop" not in state:
             raise ValueError(f"{str(path)!r} is of an older ovit: begin a new run from its weights (--checkpoint)")
         loop = state["loop"]
-        self.processes.agree((state["epoch"], loop["step"]), "the checkpoint (epoch, step) to go on from")
+        self.comm.assert_equal(lambda: {"the epoch": state["epoch"], "the step": loop["step"]}, "of the checkpoint")
         if self.amp not in (None, loop["amp"]):
             raise ValueError(f"the run in {str(path)!r} began with {'no ' * (not loop['amp'])}mixed precision")
         self.amp = loop["amp"]
@@ -207,12 +208,12 @@ class Trainer:
         self.loop_state = {"optimizer": state["optimizer"], "scaler": loop["scaler"]}
         self.metrics = [EpochMetrics(**row) for row in state["metrics"]]
         self.within = Within(loop["step"], loop["loss"].to(self.device), loop["seconds"])
-        if self.processes.leads:
+        if self.comm.is_main:
             clear_leftovers(self.output)
             set_aside(self.output / LAST)
 
     def fit(self, progress: Progress) -> Trained:
-        if self.processes.leads:
+        if self.comm.is_main:
             self.output.mkdir(parents=True, exist_ok=True)
             if self.engine.run.teacher is not None:
                 self.teachers.save(self.engine.run.teacher.module, self.output)
@@ -238,10 +239,10 @@ class Trainer:
                 self.within = Within()
                 self._save(epoch + 1)
                 progress.end(self.metrics[-1])
-        unreadable = set().union(*self.processes.gather(self.data.unreadable))
+        unreadable = set().union(*self.comm.gather(self.data.unreadable))
         if unreadable:
             log.warning("%d unreadable images in all; others stood in for them", len(unreadable))
-        if self.engine.sweep is not None and self.processes.leads:
+        if self.engine.sweep is not None and self.comm.is_main:
             wanted = self.val_loader if self.engine.sweep.plan.onnx else None
             complete(self.output, lambda: make_model(self.training), self.data.preprocessing, data=wanted)
         if self.ema is not None:
@@ -251,7 +252,7 @@ class Trainer:
     def _begin(self) -> None:
         """Put back the state of optimizer and scaler, and wrap the model for several processes."""
         network = self.model
-        if self.processes.count > 1:
+        if self.comm.count > 1:
             devices = [self.device] if self.device.type == "cuda" else None
             network = DistributedDataParallel(self.model, device_ids=devices)
         self.step = Steps(
@@ -284,10 +285,10 @@ class Trainer:
             batches = iter(self.train_loader)
             for step in range(within.step, self.steps):
                 # of the step alone, so that a resumed run draws what an unbroken one does
-                seed_everything(mixed(self.training.seed, epoch, step, self.processes.rank))
+                seed_everything(mixed(self.training.seed, epoch, step, self.comm.rank))
                 parts = islice(batches, self.training.accumulate)
-                loss = self.processes.sum(self.step(parts, epoch * self.steps + step))
-                within.loss += loss / self.processes.count
+                loss = self.comm.sum(self.step(parts, epoch * self.steps + step))
+                within.loss += loss / self.comm.count
                 within.step, within.seconds = step + 1, time.perf_counter() - start
                 self._save_in_time(epoch)
                 progress.step()
@@ -304,9 +305,9 @@ class Trainer:
 
     def _measure(self, epoch: int, loss: float) -> EpochMetrics:
         start = time.perf_counter()
-        self.processes.share_buffers(self.model)
-        if self.ema is not None:
-            self.processes.share_buffers(self.deployed)
+        for model in (self.model, *(() if self.ema is None else (self.ema.module,))):
+            for buffer in model.buffers():  # running statistics follow the images of each process
+                buffer.copy_(self.comm.broadcast(buffer))
         accuracy = self.accuracy()
         self.engine.metric(METRIC, accuracy)
         return EpochMetrics(
@@ -321,7 +322,7 @@ class Trainer:
     def accuracy(self) -> float:
         """Top-1 on the validation images, of what is deployed."""
         with worker_errors():
-            return evaluate(self.deployed, self.val_share, self.device, processes=self.processes)
+            return evaluate(self.deployed, self.val_share, self.device, comm=self.comm)
 
     def _about(self) -> dict[str, Any]:
         """What a checkpoint tells besides model, optimizer and engine."""
@@ -341,7 +342,7 @@ class Trainer:
     def _save_in_time(self, epoch: int) -> None:
         """A checkpoint within an epoch, now and then."""
         now = time.monotonic()
-        if not self.processes.leads or self.within.step == self.steps or now - self._saved < self.save_every:
+        if not self.comm.is_main or self.within.step == self.steps or now - self._saved < self.save_every:
             return
         assert self.within.loss is not None
         self._check_loss(float(self.within.loss), epoch)
@@ -349,7 +350,7 @@ class Trainer:
 
     def _save(self, epoch: int) -> None:
         """Write what it takes to go on after `epoch` epochs and what is done of the next."""
-        if not self.processes.leads:
+        if not self.comm.is_main:
             return
         parts = {"model": self.model, "optimizer": self.optimizer, "engine": self.engine}
         state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}  # type: ignore[attr-defined]

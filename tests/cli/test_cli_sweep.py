@@ -10,10 +10,10 @@ import torch
 from click.testing import CliRunner
 
 from ovit_engine.cli import main
+from ovit_engine.distributed.launch import Launch
 from ovit_engine.sweep.folder import FOLDER, Index, Point, read_index, write_index
 from ovit_engine.training import trainer
 from ovit_engine.training.api import SILENT
-from ovit_engine.training.processes import Processes
 from tests.cli.conftest import RECIPE, Ovit
 
 SWEPT = RECIPE.replace('sparsity: "${sparsity}"', "sparsity: {1st: 0.5, 6st: 0.9}, sweep: [0.5, 0.9]").replace(
@@ -176,7 +176,7 @@ def test_of_several_processes_one_begins_a_tail(
     monkeypatch.setattr("ovit_engine.training.api.train", train)
     tail = swept[0] / FOLDER / "0.5-tail"
     for rank in (1, 0):
-        monkeypatch.setattr("ovit_engine.training.processes.launched", lambda rank=rank: Processes(rank=rank, count=2))
+        monkeypatch.setattr("ovit_engine.distributed.launch.launched", lambda rank=rank: Launch(rank=rank, count=2))
         done = ovit("sweep", swept[0], "--continue", 0.5)
         assert done.exit_code == 0, done.output
         assert done.stdout.startswith("saved ") == tail.exists() == (rank == 0)

@@ -4,19 +4,18 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ovit_engine.distributed.comm import Alone, agree, digest, ranks
+from ovit_engine.distributed.comm import SINGLE_PROCESS, Comm, GroupComm, digest, world
 from ovit_engine.quant import INT8_SYMMETRIC, UINT8_AFFINE, CurrentMinMax, FakeQuantize, share_ranges
 
 T = TypeVar("T")
 
 
-class Played(Alone):
-    """Gathers what the others are said to have."""
+class Played(GroupComm):
+    """Exchanges with processes that are lists."""
 
     def __init__(self, *others: Any) -> None:
         self.others = others
@@ -26,10 +25,22 @@ class Played(Alone):
         return [value, *self.others]
 
 
-def test_a_process_alone_agrees_with_itself() -> None:
-    assert ranks().count == 1
-    agree(Alone(), {"anything": b"x"}, "now")
-    agree(Played({"a": 1}, {"a": 1}), {"a": 1}, "now")
+def test_a_single_process_exchanges_with_itself() -> None:
+    comm, tensor = world(), torch.ones(2)
+    assert comm is SINGLE_PROCESS
+    assert (comm.rank, comm.count, comm.is_main) == (0, 1, True)
+    assert comm.gather("x") == ["x"]
+    assert comm.gather_entries({3: "x"}) == {3: "x"}
+    assert comm.sum(tensor) is comm.max(tensor) is comm.broadcast(tensor) is tensor
+    assert list(comm.exchange([tensor], [2], [[0]], [tensor])) == [[tensor]]
+    assert list(comm.exchange(None, [0], [[0]], [tensor])) == []
+    assert comm.sharers([torch.device("cpu")]) == {torch.device("cpu"): 1}
+    comm.assert_equal(lambda: pytest.fail("facts cost time"), "now")
+
+
+def test_equal_facts_pass() -> None:
+    facts = {"a": 1, "b": digest(torch.ones(3)), "c": None}
+    Played(facts, facts).assert_equal(lambda: {"a": 1, "b": torch.ones(3), "c": None}, "now")
 
 
 @pytest.mark.parametrize(
@@ -49,7 +60,7 @@ def test_a_process_alone_agrees_with_itself() -> None:
 )
 def test_a_difference_names_the_first_thing_and_the_ranks(mine: Any, others: list[Any], words: str) -> None:
     with pytest.raises(RuntimeError, match=words) as caught:
-        agree(Played(*others), mine, "now")
+        Played(*others).assert_equal(lambda: mine, "now")
     assert "\n" not in str(caught.value)
 
 
@@ -89,31 +100,31 @@ def test_shared_ranges_are_the_widest(seen: list[list[bool]], seed: int, channel
     ]
     sent: list[list[Tensor]] = []
 
-    def note(tensor: Tensor, op: Any, group: Any) -> None:
-        sent[-1].append(tensor.clone())
+    class Note(Comm):
+        count = 2
 
-    def reduce(tensor: Tensor, op: Any, group: Any) -> None:
-        assert op == dist.ReduceOp.MAX
-        tensor.copy_(torch.stack([each[calls] for each in sent]).amax(0))
+        def max(self, tensor: Tensor) -> Tensor:
+            sent[-1].append(tensor.clone())
+            return tensor
 
-    with pytest.MonkeyPatch.context() as patch:
-        for process in processes:
-            sent.append([])
-            patch.setattr(dist, "all_reduce", note)
-            before = [{name: b.clone() for name, b in q.named_buffers()} for q in process]
-            share_ranges(process, None)  # type: ignore[arg-type]
-            for quantizer, buffers in zip(process, before, strict=True):
-                quantizer.load_state_dict(buffers)
-        for process in processes:
-            calls = 0
+    class Follow(Comm):
+        count = 2
 
-            def follow(tensor: Tensor, op: Any, group: Any) -> None:
-                nonlocal calls
-                reduce(tensor, op, group)
-                calls += 1
+        def __init__(self) -> None:
+            self.calls = 0
 
-            patch.setattr(dist, "all_reduce", follow)
-            share_ranges(process, None)  # type: ignore[arg-type]
+        def max(self, tensor: Tensor) -> Tensor:
+            self.calls += 1
+            return tensor.copy_(torch.stack([each[self.calls - 1] for each in sent]).amax(0))
+
+    for process in processes:
+        sent.append([])
+        before = [{name: b.clone() for name, b in q.named_buffers()} for q in process]
+        share_ranges(process, Note())
+        for quantizer, buffers in zip(process, before, strict=True):
+            quantizer.load_state_dict(buffers)
+    for process in processes:
+        share_ranges(process, Follow())
     for place, kind in enumerate(kinds):
         watched = [each[place].double() for each, flags in zip(data, seen, strict=True) if flags[place]]
         for process in processes:
@@ -129,7 +140,3 @@ def test_shared_ranges_are_the_widest(seen: list[list[bool]], seed: int, channel
             width = high.clamp(min=0) - low.clamp(max=0)
             scale = width / 255 if kind is None else torch.maximum(low.abs(), high.abs()) / 127
             torch.testing.assert_close(quantizer.scale.double(), scale, rtol=1e-5, atol=0)
-
-
-def test_sharing_nothing_asks_nobody() -> None:
-    share_ranges([], None)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ovit_engine import Calibration, Engine
+from ovit_engine.distributed.comm import SINGLE_PROCESS, Comm, world
 from ovit_engine.pruning import METHODS, plan_pruning, prune_streamed
 from ovit_engine.pruning.problem import Options
 from tests.loops import X, Y, mlp, recipe
@@ -73,14 +74,13 @@ def source(gradients: list[Tensor], rank: int, ranks: int) -> Callable[[list[int
     return chunks
 
 
-def prune(case: Case, group: dist.ProcessGroup | None, **more: Any) -> dict[str, Any]:
-    rank, ranks = (0, 1) if group is None else (dist.get_rank(), dist.get_world_size())
-    options = {"block": 32, "damp": 1e-4, "process_group": group, **case, **more}
+def prune(case: Case, comm: Comm, **more: Any) -> dict[str, Any]:
+    options = {"block": 32, "damp": 1e-4, "comm": comm, **case, **more}
     weights, gradients = problem(options.pop("tensors", len(SHAPES)))
     if options.pop("before", False):
         options["masks"] = [torch.rand(w.shape, generator=torch.Generator().manual_seed(1)) > 0.2 for w in weights]
     weights = [weight.to(options.pop("dtype_of_weights", weight.dtype)) for weight in weights]
-    pruned = prune_streamed(weights, source(gradients, rank, ranks), COUNT, **options)
+    pruned = prune_streamed(weights, source(gradients, comm.rank, comm.count), COUNT, **options)
     return {name: getattr(pruned, name) for name in ("masks", "weights", "errors", "passes")}
 
 
@@ -92,12 +92,12 @@ def failure(work: Callable[[], object]) -> str:
     return "nothing was raised"
 
 
-def failures(rank: int, group: dist.ProcessGroup) -> dict[str, str]:
+def failures(rank: int, comm: Comm) -> dict[str, str]:
     weights, gradients = problem()
     mine = source(gradients, rank, RANKS)
 
     def run(chunks: Any = mine, weights: list[Tensor] = weights, **options: Any) -> str:
-        options = {"sparsity": 0.6, "block": 32, "process_group": group, **options}
+        options = {"sparsity": 0.6, "block": 32, "comm": comm, **options}
         return failure(lambda: prune_streamed(weights, chunks, COUNT, **options))
 
     def broken(indices: list[int]) -> Iterator[list[Tensor]]:
@@ -127,9 +127,7 @@ def failures(rank: int, group: dist.ProcessGroup) -> dict[str, str]:
         "sparsity": run(sparsity=0.6 + 0.1 * rank),
         "method": run(method="obert" if rank else "ovit"),
         "a weight": run(weights=[w * (float("nan") if rank == 0 else 1) for w in weights]),
-        "plan": failure(
-            lambda: plan_pruning(weights, sparsity=0.6, memory_limit=1 if rank == 0 else None, process_group=group)
-        ),
+        "plan": failure(lambda: plan_pruning(weights, sparsity=0.6, memory_limit=1 if rank == 0 else None, comm=comm)),
     }
 
 
@@ -191,10 +189,10 @@ def work(rank: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=RANKS, timeout=timedelta(seconds=120))
-    group = dist.group.WORLD
-    assert group is not None
-    found: dict[str, Any] = {"failures": failures(rank, group)}  # first: what follows shows that all is well after them
-    found["cases"] = {name: prune(case, group) for name, case in cases().items()}
+    found: dict[str, Any] = {
+        "failures": failures(rank, world())
+    }  # first: what follows shows that all is well after them
+    found["cases"] = {name: prune(case, world()) for name, case in cases().items()}
     found["trained"] = {name: train(text) for name, text in RECIPES.items()}
     import warnings
 
@@ -237,7 +235,7 @@ def test_two_ranks_prune_as_one_process_does(name: str, found: list[dict[str, An
     first, second = (each["cases"][name] for each in found)
     assert_same(first, second)
     case = {key: value for key, value in cases()[name].items() if key != "memory_limit"}
-    alone = prune(case, None)
+    alone = prune(case, SINGLE_PROCESS)
     passes, passes_alone = first.pop("passes"), alone.pop("passes")
     assert_same(first, alone)
     assert passes == (3 if name.endswith("in groups") else 2 if "in groups" in name else passes_alone)
@@ -256,10 +254,13 @@ def test_two_ranks_prune_as_one_process_does(name: str, found: list[dict[str, An
         ),
         ("interrupt", ["KeyboardInterrupt", "RuntimeError: rank 0 failed: KeyboardInterrupt"]),
         ("short", ["ValueError: 37 gradients were announced, 32 came"] * 2),
-        ("weights", ["ValueError: the weight weights[3] differs between rank 0 and rank 1: pruning needs"] * 2),
-        ("masks", ["ValueError: the mask of weights[0] differs between rank 0 and rank 1: pruning needs"] * 2),
-        ("sparsity", ["ValueError: option sparsity differs between rank 0 and rank 1"] * 2),
-        ("method", ["ValueError: method differs between rank 0 and rank 1"] * 2),
+        (
+            "weights",
+            ["RuntimeError: the weight weights[3] before pruning is not the same in all"] * 2,
+        ),
+        ("masks", ["RuntimeError: the mask of weights[0] before pruning is not the same in all"] * 2),
+        ("sparsity", ["RuntimeError: option sparsity before pruning is not the same in all"] * 2),
+        ("method", ["RuntimeError: method before pruning is not the same in all"] * 2),
         ("a weight", ["ValueError: weights[0]: non-finite weight", "RuntimeError: rank 0 failed: ValueError"]),
         ("plan", ["MemoryError: weights[", "RuntimeError: rank 0 failed: MemoryError"]),
     ],

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from ovit_engine import Calibration, Engine, whole_model
-from ovit_engine.distributed.comm import Ranks, agree
+from ovit_engine.distributed.comm import GroupComm
 from ovit_engine.masking.targets import find_slots
 from tests.distributed.scale_out import (
     AT_ATTACH,
@@ -98,7 +98,7 @@ def failures(rank: int) -> dict[str, str]:
         "range": lambda: train("ddp", "int8", before=on_rank_1(rank, 5, lambda e: e.model[2].weight.mul_(2))),
         "error": lambda: train("ddp", "magnitude", before=on_rank_1(rank, 2, lambda e: setattr(e.run, "log", None))),
         "clock of a step": lambda: train("ddp", "acdc", before=on_rank_1(rank, 2, hurry)),
-        "late": lambda: agree(Ranks(impatient), {"a fact": 1}, "after step 3") if rank == 0 else None,
+        "late": lambda: GroupComm(impatient).assert_equal(dict, "after step 3") if rank == 0 else None,
         "clock": lambda: uneven.attach(torch.optim.SGD(uneven.model.parameters(), 0.1)),
         "seed": lambda: seeds.attach(torch.optim.SGD(seeds.model.parameters(), 0.1)),
         "optimizer": lambda: sharded.attach(optimizer),
@@ -302,7 +302,7 @@ def test_ranges_are_those_of_the_whole_batch(found: list[dict[str, Any]], alone:
         (
             "late",
             [
-                "ApartError: the processes did not meet after step 3: one of them ended, or is at another step",
+                "ProcessLostError: the processes lost each other after step 3: one ended, or waits at another step",
                 "nothing was raised",
             ],
         ),

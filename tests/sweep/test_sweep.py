@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ovit_engine import Engine, Modifier, Recipe, RecipeError, Run, load_point
+from ovit_engine.distributed.comm import Comm
 from ovit_engine.sweep.folder import FOLDER, INDEX, Index, read_index, weigh
 from ovit_engine.utils.files import atomic_write
 from tests.loops import PRUNE, X, mlp, recipe
@@ -173,7 +174,7 @@ def test_what_is_no_measure(tmp_path: Path, evaluate: Any, words: str) -> None:
 
 
 def test_one_process_of_several_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ovit_engine.sweep.sweep._writes", lambda: False)
+    monkeypatch.setattr(Comm, "is_main", False)
     training = Training(tmp_path).attach().train(0, 40, RISING)
     training.engine.detach()
     assert list(tmp_path.iterdir()) == []

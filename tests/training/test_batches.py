@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 from ovit_engine.core.training_options import Training
+from ovit_engine.distributed.comm import Comm
 from ovit_engine.training.batches import SeededItems, TrainingBatches, part_size
-from ovit_engine.training.processes import Processes
 
 
 def batches(images: int, part: int, *, rank: int = 0, count: int = 1, **options: Any) -> TrainingBatches:
     settings = {"accumulate": 1, "repeats": 1, "seed": 0, **options}
-    return TrainingBatches(images, part, processes=Processes(rank=rank, count=count), **settings)
+    comm = Comm()
+    comm.rank, comm.count = rank, count
+    return TrainingBatches(images, part, comm=comm, **settings)
 
 
 @given(

@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 
 from ovit_engine import Recipe
+from ovit_engine.distributed.comm import world
+from ovit_engine.distributed.launch import Launch, launched
 from ovit_engine.training.api import SILENT, Trained, train, with_training
 from ovit_engine.training.checkpoint import load_checkpoint
-from ovit_engine.training.processes import ALONE, Processes, choose_device, launched
+from ovit_engine.training.device import choose_device
 from ovit_engine.training.runs import restore
 from ovit_engine.training.steps import Steps
 from tests.processes import train_together
@@ -85,9 +87,8 @@ def _process(rank: int, folder: str) -> None:
     dist.all_gather_object(found, digests)
     assert found[0] == found[1]
     assert digests[0] == digests[1]
-    processes = Processes(rank=rank, count=2)
-    with pytest.raises(ValueError, match="the rank differs: process 0 has 0, process 1 has 1"):
-        processes.agree(rank, "the rank")
+    with pytest.raises(RuntimeError, match=r"the rank now is not the same .* rank 1 differs from rank 0 \(1, not 0\)"):
+        world().assert_equal(lambda: {"the rank": rank}, "now")
     dist.barrier()  # the store is a file that the first process to end removes
     dist.destroy_process_group()
 
@@ -186,12 +187,12 @@ def test_an_error_of_one_process_ends_all_with_one_message(tmp_path: Path, image
 
 
 def test_what_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert launched() == ALONE
+    assert launched() == Launch()
     monkeypatch.setenv("RANK", "3")
-    assert launched() == ALONE  # no count: not of torchrun
+    assert launched() == Launch()  # no count: not of torchrun
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert launched() == Processes(rank=3, count=4, local=1)
+    assert launched() == Launch(rank=3, count=4, local=1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match=r"1 GPUs for more processes: start 1 a machine \(--nproc-per-node 1\)"):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from ovit_engine.training.processes import meet, open_round
+from ovit_engine.distributed.torchrun import name_round, open_round
 
 LONG = timedelta(seconds=20)
 
@@ -20,7 +20,7 @@ def met(store: Any, count: int, delays: Sequence[float]) -> list[str]:
 
     def come(rank: int) -> str:
         time.sleep(delays[rank])
-        return meet(store, rank, count, LONG)
+        return name_round(store, rank, count, LONG)
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(come, range(count)))
@@ -41,7 +41,7 @@ def test_a_round_that_one_process_never_came_to(dead: int) -> None:
 
     def vain(rank: int) -> None:
         with pytest.raises(TimeoutError, match="the other processes of this training did not come"):
-            meet(store, rank, 3, timedelta(seconds=0.1))
+            name_round(store, rank, 3, timedelta(seconds=0.1))
 
     others = [threading.Thread(target=vain, args=(rank,)) for rank in range(3) if rank != dead]
     for each in others:
