@@ -1,13 +1,12 @@
 """Heads and units are really removed: smaller layers that compute the same (specs/structured-and-tokens.md §9).
 
 `shrink` removes what gates switch off, `harvest` what zeros in the weights have left without effect. Each module is
-first cut in a float64 copy, which must compute what it did; only then is the model touched. torch-pruning cuts the
-layers and finds by itself, from the computation, which rows and columns belong together.
+first cut in a float64 copy, which must compute what it did; only then is the model touched.
 """
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -18,11 +17,10 @@ from ovit_engine import quant
 from ovit_engine.certificate.manifest import Manifest, Part
 from ovit_engine.distributed.sharding import is_sharded
 from ovit_engine.masking.masks import Masks
-from ovit_engine.masking.parameters import clean_name, is_attached, parameter_slots, unwrapped
-from ovit_engine.pruning.patterns import Spelling
+from ovit_engine.masking.parameters import Slot, clean_name, is_attached, unwrapped
 from ovit_engine.structured.gates import KINDS, GateSite, find_sites, installed, uninstall
-from ovit_engine.structured.optimizer_state import Cut, check_optimizer, transplant
-from ovit_engine.structured.removal import Removal, check_dependencies, copied, dead, gated, probe, prove
+from ovit_engine.structured.optimizer_state import Cut, check_optimizer, cut_optimizer
+from ovit_engine.structured.removal import Removal, copied, dead, gated, probe, prove
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +104,7 @@ def rebuild(model: nn.Module, manifest: Manifest) -> nn.Module:
         site = sites[part.name, part.kind]
         keep = torch.zeros(site.count, dtype=torch.bool, device="cpu")
         keep[list(part.kept)] = True
-        _cut(Removal(site=site, keep=keep, mute=torch.zeros_like(keep)))
+        _apply(Removal(site=site, keep=keep, mute=torch.zeros_like(keep)))
     return model
 
 
@@ -140,81 +138,74 @@ def _check_plain(model: nn.Module) -> None:
 
 def _remove(model: nn.Module, removals: Sequence[Removal], optimizer: Optimizer | None, masks: Masks | None) -> None:
     """Check everything on copies, then cut."""
-    changing = [removal for removal in removals if not (removal.keep.all() and not removal.mute.any())]
-    _check_ties(model, changing)
-    for removal in changing:
-        _check(removal)
-    if optimizer is not None and any(not removal.keep.all() for removal in changing):
-        check_optimizer(optimizer, [entry for removal in changing for entry in _targets(removal)])
-    pruned = {} if masks is None else {name: masks.get(name) for name in masks.names()}
-    cuts = [cut for removal in removals for cut in _cut(removal)]
-    if optimizer is not None:
-        transplant(optimizer, cuts)
-    if masks is not None:
-        _cut_masks(model, masks, cuts, cast(dict[str, Tensor], pruned))
-
-
-def _check(removal: Removal) -> None:
-    before, after = copied(removal.site), copied(removal.site)
-    if not removal.keep.all():
-        check_dependencies(Removal(site=copied(removal.site), keep=removal.keep, mute=removal.mute))
-    _cut(Removal(site=after, keep=removal.keep, mute=removal.mute, bias=removal.bias))
-    uninstall(after.owner)
-    prove(before, after)
-
-
-def _check_ties(model: nn.Module, removals: Sequence[Removal]) -> None:
-    """A weight that another layer uses as well can't become smaller for one of them."""
-    users = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     for removal in removals:
-        for name, parameter, _ in _targets(removal):
-            if users[id(parameter)] > 1:
-                raise ValueError(f"{name} is tied to another weight: its {removal.site.kind} can't be removed")
+        if not removal.is_nothing:
+            _check_ties(model, removal)
+            before, after = copied(removal.site), copied(removal.site)
+            _apply(replace(removal, site=after))
+            uninstall(after.owner)
+            prove(before, after)
+    cuts = [cut for removal in removals for cut in _cuts(removal)]
+    if optimizer is not None and cuts:
+        check_optimizer(optimizer, cuts)
+    whole = {} if masks is None else {name: masks.get(name) for name in masks.names()}
+    for removal in removals:
+        _apply(removal)
+    if optimizer is not None:
+        cut_optimizer(optimizer, cuts)
+    for cut in cuts:
+        if masks is not None and (mask := whole.get(cut.slot.name)) is not None:
+            masks.set(cut.slot, cut.of(mask), masks.pattern(cut.slot.name))
 
 
-def _targets(removal: Removal) -> list[tuple[str, nn.Parameter, int]]:
-    """Name, parameter and axis of all that becomes smaller."""
-    site = removal.site
-    found = [
-        (f"{site.source_name}.weight", cast(nn.Parameter, site.source.weight), 0),
-        (f"{site.name}.weight", cast(nn.Parameter, site.linear.weight), 1),
-    ]
-    if site.source.bias is not None:
-        found.insert(1, (f"{site.source_name}.bias", site.source.bias, 0))
-    return found
+def _check_ties(model: nn.Module, removal: Removal) -> None:
+    """Raise ValueError where another layer uses a weight that would become smaller."""
+    for slot, _ in _slots(removal.site):
+        if sum(p is slot.tensor for module in model.modules() for p in module._parameters.values()) > 1:
+            raise ValueError(f"{slot.name} is tied to another weight: its {removal.site.kind} can't be removed")
+
+
+def _slots(site: GateSite) -> list[tuple[Slot, int]]:
+    """Return the parameters in which heads or units lie, and along which axis."""
+    rows = [Slot(f"{site.source_name}.{name}", site.source, name) for name in ("weight", "bias")]
+    found = [(slot, 0) for slot in rows if getattr(slot.module, slot.attribute) is not None]
+    return [*found, (Slot(f"{site.name}.weight", site.linear, "weight"), 1)]
+
+
+def _cuts(removal: Removal) -> list[Cut]:
+    """Return what becomes smaller: rows of `qkv` or `fc1`, and columns of `proj` or `fc2`."""
+    if removal.keep.all():
+        return []
+    columns = removal.keep.repeat_interleave(removal.site.width)
+    rows = columns.repeat(3 if removal.site.kind == "heads" else 1)
+    keep = (rows.nonzero().flatten(), columns.nonzero().flatten())
+    return [Cut(slot, cast(nn.Parameter, slot.tensor), axis, keep[axis]) for slot, axis in _slots(removal.site)]
 
 
 @torch.no_grad()
-def _cut(removal: Removal) -> list[Cut]:
-    """Cut the layers of a site, in place, and keep the books of its owner."""
-    import torch_pruning  # type: ignore[import-untyped]
-
-    site = removal.site
-    site.linear.weight[:, removal.muted_columns] = 0
+def _apply(removal: Removal) -> None:
+    """Cut the layers of a site, in place, with the ranges of their rows, and record what is left."""
+    site, source = removal.site, removal.site.source
+    if removal.mute.any():
+        site.linear.weight[:, removal.mute.repeat_interleave(site.width).nonzero().flatten()] = 0
     if removal.bias is not None:
         site.linear.bias.copy_(removal.bias)
-    if removal.keep.all():
-        _keep_books(site, removal.keep)
-        return []
-    before = _targets(removal)
-    rows, columns = removal.rows, removal.columns
-    _quantizer_rows(site.source, rows)
-    torch_pruning.prune_linear_out_channels(site.source, rows)
-    torch_pruning.prune_linear_in_channels(site.linear, columns)
-    cuts = []
-    for (name, old, axis), (_, new, _) in zip(before, _targets(removal), strict=True):
-        new.requires_grad_(old.requires_grad)
-        gone = torch.tensor(rows if axis == 0 else columns, device="cpu")
-        keep = (
-            torch.ones(old.shape[axis], dtype=torch.bool, device="cpu").index_fill_(0, gone, False).nonzero().flatten()
-        )
-        cuts.append(Cut(name, old, new, axis, keep))
-    _keep_books(site, removal.keep)
-    return cuts
+    for cut in _cuts(removal):
+        cut.apply()
+        if cut.slot.module is site.linear:
+            site.linear.in_features = len(cut.keep)
+        elif cut.slot.attribute == "weight":
+            source.out_features = len(cut.keep)
+            if isinstance(source, quant.QuantLinear) and source.weight_quantizer.axis is not None:
+                quantizer = source.weight_quantizer
+                for name in ("scale", "zero_point", "minimum", "maximum"):
+                    buffer: Tensor = getattr(quantizer, name)
+                    setattr(quantizer, name, buffer[cut.keep.to(buffer.device)])
+    _record(site, removal.keep)
 
 
-def _keep_books(site: GateSite, keep: Tensor) -> None:
-    """What the owner says of itself: its heads, and which of the model as it was made these are."""
+def _record(site: GateSite, keep: Tensor) -> None:
+    """Tell the owner how many heads it has, and which of the model as it was made these are."""
     kept = keep.nonzero().flatten().tolist()
     earlier: Part | None = vars(site.owner).get(_PART)
     numbers, of = (range(site.count), site.count) if earlier is None else (earlier.kept, earlier.of)
@@ -224,24 +215,3 @@ def _keep_books(site: GateSite, keep: Tensor) -> None:
             vars(site.owner)["attn_dim"] = len(kept) * site.width
     part = Part(name=site.owner_name, kind=site.kind, of=of, width=site.width, kept=tuple(numbers[i] for i in kept))
     vars(site.owner)[_PART] = part
-
-
-def _quantizer_rows(layer: nn.Linear, rows: list[int]) -> None:
-    """Ranges that a quantized layer has for each of its rows."""
-    if not isinstance(layer, quant.QuantLinear) or layer.weight_quantizer.axis is None:
-        return
-    quantizer = layer.weight_quantizer
-    keep = torch.ones(layer.out_features, dtype=torch.bool, device="cpu")
-    keep[rows] = False
-    for name in ("scale", "zero_point", "minimum", "maximum"):
-        buffer: Tensor = getattr(quantizer, name)
-        setattr(quantizer, name, buffer[keep.to(buffer.device)].contiguous())
-
-
-def _cut_masks(model: nn.Module, masks: Masks, cuts: Sequence[Cut], before: dict[str, Tensor]) -> None:
-    """Cut masks as their weights were cut."""
-    slots = {slot.name: slot for slot in parameter_slots(model)}
-    for cut in cuts:
-        if cut.name in before:
-            pattern: Spelling = masks.pattern(cut.name)
-            masks.set(slots[cut.name], cut.of(before[cut.name]), pattern)
