@@ -15,7 +15,7 @@ from ovit_engine.structured.gates import GateSite, Kind, copy_gates, find_sites,
 from ovit_engine.structured.groups import Groups
 from ovit_engine.structured.recording import (
     GateScores,
-    SumsTally,
+    GradientTally,
     Tally,
     check_sums,
     is_recording,
@@ -58,9 +58,9 @@ class GateModifier(Modifier):
         """The sites of which windows record something."""
         return self._sites
 
-    def tally(self, site: GateSite) -> SumsTally:
+    def tally(self, site: GateSite) -> Tally:
         """What records a site: its gradients."""
-        return Tally(site)
+        return GradientTally(site)
 
     def prepare(self, run: Run) -> None:
         try:

@@ -17,7 +17,7 @@ from ovit_engine.masking.targets import check_target, find_slots
 from ovit_engine.modifiers._schedule import Amount, ScheduledModifier, SparsityRange, Sweep, place_targets, spelled
 from ovit_engine.pruning.patterns import NM, Block, Unstructured, parse_pattern
 from ovit_engine.structured.gates import GateSite, installed, live_mask
-from ovit_engine.structured.groups import FREE, Groups, joined, tile_of
+from ovit_engine.structured.groups import FREE, Groups, common_tile, tile_of
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # weights [in, out, ...]
 
@@ -70,7 +70,7 @@ class MaskingModifier(Modifier):
                 raise self.error(
                     f"{slot.name}: {self.pattern} in a {kind}, whose axes no sparse kernel reads", "pattern"
                 )
-            run.tiles[slot.name] = joined(run.tiles.get(slot.name, FREE), tile_of(self.pattern))
+            run.tiles[slot.name] = common_tile(run.tiles.get(slot.name, FREE), tile_of(self.pattern))
 
     def attach(self, run: Run) -> None:
         lost = [slot.name for slot in self._slots if self._done >= 0 and run.masks.get(slot.name) is None]

@@ -14,7 +14,7 @@ from ovit_engine.structured import soft_pruning
 from ovit_engine.structured.gates import GateSite, Kind
 from ovit_engine.structured.groups import Groups
 from ovit_engine.structured.selection import keep_best
-from ovit_engine.structured.soft_pruning import Part
+from ovit_engine.structured.soft_pruning import GroupLayout
 
 _FALLBACK = 1e-3  # first value of a penalty where gradients or weights are all zero
 
@@ -24,7 +24,7 @@ class Piece(NamedTuple):
 
     site: GateSite
     slot: Slot
-    part: Part
+    part: GroupLayout
 
 
 class SoftPhase:
@@ -180,11 +180,11 @@ class SoftPhase:
 
 def pieces_of(site: GateSite) -> list[Piece]:
     """Rows and biases of what computes a site's heads or units, and columns of what reads them."""
-    rows = Part(0, site.count, site.width, 3 if site.kind == "heads" else 1)
+    rows = GroupLayout(0, site.count, site.width, 3 if site.kind == "heads" else 1)
     found = [Piece(site, Slot(f"{site.source_name}.weight", site.source, "weight"), rows)]
     if site.source.bias is not None:
         found.append(Piece(site, Slot(f"{site.source_name}.bias", site.source, "bias"), rows))
-    columns = Part(1, site.count, site.width)
+    columns = GroupLayout(1, site.count, site.width)
     return [*found, Piece(site, Slot(f"{site.name}.weight", site.linear, "weight"), columns)]
 
 

@@ -14,7 +14,7 @@ from ovit_engine.masking.parameters import Slot, parameter_slots
 from ovit_engine.masking.targets import find_slots
 from ovit_engine.modifiers._pruning import Targets
 from ovit_engine.pruning.patterns import NM
-from ovit_engine.structured.groups import FREE, joined, tile_of
+from ovit_engine.structured.groups import FREE, common_tile, tile_of
 
 _PATTERN = NM(2, 4)  # what hardware reads: units beside it leave by fours
 
@@ -44,7 +44,7 @@ class ConstantMask(Modifier):
                 raise self.error(str(error), "targets") from None
         for slot in self._named or _sparse(run):
             if not slot.tensor.is_meta and _is_2_4(slot.gather() != 0):
-                run.tiles[slot.name] = joined(run.tiles.get(slot.name, FREE), tile_of(_PATTERN))
+                run.tiles[slot.name] = common_tile(run.tiles.get(slot.name, FREE), tile_of(_PATTERN))
 
     def claims(self, run: Run) -> Iterable[Claim]:
         for slot in self._named or _sparse(run):

@@ -27,7 +27,7 @@ from ovit_engine.modifiers._schedule import Sparsity
 from ovit_engine.modifiers._soft_phase import SoftPhase
 from ovit_engine.structured.gates import GateSite, Kind
 from ovit_engine.structured.ranking import Statistics, find_ranker
-from ovit_engine.structured.recording import SumsTally
+from ovit_engine.structured.recording import Tally
 from ovit_engine.structured.selection import kept_count, spread_evenly
 from ovit_engine.structured.similarity import OutputTally, mean_similarity, watched
 
@@ -159,7 +159,7 @@ class Gohsp(GateModifier):
     def recorded(self) -> Sequence[GateSite]:
         return self.sites("heads")
 
-    def tally(self, site: GateSite) -> SumsTally:
+    def tally(self, site: GateSite) -> Tally:
         if find_ranker(self.rank.score).needs == "gradients":
             return super().tally(site)
         return OutputTally(site, self.rank.kernel, self.rank.temperature)

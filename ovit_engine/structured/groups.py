@@ -26,8 +26,8 @@ def tile_of(pattern: Pattern) -> Tile:
     return (1, pattern.group) if isinstance(pattern, NM) else FREE
 
 
-def joined(one: Tile, other: Tile) -> Tile:
-    """The tile of a weight that follows two patterns."""
+def common_tile(one: Tile, other: Tile) -> Tile:
+    """Return the tile of a weight that follows two patterns."""
     return math.lcm(one[0], other[0]), math.lcm(one[1], other[1])
 
 

@@ -5,17 +5,16 @@ switches. So it is known of what is off as well (specs/structured-and-tokens.md 
 dL/do' o, whatever g is.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ovit_engine.distributed.comm import world
 from ovit_engine.structured.gates import TALLY, GateSite
-
-_ROWS = 4  # of a tally: importance, growth, salience, samples
 
 
 @dataclass(frozen=True)
@@ -47,32 +46,34 @@ class GateScores:
         return cls(importance, growth, salience, samples)
 
 
-class SumsTally(Protocol):
-    """Adds up what it sees of one site: `sums` grows, and what is gated passes through."""
+class Tally(ABC):
+    """Sums over the samples of one site, [rows, count], while it hangs on the gated layer in training mode.
 
-    sums: Tensor
-
-    def __call__(self, gated: Tensor, features: Tensor) -> Tensor: ...
-
-
-class Tally:
-    """Sums of one site while a window lasts: float32 [4, count], in the rows of `GateScores`.
-
-    It hangs on the gated layer; copies of the model record nothing.
+    Copies of the model record nothing.
     """
 
-    def __init__(self, site: GateSite) -> None:
-        self.sums = torch.zeros(_ROWS, site.count, device=site.gate.device)
+    def __init__(self, site: GateSite, rows: int) -> None:
+        self.sums = torch.zeros(rows, site.count, device=site.gate.device)
 
+    @abstractmethod
     def __call__(self, gated: Tensor, features: Tensor) -> Tensor:
-        """`gated` as it is; when its gradient comes, it is counted."""
-        return _Observe.apply(gated, features.detach(), self.sums)  # type: ignore[no-any-return]
+        """Return `gated` with its values unchanged, and count it."""
 
     def __reduce__(self) -> Any:
         return type(None), ()
 
 
-def start_recording(sites: Iterable[GateSite], tally: Callable[[GateSite], SumsTally] = Tally) -> None:
+class GradientTally(Tally):
+    """Counts gradients, in the rows of `GateScores`."""
+
+    def __init__(self, site: GateSite) -> None:
+        super().__init__(site, rows=4)
+
+    def __call__(self, gated: Tensor, features: Tensor) -> Tensor:
+        return _Observe.apply(gated, features.detach(), self.sums)  # type: ignore[no-any-return]
+
+
+def start_recording(sites: Iterable[GateSite], tally: Callable[[GateSite], Tally] = GradientTally) -> None:
     """Record from here on, in training mode only; what was recorded before and not taken is forgotten."""
     for site in sites:
         setattr(site.linear, TALLY, tally(site))
@@ -102,7 +103,7 @@ def take_sums(sites: Sequence[GateSite]) -> dict[str, Tensor]:
     return {site.name: part.view_as(each) for site, part, each in zip(sites, parts, own, strict=True)}
 
 
-def check_sums(site: GateSite, sums: Tensor, tally: Callable[[GateSite], SumsTally] = Tally) -> None:
+def check_sums(site: GateSite, sums: Tensor, tally: Callable[[GateSite], Tally] = GradientTally) -> None:
     """Raise ValueError where saved sums are not of the shape that `take_sums` gives for a site."""
     shape = list(tally(site).sums.shape)
     if list(sums.shape) != shape:

@@ -141,10 +141,10 @@ def prove(before: GateSite, after: GateSite) -> None:
     wanted = before.owner(inputs)
     try:
         found = after.owner(inputs)
-    except RuntimeError as error:  # sizes do not match
+    except RuntimeError as mismatch:
         raise RuntimeError(
             f"{before.owner_name}: its {before.kind} can't be removed, since not only {before.name!r} reads them"
-        ) from error
+        ) from mismatch
     error, size = float((found - wanted).abs().max()), float(wanted.abs().max())
     if not error <= TOLERANCE * size:
         raise RuntimeError(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ovit_engine.structured.gates import GateSite
+from ovit_engine.structured.recording import Tally
 
 Kernel = Literal["shift", "clip", "exp"]
 
@@ -61,32 +62,24 @@ def stationary_distribution(similarity: Tensor) -> Tensor:
     return degrees / degrees.sum()
 
 
-class OutputTally:
-    """Sums of similarities of one site's heads, float32 [count, count]; the diagonal counts samples.
-
-    It hangs where the tally of gradients does (gate_scores.py): in training mode the gate shows it what it gates.
-    Copies of the model record nothing.
-    """
+class OutputTally(Tally):
+    """Counts similarities of one site's heads, [count, count]; the diagonal counts samples."""
 
     def __init__(self, site: GateSite, kernel: Kernel, temperature: float) -> None:
-        self.sums = torch.zeros(site.count, site.count, device=site.gate.device)
+        super().__init__(site, rows=site.count)
         self._kernel, self._temperature = kernel, temperature
 
     def __call__(self, gated: Tensor, features: Tensor) -> Tensor:
-        """`gated` as it is, once `features` [samples, ..., count x width] are counted."""
         self._add(features)
         return gated
 
     def watch(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """The same as a forward pre-hook of the gated layer, in whichever mode."""
+        """Do the same as a forward pre-hook of the gated layer, in either mode."""
         self._add(args[0])
 
     def _add(self, features: Tensor) -> None:
         outputs = features.detach().reshape(*features.shape[:-1], len(self.sums), -1).movedim(-2, 1).flatten(2)
         self.sums.add_(similarities(outputs, self._kernel, self._temperature))
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Part:
+class GroupLayout:
     """Where groups lie in a tensor: along `axis` come `repeats` runs of `count` groups of `width` slices each."""
 
     axis: int
@@ -38,7 +38,7 @@ class Part:
         return slices.view(self.repeats, self.count, self.width).sum((0, 2))
 
 
-def group_norms(parts: Sequence[Part], tensors: Sequence[Tensor]) -> Tensor:
+def group_norms(parts: Sequence[GroupLayout], tensors: Sequence[Tensor]) -> Tensor:
     """The L2 norm of each group over all its parts, float32 [count]."""
     return torch.stack([part.squared_norms(each) for part, each in zip(parts, tensors, strict=True)]).sum(0).sqrt()
 

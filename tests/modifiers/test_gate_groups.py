@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from ovit_engine import Calibration, Engine, RecipeError
 from ovit_engine.pruning.patterns import parse_pattern
 from ovit_engine.structured.gates import GateSite, find_sites, install, installed, set_gate
-from ovit_engine.structured.groups import Groups, joined, tile_of
+from ovit_engine.structured.groups import Groups, common_tile, tile_of
 from ovit_engine.structured.ranking import RANKERS, register_ranker
 from ovit_engine.structured.shrink_model import shrink
 from tests.loops import recipe
@@ -218,7 +218,7 @@ def test_what_groups_put_out_of_reach_is_told_at_prepare(gates: str) -> None:
 def test_tiles_of_patterns() -> None:
     spelled = ["unstructured", "2:4", "1:8", {"block": [2, 3]}]
     assert [tile_of(parse_pattern(each)) for each in spelled] == [(1, 1), (1, 4), (1, 8), (2, 3)]
-    assert joined((1, 4), (2, 6)) == (2, 12)
+    assert common_tile((1, 4), (2, 6)) == (2, 12)
 
 
 def test_two_patterns_of_one_weight_hold_groups_of_both() -> None:

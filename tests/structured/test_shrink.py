@@ -204,9 +204,7 @@ def test_what_else_depends_on_the_units_is_found() -> None:
     model = vit()
     model.blocks[0].mlp = Skipping(DIM, DIM).eval()
     switch(model, units=[[0, 1]])
-    with pytest.raises(
-        RuntimeError, match=r"units can't be removed, since not only 'blocks\.0\.mlp\.fc2' reads them"
-    ):
+    with pytest.raises(RuntimeError, match=r"units can't be removed, since not only 'blocks\.0\.mlp\.fc2' reads them"):
         shrink(model)
     assert model.blocks[0].mlp.fc1.out_features == DIM
 

@@ -12,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ovit_engine.structured.soft_pruning import Part, distance, dual, first_target, group_norms, next_target, rescaled
+from ovit_engine.structured.soft_pruning import (
+    GroupLayout,
+    distance,
+    dual,
+    first_target,
+    group_norms,
+    next_target,
+    rescaled,
+)
 
 
 def keep_of(norms: Tensor, kept: int) -> Tensor:
@@ -21,7 +29,7 @@ def keep_of(norms: Tensor, kept: int) -> Tensor:
     return keep
 
 
-def members(part: Part, shape: Sequence[int], group: int) -> np.ndarray:
+def members(part: GroupLayout, shape: Sequence[int], group: int) -> np.ndarray:
     """Where a group lies, entry by entry."""
     mask = np.zeros(shape, dtype=bool)
     for place in np.ndindex(*shape):
@@ -29,15 +37,15 @@ def members(part: Part, shape: Sequence[int], group: int) -> np.ndarray:
     return mask
 
 
-PARTS = st.builds(Part, st.just(0), st.integers(1, 5), st.integers(1, 3), st.sampled_from([1, 3]))
+PARTS = st.builds(GroupLayout, st.just(0), st.integers(1, 5), st.integers(1, 3), st.sampled_from([1, 3]))
 
 
 @given(PARTS, st.integers(1, 3), st.integers(1, 2), st.integers(0, 999))
-def test_norms_and_spreading_by_loops(part: Part, other: int, ndim: int, seed: int) -> None:
+def test_norms_and_spreading_by_loops(part: GroupLayout, other: int, ndim: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     length = part.count * part.width * part.repeats
     shapes = [(length, other)[:ndim], (other, part.count * part.width)]
-    parts = [part, Part(1, part.count, part.width)]
+    parts = [part, GroupLayout(1, part.count, part.width)]
     tensors = [torch.randn(shape, generator=generator) for shape in shapes]
     values = torch.randn(part.count, generator=generator)
     expected = np.zeros(part.count)
@@ -54,7 +62,7 @@ def test_norms_and_spreading_by_loops(part: Part, other: int, ndim: int, seed: i
 def test_keeping_the_largest_is_the_nearest_point(seed: int) -> None:
     """G7: of all ways to keep 3 of 6 groups, the Euclidean projection."""
     tensors = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for shape in ((6, 4), (6,), (5, 6))]
-    parts = [Part(0, 6), Part(0, 6), Part(1, 6)]
+    parts = [GroupLayout(0, 6), GroupLayout(0, 6), GroupLayout(1, 6)]
     best, nearest = math.inf, ()
     for subset in itertools.combinations(range(6), 3):
         gone = [group for group in range(6) if group not in subset]
@@ -78,7 +86,7 @@ def test_keeping_the_largest_is_the_nearest_point(seed: int) -> None:
 def test_one_tensor_holds_z_and_u_as_written(seed: int, factors: list[float]) -> None:
     """Z <- project(W + U), U <- U + W - Z; then rho grows and U falls: step by step with Z and U apart, in float64."""
     generator = torch.Generator().manual_seed(seed)
-    part, weight = Part(0, 4), torch.randn(4, 3, generator=generator)
+    part, weight = GroupLayout(0, 4), torch.randn(4, 3, generator=generator)
     keep = keep_of(group_norms([part], [weight]), 2)
     target = first_target(weight, part.spread(keep, weight))
     z, u = np.where(keep[:, None], weight.double().numpy(), 0), np.zeros((4, 3))
@@ -113,7 +121,7 @@ def minimised(optimizer_type: Callable[..., Any], ramp: float, **options: Any) -
     hessian, best = raw @ raw.T / 32 + 0.1 * torch.eye(32), torch.randn(32, generator=generator)
     weight = best.clone().view(8, 4).requires_grad_(True)
     optimizer = optimizer_type([weight], **options)
-    part, rho = Part(0, 8), 1e-2
+    part, rho = GroupLayout(0, 8), 1e-2
     keep = keep_of(group_norms([part], [weight]), 3)
     target = first_target(weight, keep[:, None])
     residuals, supports = [], []
