@@ -154,7 +154,7 @@ def prune_streamed(
         MemoryError: a single tensor would not fit (or not all, and `chunks` is no function), before the first chunk.
         RuntimeError: another rank failed, or has other weights or options.
     """
-    if method in METHODS and not METHODS[method].needs_gradients:
+    if isinstance(method, str) and method in METHODS and not METHODS[method].needs_gradients:
         comm = SINGLE_PROCESS
     with comm.fail_together():
         solver_type = _method(method)
