@@ -11,7 +11,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from ovit_engine import Calibration, Engine, RecipeError
-from ovit_engine.training.verify_resume import differences
+from ovit_engine.training.verify_resume import state_differences
 from tests.loops import PRUNE, X, Y, mlp, recipe, zeros
 
 LR = "cyclic_lr: {max: 0.1, min: 0.001, period: 10st}"
@@ -66,7 +66,7 @@ def read(saved: bytes) -> list[Any]:
 
 def same(one: Training, two: bytes) -> bool:
     """To the last bit, in all that is saved of them."""
-    return not list(differences(read(one.save()), read(two)))
+    return not list(state_differences(read(one.save()), read(two)))
 
 
 RECIPES = {
@@ -183,7 +183,7 @@ def test_an_averaged_copy_goes_on_too() -> None:
         until = min(cut + 9, 40)
         follow(resumed, copied, cut, until, [])
         assert same(resumed, saved[until][0]), cut
-        assert not list(differences(dict(copied.state_dict()), dict(saved[until][1]))), cut
+        assert not list(state_differences(dict(copied.state_dict()), dict(saved[until][1]))), cut
 
 
 def test_what_is_due_at_step_0_happens_once() -> None:
@@ -277,7 +277,7 @@ def test_half_a_state_or_one_of_another_training_is_refused(change: dict[str, An
     with pytest.raises(ValueError, match=words) as refused:
         training.engine.load_state_dict(state)
     assert "\n" not in str(refused.value)
-    assert not list(differences(read(before), read(training.save())))
+    assert not list(state_differences(read(before), read(training.save())))
     assert training.engine.run.step == 0
 
 

@@ -1,4 +1,4 @@
-"""ovit verify-resume: kill a training under a recipe again and again, and see that nothing comes of it."""
+"""ovit verify-resume: kill a training under a recipe again and again, and compare it with one that was not."""
 
 import tempfile
 from dataclasses import replace
@@ -125,7 +125,7 @@ def _print(verdict: "Verdict") -> None:
     table.add_column("killed", no_wrap=True)
     table.add_column("resumed at", justify="right", no_wrap=True)
     for restart in verdict.restarts:
-        table.add_row(restart.killed, str(restart.resumed))
+        table.add_row(restart.where, str(restart.resumed))
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     kills = f"{len(verdict.restarts)} kill{'s' * (len(verdict.restarts) > 1)}"

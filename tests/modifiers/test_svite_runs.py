@@ -12,7 +12,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from ovit_engine import Engine, RecipeError
-from ovit_engine.training.verify_resume import differences
+from ovit_engine.training.verify_resume import state_differences
 from tests.loops import X, Y, closure, mlp, plain, recipe
 from tests.modifiers.test_svite import STEPS, masks_of, started
 
@@ -146,8 +146,8 @@ def test_a_run_that_was_broken_off_goes_on_bit_for_bit(cut: int, grow: str) -> N
     torch.set_rng_state(random)
     again.train(160 - cut)
     ends = [[part.state_dict() for part in each.parts] for each in (whole, again, first)]
-    assert not list(differences(ends[0], ends[1]))
-    assert list(differences(ends[0], ends[2]))
+    assert not list(state_differences(ends[0], ends[1]))
+    assert list(state_differences(ends[0], ends[2]))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 
 from ovit_engine.quant.prepare import dense_state_dict
 from ovit_engine.training.verify_resume import verify_resume
-from ovit_engine.training.verify_resume.loop import checkpoints
+from ovit_engine.training.verify_resume.resumable_loop import checkpoints
 from ovit_engine.utils.torch_files import load_file
 from tests.resumable import TARGETS, build, job
 
@@ -55,7 +55,7 @@ def test_two_thousand_steps_and_twenty_kills(tmp_path: Path) -> None:
     first = max((pages[a:b] for a, b in pairwise(starts)), key=len)
     settled = [value * PAGE for value in first[len(first) // 4 :]]
     drift = np.polyfit(np.linspace(0, 1, len(settled)), settled, 1)[0]
-    print(*(f"{each.killed} -> {each.resumed}" for each in verdict.restarts), sep="\n")
+    print(*(f"{each.where} -> {each.resumed}" for each in verdict.restarts), sep="\n")
     print(f"{len(first)} samples of {first[0] * PAGE:.1f} to {first[-1] * PAGE:.1f} MiB; drift {drift:.2f} MiB")
     assert len(settled) > 20
     assert abs(drift) < 5

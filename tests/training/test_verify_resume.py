@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ovit_engine.training.verify_resume import Kill, ResumableSampler, differences, plan_kills, verify_resume
-from ovit_engine.training.verify_resume.loop import checkpoints, newest
-from ovit_engine.training.verify_resume.verify import event_steps, start_training
+from ovit_engine.training.verify_resume import state_differences, verify_resume
+from ovit_engine.training.verify_resume.killed_and_unbroken import event_steps, start_training
+from ovit_engine.training.verify_resume.resumable_loop import checkpoints, newest
+from ovit_engine.training.verify_resume.scheduled_kills import ScheduledKill, schedule_kills
 from tests.resumable import TARGETS, build_counting, build_nothing, job
 
 OVIT = (
@@ -36,12 +38,12 @@ def test_a_killed_training_ends_as_one_that_is_not(name: str, tmp_path: Path) ->
     verdict = verify_resume(job(*RECIPES[name]), tmp_path, kills=5)
     assert verdict.identical, verdict
     assert len(verdict.restarts) == 5
-    assert sum("events of step" in each.killed or "attach" in each.killed for each in verdict.restarts) == 3
+    assert sum(each.kill.place == "events" for each in verdict.restarts) == 3
     for each in verdict.restarts:
-        if "step" in each.killed:
-            step = int(each.killed.partition("step ")[2].split(",")[0])
-            assert each.resumed <= step
-            assert each.resumed >= 5 * ((step - 1) // 5)  # at most the steps since the last checkpoint are lost
+        place = "attach" if each.kill.step == 0 else f"step {each.kill.step}"
+        assert re.search(rf"{place}\b", each.where)
+        assert each.resumed <= each.kill.step
+        assert each.resumed >= 5 * ((each.kill.step - 1) // 5)  # at most the steps since the last checkpoint are lost
     assert [name for name in verdict.compared if not name.startswith("sweep")] == [
         f"step-{step:08d}.pt" for step in (5, 10, 15, 20, 24)
     ]
@@ -131,7 +133,7 @@ def test_a_modifier_that_does_not_save_its_state_is_found(tmp_path: Path) -> Non
     ],
 )
 def test_differences(one: Any, two: Any, found: list[str]) -> None:
-    assert [str(each) for each in differences(one, two)] == found
+    assert [str(each) for each in state_differences(one, two)] == found
 
 
 @given(
@@ -143,8 +145,8 @@ def test_differences(one: Any, two: Any, found: list[str]) -> None:
 )
 def test_kills(count: int, total: int, every: int, events: set[int], seed: int) -> None:
     events = {step for step in events if step <= total}
-    kills = plan_kills(count, total=total, every=every, events=events, seed=seed)
-    assert kills == plan_kills(count, total=total, every=every, events=events, seed=seed)
+    kills = schedule_kills(count, total=total, every=every, events=events, seed=seed)
+    assert kills == schedule_kills(count, total=total, every=every, events=events, seed=seed)
     assert len(kills) == count
     assert [kill.step for kill in kills] == sorted(kill.step for kill in kills)
     for kill in kills:
@@ -159,20 +161,23 @@ def test_kills(count: int, total: int, every: int, events: set[int], seed: int) 
 
 def test_steps_of_a_recipe_are_told() -> None:
     assert event_steps(job(*RECIPES["ovit, cyclic LR, int8"])) == [0, 6, 9, 12, 13, 15, 18, 20]
-    assert Kill(3, "start", 0.0).operation == 1
+    assert ScheduledKill(3, "start", 0.0).operation == 1
 
 
-@given(length=st.integers(1, 40), seed=st.integers(0, 5), cut=st.integers(0, 40))
-def test_the_order_goes_on_where_it_stopped(length: int, seed: int, cut: int) -> None:
-    cut = min(cut, length)
-    sampler, again = ResumableSampler(length, seed), ResumableSampler(length, seed)
-    sampler.epoch = 3
-    order = list(sampler)
-    assert sorted(order) == list(range(length))
-    sampler.position = cut
-    again.load_state_dict(sampler.state_dict())
-    assert list(again) == order[cut:]
-    assert len(again) == length - cut
+@given(steps=st.integers(1, 9), epochs=st.integers(1, 4), batch=st.integers(1, 5), seed=st.integers(0, 5))
+def test_each_epoch_takes_every_image_once(steps: int, epochs: int, batch: int, seed: int) -> None:
+    training = job(LR, steps_per_epoch=steps, epochs=epochs, batch_size=batch, seed=seed)
+    for epoch in range(epochs):
+        numbers = range(epoch * steps + 1, (epoch + 1) * steps + 1)
+        assert sorted(image for step in numbers for image in training.indices(step)) == list(range(steps * batch))
+        assert {len(training.indices(step)) for step in numbers} == {batch}
+
+
+def test_epochs_and_seeds_differ_in_order() -> None:
+    training, other = job(LR, steps=24), job(LR, steps=24, seed=1)
+    assert training.indices(1) == job(LR, steps=24).indices(1)
+    assert training.indices(1) != training.indices(5)  # the first step of the next epoch
+    assert training.indices(1) != other.indices(1)
 
 
 def test_the_newest_checkpoint_is_the_last_in_time(tmp_path: Path) -> None:
@@ -187,7 +192,7 @@ def test_the_newest_checkpoint_is_the_last_in_time(tmp_path: Path) -> None:
 def test_where_a_process_is_killed(place: Any, tmp_path: Path) -> None:
     """By the signal itself: a checkpoint that was being written is not there."""
     prune = f"magnitude_prune: {{start: 4st, sparsity: 0.5, {TARGETS}}}"
-    start_training(job(prune, every=2, steps=8), tmp_path, Kill(4, place, 0.5))
+    start_training(job(prune, every=2, steps=8), tmp_path, ScheduledKill(4, place, 0.5))
     assert list(checkpoints(tmp_path)) == ["step-00000002.pt"]
     (line,) = (tmp_path / "journal.txt").read_text().splitlines()
     expected = {

@@ -4,19 +4,17 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from multiprocessing import forkserver
 from pathlib import Path
+from unittest.mock import patch
 
 from ovit_engine.core.recipe import Recipe
 from ovit_engine.core.schedule import Clock
 from ovit_engine.sweep.folder import FOLDER
-from ovit_engine.training.verify_resume.compare import Difference, differences
-from ovit_engine.training.verify_resume.kills import Kill, plan_kills
-from ovit_engine.training.verify_resume.loop import ERROR, JOURNAL, Job, checkpoints, newest, train_in_child
+from ovit_engine.training.verify_resume.resumable_loop import ERROR, JOURNAL, Job, checkpoints, newest, train_in_child
+from ovit_engine.training.verify_resume.scheduled_kills import ScheduledKill, schedule_kills
+from ovit_engine.training.verify_resume.state_differences import Difference, state_differences
 from ovit_engine.utils.torch_files import load_file
 
 _GUARD = "its error stands above; a script that calls verify_resume needs `if __name__ == '__main__':` around it"
@@ -26,8 +24,9 @@ _GUARD = "its error stands above; a script that calls verify_resume needs `if __
 class Restart:
     """A kill and what came after it."""
 
-    killed: str  # where
-    resumed: int  # step of the checkpoint that training went on from, 0 = from the start
+    kill: ScheduledKill
+    where: str  # in words
+    resumed: int  # step of the checkpoint that training resumed from, 0 = from the start
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Verdict:
 
 
 def verify_resume(job: Job, folder: Path, *, kills: int, seed: int = 0) -> Verdict:
-    """Kill a training `kills` times by SIGKILL, go on each time from its last checkpoint, and compare with none killed.
+    """Kill a training `kills` times by SIGKILL, resume each time, and compare with one that was not killed.
 
     Args:
         job: what is trained.
@@ -64,16 +63,14 @@ def verify_resume(job: Job, folder: Path, *, kills: int, seed: int = 0) -> Verdi
     unbroken, killed = folder / "unbroken", folder / "killed"
     for each in (unbroken, killed):
         each.mkdir(parents=True)
-    plan = plan_kills(kills, total=job.total_steps, every=job.every, events=event_steps(job), seed=seed)
     start_training(job, unbroken, None)
     restarts = []
-    for kill in plan:
+    for kill in schedule_kills(kills, total=job.total_steps, every=job.every, events=event_steps(job), seed=seed):
         start_training(job, killed, kill)
-        where = (killed / JOURNAL).read_text().splitlines()[-1]
-        start = newest(killed)
-        restarts.append(Restart(where, 0 if start is None else int(start.stem.removeprefix("step-"))))
+        where, start = (killed / JOURNAL).read_text().splitlines()[-1], newest(killed)
+        restarts.append(Restart(kill, where, 0 if start is None else int(start.stem.removeprefix("step-"))))
     start_training(job, killed, None)
-    return _compare(unbroken, killed, restarts)
+    return _compare(unbroken, killed, tuple(restarts))
 
 
 def event_steps(job: Job) -> list[int]:
@@ -85,8 +82,8 @@ def event_steps(job: Job) -> list[int]:
     )
 
 
-def start_training(job: Job, folder: Path, kill: Kill | None) -> None:
-    """Train in a process of its own from where `folder` stands, to the end or to where `kill` says.
+def start_training(job: Job, folder: Path, kill: ScheduledKill | None) -> None:
+    """Train in a process of its own from the newest checkpoint in `folder`, to the end or to where `kill` says.
 
     Raises:
         ValueError: the training can't be done.
@@ -96,7 +93,8 @@ def start_training(job: Job, folder: Path, kill: Kill | None) -> None:
     # what takes seconds to import is imported once; no training ever runs in the process that is forked
     built_by = getattr(job.build, "func", job.build).__module__
     context.set_forkserver_preload([__name__, "ovit_engine.modifiers", built_by])
-    with _own_import_path():
+    # before Python 3.13 the server imports by a path of its own: perhaps another copy of us than this one
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(path or os.getcwd() for path in sys.path)):
         forkserver.ensure_running()
     process = context.Process(target=train_in_child, args=(job, folder, kill))
     process.start()
@@ -111,29 +109,17 @@ def start_training(job: Job, folder: Path, kill: Kill | None) -> None:
         raise RuntimeError(f"the training ended with exit code {code}, not {expected} ({why})")
 
 
-@contextmanager
-def _own_import_path() -> Iterator[None]:
-    """Before Python 3.13 the server imports by a path of its own: perhaps another copy of us than this one."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
-
-
-def _compare(unbroken: Path, killed: Path, restarts: Sequence[Restart]) -> Verdict:
-    names = [*checkpoints(unbroken), *sorted(f"{FOLDER}/{path.name}" for path in (unbroken / FOLDER).glob("*.pt"))]
-    others = [*checkpoints(killed), *sorted(f"{FOLDER}/{path.name}" for path in (killed / FOLDER).glob("*.pt"))]
-    compared = tuple(dict.fromkeys(chain(names, others)))
+def _compare(unbroken: Path, killed: Path, restarts: tuple[Restart, ...]) -> Verdict:
+    names, others = (
+        [*checkpoints(folder), *sorted(f"{FOLDER}/{path.name}" for path in (folder / FOLDER).glob("*.pt"))]
+        for folder in (unbroken, killed)
+    )
+    compared = tuple(dict.fromkeys([*names, *others]))
     for name in compared:
         if name not in names or name not in others:
             there = "unbroken" if name in names else "killed"
-            return Verdict(tuple(restarts), compared, name, (Difference(name, f"only the {there} training left it"),))
-        found = tuple(differences(load_file(unbroken / name), load_file(killed / name)))
+            return Verdict(restarts, compared, name, (Difference(name, f"only the {there} training left it"),))
+        found = tuple(state_differences(load_file(unbroken / name), load_file(killed / name)))
         if found:
-            return Verdict(tuple(restarts), compared, name, found)
-    return Verdict(tuple(restarts), compared)
+            return Verdict(restarts, compared, name, found)
+    return Verdict(restarts, compared)
