@@ -33,6 +33,7 @@ class GateModifier(Modifier):
     """
 
     surgery = True  # a model that is compiled already would not see the gates
+    removes_units = True
 
     _sites: list[GateSite] = PrivateAttr(default_factory=list)
     _model: nn.Module | None = PrivateAttr(default=None)

@@ -17,7 +17,7 @@ class Shrink(Modifier):
     sees nothing of it. Heads and units behind gates (structured pruners) are removed without this line.
     """
 
-    removes_dead = True
+    removes_units = removes_dead = True
 
     def prepare(self, run: Run) -> None:
         try:

@@ -19,6 +19,7 @@ from ovit_engine import Calibration, Engine, Recipe
 from ovit_engine.analysis.bench import bench
 from ovit_engine.analysis.bench_report import BenchReport
 from ovit_engine.certificate import Certificate, Promise
+from ovit_engine.certificate.render import print_certificate
 from ovit_engine.export.deploy import promise_of
 from ovit_engine.export.exporter import export_model
 from ovit_engine.modifiers.quantize import Quantize
@@ -179,7 +180,7 @@ def main() -> None:
     started = time.perf_counter()
     result = compress(arguments.output, seed=arguments.seed, say=console.print)
     console.print()
-    result.int8.render(console)
+    print_certificate(result.int8, console)
     console.print()
     result.report.render(console)
     console.print()

@@ -1,6 +1,7 @@
 """Small models through the whole path, each exported once for all tests."""
 
 import copy
+import io
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from onnx import helper, numpy_helper
+from rich.console import Console
 from sklearn.datasets import load_digits
 from torch import nn
 
-from ovit_engine.certificate import Certificate, Promise, PromisedLayer
+from ovit_engine.certificate import Certificate, Promise, PromisedLayer, VerificationError
+from ovit_engine.certificate.render import print_certificate
+from ovit_engine.certificate.verify import verify_file
 from ovit_engine.export.exporter import export_model
 from ovit_engine.quant import bake, prepare_quantization, set_enabled, set_observing
 
@@ -31,6 +36,27 @@ class Exported:
     certificate: Certificate
     model: nn.Module
     promise: Promise
+
+
+def small(*nodes, **arrays):
+    """A graph from x [2, 2] to y, of these nodes and initializers."""
+    tensors = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    values = [helper.make_tensor_value_info(name, 1, [2, 2]) for name in ("x", "y")]
+    return helper.make_model(helper.make_graph(list(nodes), "g", values[:1], values[1:], tensors))
+
+
+def findings(path, **options):
+    """The lines of a verification that fails."""
+    with pytest.raises(VerificationError) as caught:
+        verify_file(path, **options)
+    return caught.value.violations
+
+
+def table_of(certificate):
+    """What `print_certificate` prints, on one line."""
+    stream = io.StringIO()
+    print_certificate(certificate, Console(file=stream, width=1000))
+    return " ".join(stream.getvalue().split())
 
 
 class ResidualNet(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ovit_engine.certificate.model import TOKENS_UNKNOWN, GroupRule, Promise, PromisedLayer, TileRule, read_pattern
+from ovit_engine.certificate.model import GroupRule, Promise, PromisedLayer, TileRule, read_pattern
 
 if TYPE_CHECKING:
     from ovit_engine.certificate.model import Certificate, LayerFacts, Parity
@@ -34,7 +34,8 @@ def check(certificate: Certificate, promise: Promise) -> list[str]:
         else:
             violations += _check_layer(layer, facts)
     if promise.tokens is not None and certificate.tokens is None:
-        violations.append(f"tokens: promised {promise.tokens}; {no_tokens(certificate)}")
+        reason = next((str(note) for note in certificate.notes if note.code == "tokens_unknown"), "none are counted")
+        violations.append(f"tokens: promised {promise.tokens}; {reason}")
     elif promise.tokens is not None and certificate.tokens != promise.tokens:
         violations.append(f"tokens: promised {promise.tokens}, the file has {certificate.tokens}")
     wanted = MIN_AGREEMENT_RANDOM if certificate.parity.source == "random" else MIN_AGREEMENT
@@ -43,11 +44,6 @@ def check(certificate: Certificate, promise: Promise) -> list[str]:
     if stored is not None:  # a few images: one that falls the other way is no breach
         violations += _check_parity(stored, min(wanted, 1 - 1 / stored.images), certificate.reference)
     return violations
-
-
-def no_tokens(certificate: Certificate) -> str:
-    """Why the file's tokens are not counted."""
-    return next((note for note in certificate.notes if note.startswith(TOKENS_UNKNOWN)), TOKENS_UNKNOWN)
 
 
 def _check_layer(layer: PromisedLayer, facts: LayerFacts) -> list[str]:

@@ -1,4 +1,4 @@
-"""What stands in a graph and does not act: a file could show honest weights there, and compute with others."""
+"""Parts of a graph that do not act on its outputs, and weights that are computed at run time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from ovit_engine.certificate.weights import trace
 _READERS = ("MatMul", "Gemm", "Conv")
 
 
-def unread(model: onnx.ModelProto) -> list[str]:
-    """Tensors that no node reads, nodes that reach no output, weights that are computed: a line each."""
+def inert_parts(model: onnx.ModelProto) -> list[str]:
+    """Return a line for each tensor that no node reads, node that reaches no output, and weight that is computed.
+
+    Such parts hide the weights that the model really uses.
+    """
     nodes = list(walk_nodes(model.graph))
     read = {name for node in nodes for name in node.input} | {value.name for value in model.graph.output}
     found = [f"{tensor.name}: no node reads it" for tensor in model.graph.initializer if tensor.name not in read]
@@ -22,7 +25,7 @@ def unread(model: onnx.ModelProto) -> list[str]:
             found.append(f"{node.name or node.output[0]}: this {node.op_type} does not act on any output")
         else:
             needed.update(_inputs(node))
-    return found + computed(model)
+    return found + computed_weights(model)
 
 
 def _inputs(node: onnx.NodeProto) -> set[str]:
@@ -31,8 +34,8 @@ def _inputs(node: onnx.NodeProto) -> set[str]:
     return {*node.input, *(name for graph in inner for each in walk_nodes(graph) for name in each.input)}
 
 
-def computed(model: onnx.ModelProto) -> list[str]:
-    """Products with a weight that other operators make of constants when the file runs: no one measures it."""
+def computed_weights(model: onnx.ModelProto) -> list[str]:
+    """Return a line for each product whose weight is computed from constants at run time: it can't be measured."""
     nodes = list(walk_nodes(model.graph))
     stored = stored_tensors(model)
     producers = {output: node for node in nodes for output in node.output}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pydantic import ValidationError
+
 
 class CertificateError(ValueError):
     """A file breaks its promise; ``violations`` has one line for each fact."""
@@ -20,3 +22,11 @@ class ExportError(CertificateError):
 
 class VerificationError(CertificateError):
     """A file differs from its certificate, or from what its metadata promise."""
+
+
+def first_faults(error: ValueError) -> str:
+    """Return what is wrong with a text, in one line: the first fields that pydantic rejects, or the error itself."""
+    if not isinstance(error, ValidationError):
+        return (str(error).splitlines() or ["empty"])[0]
+    faults = [(".".join(map(str, fault["loc"])), fault["msg"]) for fault in error.errors()]
+    return "; ".join(f"{where}: {what}" if where else what for where, what in faults[:3])

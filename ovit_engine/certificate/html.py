@@ -36,7 +36,7 @@ def to_html(certificate: Certificate) -> str:
         "<p>Measured from the bytes of the file when it was written. "
         f"<code>ovit verify {escape(certificate.file)}</code> measures all of it again"
         f"{' but latency, which is of this machine' if certificate.latency else ''}.</p>",
-        *(f'<p class="note">{escape(note)}</p>' for note in certificate.notes),
+        *(f'<p class="note">{escape(str(note))}</p>' for note in certificate.notes),
         '<table class="facts">',
         *(
             f"<tr><th scope=row>{escape(name)}</th><td>{escape(value)}</td></tr>"

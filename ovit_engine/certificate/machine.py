@@ -33,17 +33,9 @@ def this_machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> Machine:
     )
 
 
-NO_VNNI = (
-    "this CPU shows no VNNI: int8 kernels add pairs of products in 16 bits, which can saturate; "
-    "parity was measured here and shows whether it does"
-)
-
-
-def int8_note(machine: Machine) -> str | None:
-    """What to tell about int8 on this machine, if anything."""
-    if machine.int8 or platform.machine() not in ("x86_64", "AMD64"):
-        return None
-    return NO_VNNI
+def may_saturate(machine: Machine) -> bool:
+    """Return whether int8 products can overflow on this machine: x86 without VNNI adds pairs in 16 bits."""
+    return not machine.int8 and platform.machine() in ("x86_64", "AMD64")
 
 
 def versions() -> dict[str, str]:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+def check_unique(names: Iterable[str]) -> None:
+    """Raise ValueError for a name that occurs twice: what it names would count twice."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} occurs twice")
 
 
 class Part(BaseModel):
@@ -48,10 +57,7 @@ class Manifest(BaseModel):
     @field_validator("parts")
     @classmethod
     def _each_once(cls, parts: tuple[Part, ...]) -> tuple[Part, ...]:
-        names = [part.name for part in parts]
-        twice = [name for name in names if names.count(name) > 1]
-        if twice:
-            raise ValueError(f"{twice[0]} is there twice")
+        check_unique(part.name for part in parts)
         return parts
 
     def __bool__(self) -> bool:
@@ -78,12 +84,3 @@ class Manifest(BaseModel):
                 if shape is not None and shape[axis] != size:
                     found.append(f"{name} is {list(shape)}, the manifest keeps {len(part.kept)} {part.kind}")
         return found
-
-    def removed_from(self, name: str, shape: tuple[int, ...]) -> int:
-        """How many weights a matrix of this name and present shape [out, in] has lost."""
-        lost = 0
-        for part in self.parts:
-            if name in (axes := part.axes()):
-                axis, size, before = axes[name]
-                lost += (before - size) * shape[1 - axis]
-        return lost

@@ -12,37 +12,28 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import helper
+from pydantic import TypeAdapter
 
-from ovit_engine.certificate.errors import VerificationError
+from ovit_engine.certificate.errors import VerificationError, first_faults
 from ovit_engine.certificate.kernels import INTEGER_KERNELS, count_ops, integer_kernels, runtime_graph
-from ovit_engine.certificate.machine import int8_note, this_machine, versions
+from ovit_engine.certificate.machine import may_saturate, this_machine, versions
 from ovit_engine.certificate.manifest import Manifest
-from ovit_engine.certificate.model import (
-    TOKENS_UNKNOWN,
-    Accuracy,
-    Certificate,
-    LayerFacts,
-    Parity,
-    Promise,
-    count_weights,
-)
+from ovit_engine.certificate.model import Accuracy, Certificate, Parity, Promise, count_weights
+from ovit_engine.certificate.notes import Note
 from ovit_engine.certificate.parity import WANTED_IMAGES
 from ovit_engine.certificate.sizes import gzip_size, weight_bytes, zstd_size
-from ovit_engine.certificate.stated import unproven
-from ovit_engine.certificate.stated_tokens import REDUCERS
 from ovit_engine.certificate.stored import count_others
-from ovit_engine.certificate.strict_json import first_faults, read_object
 from ovit_engine.certificate.weights import measure_layers
 from ovit_engine.certificate.work import Work, measure_work
 
-_FORMAT = "1"
+_FORMAT = "2"
 
 # biases, norms, embeddings and scales of a transformer are a tenth of a tiny one's weights, and less of others'
 _MANY = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origin:
+class Provenance:
     """What a file knows about itself: it travels in the ONNX metadata."""
 
     recipe_name: str
@@ -51,10 +42,8 @@ class Origin:
     # which heads and units of the model as it was made are left
     manifest: Manifest = field(default_factory=Manifest)
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
-    # what the file is compared with: PyTorch's model, or the float ONNX file that it was made of
+    # what the file is compared with: PyTorch's model, or the float ONNX file that it was made from
     reference: str = "PyTorch"
-    # what the metadata say of the sparsity of each promised weight; "" where it is yet to be written
-    sparsity: str = ""
     # promised weight -> initializer, where an equal weight is stored once for both
     shared_weights: Mapping[str, str] = field(default_factory=dict)
 
@@ -63,70 +52,52 @@ class Origin:
         """Hash of the recipe's text."""
         return hashlib.sha256(self.recipe_text.encode()).hexdigest()
 
-    def metadata(self, layers: tuple[LayerFacts, ...]) -> dict[str, str]:
-        """The ONNX metadata, with the measured sparsity of the promised weights."""
+    def metadata(self) -> dict[str, str]:
+        """Return the ONNX metadata."""
         return {
             "ovit.format": _FORMAT,
             "ovit.recipe_name": self.recipe_name,
             "ovit.recipe": self.recipe_text,
-            "ovit.recipe_sha256": self.recipe_sha256,
             "ovit.promise": self.promise.model_dump_json(),
             "ovit.manifest": self.manifest.model_dump_json(),
             "ovit.preprocessing": json.dumps(dict(self.preprocessing)),
             "ovit.reference": self.reference,
             "ovit.shared_weights": json.dumps(dict(self.shared_weights)),
-            "ovit.sparsity": self._sparsity_of(layers),
             "ovit.versions": json.dumps(versions()),
         }
 
-    def contradictions(self, layers: tuple[LayerFacts, ...]) -> list[str]:
-        """Where the metadata deny what was measured."""
-        shapes = {layer.name: layer.shape for layer in layers}
-        found = self.manifest.contradictions(shapes)
-        if self.sparsity != self._sparsity_of(layers):
-            found.append("the sparsity in the file's metadata is not that of its weights")
-        for layer in self.promise.layers:
-            removed = self.manifest.removed_from(layer.name, shapes[layer.name]) if layer.name in shapes else 0
-            if layer.removed > removed:
-                found.append(f"{layer.name}: {layer.removed} weights are said to be removed, by the manifest {removed}")
-        return found
-
-    def _sparsity_of(self, layers: tuple[LayerFacts, ...]) -> str:
-        promised = {layer.name for layer in self.promise.layers}
-        return json.dumps({layer.name: round(layer.sparsity, 6) for layer in layers if layer.name in promised})
-
     @classmethod
-    def read(cls, model: onnx.ModelProto) -> Origin:
-        """Read it back. Raises VerificationError if the file is not one of ours or contradicts itself."""
+    def read(cls, model: onnx.ModelProto) -> Provenance:
+        """Read it back. Raises VerificationError if the file is not one of ours."""
         found = {entry.key: entry.value for entry in model.metadata_props}
-        if found.get("ovit.format") != _FORMAT:
+        if "ovit.format" not in found:
             raise VerificationError("cannot verify", ["no ovit-engine metadata in the file: was it exported by us?"])
+        if found["ovit.format"] != _FORMAT:
+            other = f"the file's metadata have format {found['ovit.format']}, this ovit-engine reads format {_FORMAT}"
+            raise VerificationError("cannot verify", [f"{other}: export the file again"])
         try:
-            read_object(found["ovit.promise"])
-            origin = cls(
+            return cls(
                 recipe_name=found["ovit.recipe_name"],
                 recipe_text=found["ovit.recipe"],
                 promise=Promise.model_validate_json(found["ovit.promise"], strict=True),
-                manifest=Manifest.model_validate_json(found.get("ovit.manifest", "{}"), strict=True),
-                preprocessing=read_object(found["ovit.preprocessing"]),
-                reference=found.get("ovit.reference", "PyTorch"),
-                sparsity=found["ovit.sparsity"],
-                shared_weights=_names(read_object(found["ovit.shared_weights"])),
+                manifest=Manifest.model_validate_json(found["ovit.manifest"], strict=True),
+                preprocessing=_OBJECT.validate_json(found["ovit.preprocessing"]),
+                reference=found["ovit.reference"],
+                shared_weights=_NAMES.validate_json(found["ovit.shared_weights"], strict=True),
             )
         except (KeyError, ValueError) as error:
             reason = f"without {error}" if isinstance(error, KeyError) else first_faults(error)
             raise VerificationError("cannot verify", [f"broken ovit-engine metadata: {reason}"]) from error
-        unpromised = origin.shared_weights.keys() - {layer.name for layer in origin.promise.layers}
-        if unpromised:
-            raise VerificationError("cannot verify", [f"{min(unpromised)}: named as shared, and not promised"])
-        if origin.recipe_sha256 != found.get("ovit.recipe_sha256"):
-            raise VerificationError("cannot verify", ["the recipe in the metadata does not match its own hash"])
-        return origin
+
+
+_OBJECT: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
+
+_NAMES: TypeAdapter[dict[str, str]] = TypeAdapter(dict[str, str])
 
 
 def measure_file(
     path: Path,
-    origin: Origin,
+    origin: Provenance,
     *,
     reference_sha256: str,
     parity: Parity,
@@ -177,48 +148,35 @@ def measure_file(
         machine=machine,
         versions=versions(),
     )
-    return certificate.model_copy(
-        update={"notes": (*notes_of(certificate, origin.recipe_text), *unknown_work(work, origin))}
-    )
+    return certificate.model_copy(update={"notes": (*notes_of(certificate), *_unknown_work(work, origin))})
 
 
-def _names(found: Mapping[str, Any]) -> dict[str, str]:
-    wrong = [name for name, other in found.items() if not isinstance(other, str)]
-    if wrong:
-        raise ValueError(f"{wrong[0]} is shared with {found[wrong[0]]!r}, which is no name")
-    return dict(found)
-
-
-def unknown_work(work: Work, origin: Origin) -> Iterator[str]:
-    """Notes on multiply-adds, and on tokens that are to be fewer, that can't be counted."""
+def _unknown_work(work: Work, origin: Provenance) -> Iterator[Note]:
+    """Yield notes on multiply-adds and promised tokens that can't be counted."""
     if work.unknown:
-        yield f"multiply-adds are not counted: {work.unknown}"
-    if work.no_tokens and (origin.promise.tokens is not None or any(name in origin.recipe_text for name in REDUCERS)):
-        yield f"{TOKENS_UNKNOWN}: {work.no_tokens}"
+        yield Note(code="macs_unknown", reason=work.unknown)
+    if work.no_tokens and origin.promise.tokens is not None:
+        yield Note(code="tokens_unknown", reason=work.no_tokens)
 
 
-def notes_of(certificate: Certificate, recipe_text: str) -> tuple[str, ...]:
-    """What a reader should know before they trust a number of this certificate: all of it follows from the others."""
-    parity, outputs = certificate.parity, list(certificate.outputs)
+def notes_of(certificate: Certificate) -> Iterator[Note]:
+    """Yield what follows from the other facts of a certificate and a reader should know."""
+    parity, outputs = certificate.parity, tuple(certificate.outputs)
     quantized = [layer.name for layer in certificate.quantized]
-    notes = [int8_note(certificate.machine)] if quantized else []
-    in_float = [name for name in quantized if name not in certificate.kernels]
+    if quantized and may_saturate(certificate.machine):
+        yield Note(code="no_vnni")
+    in_float = tuple(name for name in quantized if name not in certificate.kernels)
     if in_float:
-        some = ", ".join(in_float[:3]) + (", ..." if len(in_float) > 3 else "")
-        notes.append(
-            f"{len(in_float)} of {len(quantized)} int8 weights are computed with in float by the runtime: {some}"
-        )
+        yield Note(code="float_kernels", count=len(in_float), total=len(quantized), names=in_float)
     if len(outputs) > 1:
-        notes.append(f"parity compares {outputs[0]!r}, the first of {len(outputs)} outputs")
+        yield Note(code="first_output", total=len(outputs), names=outputs[:1])
     if parity.source == "random":
-        notes.append("parity was measured on random inputs: no data was given")
+        yield Note(code="random_inputs")
     elif parity.images < WANTED_IMAGES:
-        notes.append(f"parity was measured on {parity.images} images, all there were; {WANTED_IMAGES} are wanted")
-    others, weights = certificate.other_numbers or 0, count_weights(certificate.layers)
-    if others > _MANY * weights:
-        notes.append(f"{others:,} numbers are stored besides the {weights:,} weights of products, unmeasured")
-    notes += unproven(recipe_text, certificate.promise, certificate.layers)
-    return tuple(note for note in notes if note is not None)
+        yield Note(code="few_images", count=parity.images, total=WANTED_IMAGES)
+    weights = count_weights(certificate.layers)
+    if certificate.other_numbers > _MANY * weights:
+        yield Note(code="other_numbers", count=certificate.other_numbers, total=weights)
 
 
 def input_types(model: onnx.ModelProto) -> tuple[list[tuple[int, ...]], list[np.dtype[Any]]]:

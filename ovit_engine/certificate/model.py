@@ -1,26 +1,20 @@
-"""The certificate: what was measured from the bytes of one ONNX file."""
+"""The certificate: what was measured from the bytes of one ONNX file. Data only."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ovit_engine.certificate.manifest import Manifest
-from ovit_engine.certificate.strict_json import read_object
+from ovit_engine.certificate.manifest import Manifest, check_unique
+from ovit_engine.certificate.notes import Note
 from ovit_engine.certificate.token_counts import TokenCounts
-from ovit_engine.utils.console import table_console
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-
-# 3 added macs and tokens, 4 other_numbers and notes that are checked; what changes the page raises it too
-FORMAT = 4
+# of certificates; any change of their fields raises it, and no other format is read
+FORMAT = 5
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -126,7 +120,7 @@ class Machine(_Facts):
 class Certificate(_Facts):
     """Everything measured about one file. ``verify`` measures it again from the file alone."""
 
-    format: Annotated[int, Field(ge=1)] = FORMAT
+    format: int = FORMAT
     file: str
     sha256: str
     bytes: Count
@@ -137,8 +131,8 @@ class Certificate(_Facts):
     # all weights of two dimensions and more: as stored, and at the entropy of where zeros lie and of the other values
     weight_bytes: Count
     weight_entropy_bytes: Count
-    # numbers that the file stores besides `layers`: biases, norms, embeddings, scales; weights can't hide among few
-    other_numbers: Count | None = None
+    # numbers that the file stores in addition to `layers`: biases, norms, embeddings, scales
+    other_numbers: Count
     opset: Count
     # name -> shape, a free dimension by its name
     inputs: dict[str, tuple[int | str, ...]]
@@ -171,24 +165,17 @@ class Certificate(_Facts):
     # on the images stored in the reference, where these are not all
     parity_stored: Parity | None = None
     accuracy: Accuracy | None = None
-    # measured when asked (``latency.add_latency``); what else stands here is measured again by ``verify``
+    # measured on request (``latency.add_latency``); everything else is measured again by ``verify``
     latency: tuple[Latency, ...] = ()
 
     machine: Machine
     versions: dict[str, str]
-    notes: tuple[str, ...] = ()
-
-    @field_validator("format")
-    @classmethod
-    def _known(cls, number: int) -> int:
-        if number > FORMAT:
-            raise ValueError(f"format {number} is of a newer ovit-engine: this one reads up to {FORMAT}")
-        return number
+    notes: tuple[Note, ...] = ()
 
     @field_validator("layers")
     @classmethod
     def _each_once(cls, layers: tuple[LayerFacts, ...]) -> tuple[LayerFacts, ...]:
-        alone(layer.name for layer in layers)
+        check_unique(layer.name for layer in layers)
         return layers
 
     @property
@@ -235,24 +222,33 @@ class Certificate(_Facts):
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read ``to_json``'s text; raises ValueError (pydantic's) for anything else."""
-        read_object(text)  # pydantic would take the last of two equal keys, and NaN
+        """Read the text of `to_json`.
+
+        Raises:
+            ValueError: the text is something else, or of another format.
+        """
+        found = _Header.model_validate_json(text).format
+        if found != FORMAT:
+            raise ValueError(f"it has format {found}, this ovit-engine reads format {FORMAT}: export the file again")
         return cls.model_validate_json(text, strict=True)
 
     def __str__(self) -> str:
-        """The same table as plain text."""
-        from rich.console import Console as RichConsole
+        """Return a summary of a few lines; `render.print_certificate` prints everything."""
+        lines = [
+            f"{self.file}: {self.bytes:,} bytes, {self.gzip_bytes:,} by gzip",
+            f"{self.sparsity:.2%} zeros in pruned weights, {self.total_sparsity:.2%} in all; "
+            f"{self.int8_share:.1%} int8 in {len(self.quantized)} layers, {self.integer_kernels} integer kernels",
+            f"{self.parity.agreement:.2%} of {self.parity.images} images agree with {self.reference}",
+        ]
+        if self.accuracy is not None:
+            lines.append(f"{self.accuracy.file:.2%} top-1, {self.reference} {self.accuracy.pytorch:.2%}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
-        console = RichConsole(width=100, color_system=None)
-        with console.capture() as capture:
-            self.render(console)
-        return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
-    def render(self, console: Console | None = None) -> None:
-        """Print for people: in colour on a terminal, plain elsewhere."""
-        from ovit_engine.certificate.render import describe
+class _Header(BaseModel):
+    """What certificates of every format have."""
 
-        (console or table_console()).print(describe(self))
+    format: int
 
 
 def count_weights(layers: Iterable[LayerFacts]) -> int:
@@ -284,9 +280,6 @@ def page_path(path: Path) -> Path:
 def reference_path(path: Path) -> Path:
     """Where the PyTorch reference of an ONNX file lies."""
     return path.with_name(f"{path.stem}.reference.npz")
-
-
-TOKENS_UNKNOWN = "those of the file are not counted"
 
 
 class PromisedLayer(BaseModel):
@@ -331,15 +324,8 @@ class Promise(BaseModel):
     @field_validator("layers")
     @classmethod
     def _each_once(cls, layers: tuple[PromisedLayer, ...]) -> tuple[PromisedLayer, ...]:
-        alone(layer.name for layer in layers)
+        check_unique(layer.name for layer in layers)
         return layers
-
-
-def alone(names: Iterable[str]) -> None:
-    """Raise ValueError where a name is there twice: what it stands for would count twice."""
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise ValueError(f"{twice[0]} is there twice")
 
 
 class GroupRule(NamedTuple):

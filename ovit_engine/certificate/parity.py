@@ -71,16 +71,12 @@ class Reference:
     source: str
     # tensor of the file -> what `tensors.keep` makes of PyTorch's
     tensors: Mapping[str, np.ndarray] = field(default_factory=dict)
-    # part of the file -> its hash when it was written (`fingerprint.fingerprints`)
-    prints: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """As a compressed .npz without pickles."""
         arrays = {"logits": self.logits, "hashes": self.hashes, "source": np.array(self.source)}
         arrays |= {f"input_{index}": array for index, array in enumerate(self.stored)}
         arrays |= {f"{_TENSOR}{name}": array for name, array in self.tensors.items()}
-        if self.prints:
-            arrays |= {"print_names": np.array(list(self.prints)), "prints": np.stack(list(self.prints.values()))}
         if self.labels is not None:
             arrays["labels"] = self.labels
         stream = io.BytesIO()
@@ -95,13 +91,10 @@ class Reference:
                 stored = [file[f"input_{index}"] for index in range(sum(key.startswith("input_") for key in file))]
                 labels = file.get("labels")
                 tensors = {key.removeprefix(_TENSOR): file[key] for key in file if key.startswith(_TENSOR)}
-                names, digests = file.get("print_names", ()), file.get("prints", ())
-                prints = dict(zip(map(str, names), digests, strict=True))
-                source = str(file["source"])
-                found = cls(file["logits"], labels, tuple(stored), file["hashes"], source, tensors, prints)
+                found = cls(file["logits"], labels, tuple(stored), file["hashes"], str(file["source"]), tensors)
         except _UNREADABLE as error:
             reason = str(error).encode("ascii", "replace").decode().partition("\n")[0][:120]  # it may quote the bytes
-            raise ValueError(f"{path.name} is not a reference of ovit-engine: {reason}") from error
+            raise ValueError(f"{path.name} can't be read: {reason}") from error
         if not found.is_whole():
             raise ValueError(f"{path.name} was changed: logits, labels, images and hashes do not belong together")
         return found
@@ -122,8 +115,7 @@ class Reference:
     def _has_numbers(self) -> bool:
         """Whether each array is of the type and number of axes that `make_reference` and `keep` give it."""
         kinds = [(self.logits, "f"), *((array, "fiub") for array in (*self.stored, *self.tensors.values()))]
-        kinds += [(self.hashes, "u"), *((digest, "u") for digest in self.prints.values())]
-        kinds += [] if self.labels is None else [(self.labels, "iu")]
+        kinds += [(self.hashes, "u")] + ([] if self.labels is None else [(self.labels, "iu")])
         axes = self.logits.ndim > 1 and self.hashes.ndim == 2 and (self.labels is None or self.labels.ndim == 1)
         return axes and all(array.dtype.kind in kind for array, kind in kinds) and all(a.ndim for a in self.stored)
 

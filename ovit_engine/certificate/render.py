@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -18,12 +18,18 @@ from ovit_engine.certificate.sparse_cores import (
     matrices,
     readiness_row,
 )
+from ovit_engine.utils.console import table_console
 
 _NO_RECIPE = hashlib.sha256(b"").hexdigest()
 
 
-def describe(certificate: Certificate) -> RenderableType:
-    """Tables that rich prints in colour on a terminal and plainly elsewhere."""
+def print_certificate(certificate: Certificate, console: Console | None = None) -> None:
+    """Print everything in a certificate for people: in colour on a terminal, plain elsewhere."""
+    (console or table_console()).print(certificate_tables(certificate))
+
+
+def certificate_tables(certificate: Certificate) -> RenderableType:
+    """Return the tables of `print_certificate`."""
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column(overflow="fold")
@@ -52,7 +58,8 @@ def fact_rows(certificate: Certificate) -> list[tuple[str, str]]:
         ),
         (
             "int8",
-            f"{certificate.int8_share:.1%} of all weights, {len(certificate.quantized)} layers{_others(certificate)}",
+            f"{certificate.int8_share:.1%} of all weights, {len(certificate.quantized)} layers; "
+            f"{certificate.other_numbers:,} numbers besides weights (biases, norms, embeddings, scales)",
         ),
         ("kernels", f"{certificate.integer_kernels} integer kernels in ONNX Runtime: {_kernels(certificate)}"),
         ("parity", parity_text(certificate)),
@@ -136,12 +143,6 @@ def removed_text(certificate: Certificate) -> str:
             f"{certificate.sparsity_with_dead:.2%} of the pruned ones are zero"
         )
     return text
-
-
-def _others(certificate: Certificate) -> str:
-    if certificate.other_numbers is None:
-        return ""
-    return f"; {certificate.other_numbers:,} numbers besides weights (biases, norms, embeddings, scales)"
 
 
 def sizes_text(certificate: Certificate) -> str:

@@ -11,31 +11,23 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from ovit_engine.certificate.check import check, no_tokens
-from ovit_engine.certificate.computed import unread
-from ovit_engine.certificate.errors import CertificateError, VerificationError
-from ovit_engine.certificate.fingerprint import altered
-from ovit_engine.certificate.html import to_html
-from ovit_engine.certificate.inconsistencies import inconsistencies
+from ovit_engine.certificate.check import check
+from ovit_engine.certificate.computed import inert_parts
+from ovit_engine.certificate.errors import CertificateError, VerificationError, first_faults
 from ovit_engine.certificate.kernels import open_session, run_outputs
-from ovit_engine.certificate.machine import NO_VNNI
-from ovit_engine.certificate.measure import Origin, input_types, measure_file, notes_of
+from ovit_engine.certificate.measure import Provenance, input_types, measure_file
 from ovit_engine.certificate.model import (
-    FORMAT,
-    TOKENS_UNKNOWN,
     Accuracy,
     Certificate,
     LayerFacts,
     Parity,
     certificate_path,
-    page_path,
     reference_path,
 )
+from ovit_engine.certificate.notes import Note
 from ovit_engine.certificate.parity import Reference, accuracy, compare, find_stored, take_sample
-from ovit_engine.certificate.stated import contradictions, left_out
 from ovit_engine.certificate.stored import hidden
-from ovit_engine.certificate.strict_json import first_faults
-from ovit_engine.certificate.tensors import changed
+from ovit_engine.certificate.tensors import changed_tensors
 
 # facts that are the same on every machine
 _EXACT = (
@@ -59,11 +51,8 @@ _EXACT = (
     "reference_sha256",
 )
 
-# facts that older certificates do not state, and the format since which they do
-_SINCE = {"macs": 3, "tokens": 3, "other_numbers": 4}
-
-# older certificates have notes of other wording, and say of no weight that it was pruned and left dense
-_STRICT_SINCE = 4
+# facts that depend on the runtime and the machine
+_OF_RUNTIME = ("runtime_ops", "kernels", "integer_kernels")
 
 # other machines round a level here and there the other way
 _TOLERANCE = 0.01
@@ -73,7 +62,7 @@ _SIZE_TOLERANCE = 0.02
 
 
 def verify_file(path: str | Path, *, data: Any = None) -> Certificate:
-    """Measure everything in the certificate again; returns the new certificate.
+    """Measure everything in the certificate again and return the new certificate.
 
     Without ``data`` parity and accuracy are measured on the images stored in the reference. With it (as for
     ``export_model``) on those of its images that the certificate was measured on. Where these are not all, the returned
@@ -90,64 +79,48 @@ def verify_file(path: str | Path, *, data: Any = None) -> Certificate:
         raise FileNotFoundError(f"{path} is a folder: name the ONNX file" if path.is_dir() else f"no such file: {path}")
     stated = _read_certificate(certificate_path(path))
     reference, digest = _read_reference(reference_path(path))
+    model = _read_model(path, stated)
+    origin = Provenance.read(model)
+    violations: list[str] = []
     try:
-        model = onnx.load_model_from_string(path.read_bytes())
-    except DecodeError:
-        raise VerificationError(f"{path.name} fails", [_unreadable("not a readable ONNX file", path, stated)]) from None
-    if not model.metadata_props:  # a file that is cut between two fields can still be read
-        raise VerificationError(f"{path.name} fails", [_unreadable("no ovit-engine metadata", path, stated)])
-    unmeasurable = hidden(model)
-    if unmeasurable:
-        raise VerificationError(f"{path.name} fails", unmeasurable)
-    origin = Origin.read(model)
-    tampered = _tampered(model, reference)
-    try:
+        violations += [*changed_tensors(model, reference.tensors), *inert_parts(model)]
         parity, part, hits = _measure_parity(path, model, reference, data)
         measured = measure_file(path, origin, reference_sha256=digest, parity=parity, parity_stored=part, accuracy=hits)
     except CertificateError as error:
-        raise VerificationError(f"{path.name} fails", [*tampered, *error.violations]) from error
+        raise VerificationError(f"{path.name} fails", [*violations, *error.violations]) from error
     whole = measured.model_copy(update={"parity": stated.parity}) if part is not None else measured
     violations = [
-        *_page_violations(path, stated),
         *check(whole, origin.promise),
-        *tampered,
-        *contradictions(origin.recipe_text, origin.promise, measured.layers, measured.tokens, no_tokens(measured)),
-        *differences(stated, measured),
-        *inconsistencies(stated, reference),
-        *(left_out(origin.recipe_text, origin.promise, measured.layers) if stated.format >= _STRICT_SINCE else ()),
-        *_note_differences(stated, measured, origin.recipe_text),
-        *origin.contradictions(measured.layers),
+        *violations,
+        *certificate_differences(stated, measured),
+        *_reference_differences(stated, reference),
+        *origin.manifest.contradictions({layer.name: layer.shape for layer in measured.layers}),
     ]
     if violations:
         raise VerificationError(f"{path.name} fails", list(dict.fromkeys(violations)))
-    notes = [*measured.notes, *_not_measured(stated, measured, len(reference.logits))]
-    if stated.format < FORMAT and page_path(path).is_file():
-        notes.append(f"{page_path(path).name} was made by an older ovit-engine: it is not checked")
-    return measured.model_copy(update={"notes": tuple(notes)})
+    return measured.model_copy(
+        update={"notes": (*measured.notes, *_not_measured(stated, measured, len(reference.logits)))}
+    )
 
 
-def _not_measured(stated: Certificate, measured: Certificate, images: int) -> Iterator[str]:
-    """What the certificate states and this verification could not measure, a note each."""
+def _not_measured(stated: Certificate, measured: Certificate, images: int) -> Iterator[Note]:
+    """Yield a note for each fact of the certificate that this verification could not measure."""
+    cpu = (stated.machine.cpu,)
     if measured.parity.images < images:
-        yield (
-            f"measured again on {measured.parity.images} of the {images} images, which the reference holds: "
-            "what the certificate says of the others needs the data"
-        )
-    if stated.kernels != measured.kernels or stated.runtime_ops != measured.runtime_ops:
-        yield f"the certificate states the kernels of {stated.machine.cpu}; those above are of this machine"
+        yield Note(code="partly_measured", count=measured.parity.images, total=images)
+    if any(getattr(stated, name) != getattr(measured, name) for name in _OF_RUNTIME):
+        yield Note(code="other_kernels", names=cpu)
     if stated.latency:
-        yield f"latency stays as its maker measured it on {stated.machine.cpu}: ovit bench measures it here"
+        yield Note(code="latency_not_measured", names=cpu)
     if stated.zstd_bytes is not None and measured.zstd_bytes is None:
-        yield f"zstd_bytes {stated.zstd_bytes} is as stated: the package zstandard is not installed here"
+        yield Note(code="no_zstandard", count=stated.zstd_bytes)
 
 
-def differences(stated: Certificate, measured: Certificate) -> list[str]:
-    """Where a measurement differs from the certificate, a line each."""
+def certificate_differences(stated: Certificate, measured: Certificate) -> list[str]:
+    """Return a line for each fact of the certificate that a measurement contradicts."""
     found = []
     for name in _EXACT:
         before, now = getattr(stated, name), getattr(measured, name)
-        if before is None and stated.format < _SINCE.get(name, 0):
-            continue
         if before != now or (name == "preprocessing" and json.dumps(before) != json.dumps(now)):  # True == 1.0
             found.append(f"{name} differs: the certificate says {_short(before)}, the file {_short(now)}")
     found += _layer_differences(stated.layers, measured.layers)
@@ -155,8 +128,8 @@ def differences(stated: Certificate, measured: Certificate) -> list[str]:
         before, now = getattr(stated, name), getattr(measured, name)
         if before is not None and now is not None and abs(before - now) > _SIZE_TOLERANCE * now:
             found.append(f"{name} differs: the certificate says {before}, the file {now}")
-    same_runtime = stated.machine == measured.machine and _runtime(stated) == _runtime(measured)
-    if same_runtime and (stated.runtime_ops, stated.kernels) != (measured.runtime_ops, measured.kernels):
+    same_runtime = (stated.machine, _runtime(stated)) == (measured.machine, _runtime(measured))
+    if same_runtime and any(getattr(stated, name) != getattr(measured, name) for name in _OF_RUNTIME):
         found.append("the runtime chooses other kernels than the certificate says")
     for kind in ("parity", "parity_stored"):
         found += _parity_differences(kind, getattr(stated, kind), getattr(measured, kind))
@@ -167,7 +140,7 @@ def differences(stated: Certificate, measured: Certificate) -> list[str]:
 
 
 def _layer_differences(stated: Sequence[LayerFacts], measured: Sequence[LayerFacts]) -> list[str]:
-    """Weights of which the certificate states something else, a line each."""
+    """Return a line for each weight of which the certificate states something else."""
     old, new = ({layer.name: layer for layer in layers} for layers in (stated, measured))
     found = [f"{name}: in the certificate, not in the file" for name in sorted(old.keys() - new.keys())]
     found += [f"{name}: in the file, not in the certificate" for name in sorted(new.keys() - old.keys())]
@@ -179,61 +152,34 @@ def _layer_differences(stated: Sequence[LayerFacts], measured: Sequence[LayerFac
     return found
 
 
-def _tampered(model: onnx.ModelProto, reference: Reference) -> list[str]:
-    """Tensors that are not those which PyTorch had, parts that do not act, parts that were changed since."""
-    if not reference.tensors:
-        return ["the reference holds none of PyTorch's tensors"]
-    if not reference.prints:
-        return ["the reference holds no fingerprints of the file's parts"]
-    try:
-        found = [*changed(model, reference.tensors), *unread(model)]
-    except CertificateError as error:
-        return list(error.violations)
-    named = {line.partition(":")[0] for line in found}
-    return found + [f"{name}: {what}" for name, what in altered(model, reference.prints).items() if name not in named]
-
-
-def _unreadable(what: str, path: Path, stated: Certificate) -> str:
-    size = path.stat().st_size
-    if size < stated.bytes:
-        what += f", truncated: {size} of the {stated.bytes} bytes that the certificate states"
-    return f"{path.name}: {what}"
-
-
-def _page_violations(path: Path, stated: Certificate) -> list[str]:
-    page = page_path(path)
-    if stated.format == FORMAT and page.is_file() and page.read_text(errors="replace") != to_html(stated):
-        return [f"{page.name} is not the page of its certificate"]
-    return []
-
-
-def _note_differences(stated: Certificate, measured: Certificate, recipe_text: str) -> list[str]:
-    """Notes that do not follow from what the certificate states, and those that do and were left out."""
-    if stated.format < _STRICT_SINCE:
-        return []
-    work = {note for note in measured.notes if note.startswith(("multiply-adds", TOKENS_UNKNOWN))}
-    follow = work | set(notes_of(stated, recipe_text))
-    # whether that of VNNI does depends on the kind of processor, which a certificate does not state
-    added, left_out = set(stated.notes) - follow - {NO_VNNI}, follow - set(stated.notes) - {NO_VNNI}
-    found = [f"a note that does not follow from the certificate: {_short(note)}" for note in sorted(added)]
-    return found + [f"a note is missing: {_short(note)}" for note in sorted(left_out)]
-
-
 def _parity_differences(kind: str, stated: Parity | None, measured: Parity | None) -> list[str]:
     if measured is None or stated is None or measured.images != stated.images:
         return []
     found = []
-    for name in ("agreement", "cosine", "max_error"):
+    for name in ("agreement", "agreement_low", "agreement_high", "cosine", "max_error"):
         before, now = getattr(stated, name), getattr(measured, name)
         if abs(before - now) > _TOLERANCE:
             found.append(f"{kind}.{name} differs: the certificate says {before:.4f}, measured {now:.4f}")
     return found
 
 
+def _reference_differences(stated: Certificate, reference: Reference) -> list[str]:
+    """Return a line for each fact on all images that the reference contradicts, which holds the logits of all."""
+    found = []
+    images, of = len(reference.logits), stated.parity
+    if (of.images, of.source) != (images, reference.source):
+        found.append(f"parity differs: the certificate speaks of {of.images} images, the reference holds {images}")
+    known = accuracy(reference.logits, reference.logits, reference.labels)
+    facts, again = (None if hits is None else (hits.images, hits.pytorch) for hits in (stated.accuracy, known))
+    if facts != again:
+        found.append(f"accuracy of {stated.reference} differs: the certificate says {facts}, the reference {again}")
+    return found
+
+
 def _measure_parity(
     path: Path, model: onnx.ModelProto, reference: Reference, data: Any
 ) -> tuple[Parity, Parity | None, Accuracy | None]:
-    """Parity and accuracy on the images at hand; the same parity again where only a part of the images is stored."""
+    """Measure parity and accuracy on the images at hand; parity a second time if only a part of them is stored."""
     session = open_session(path)
     if data is not None:
         sample, reference = find_stored(take_sample(data, *input_types(model)), reference)
@@ -247,14 +193,31 @@ def _measure_parity(
     return parity, None if stored == len(reference.logits) else parity, accuracy(logits, expected, labels)
 
 
+def _read_model(path: Path, stated: Certificate) -> onnx.ModelProto:
+    """Read the graph. Raises VerificationError where it can't be read or measured as a whole."""
+    fault = "not a readable ONNX file"
+    try:
+        model = onnx.load_model_from_string(path.read_bytes())
+    except DecodeError:
+        model = None
+    if model is not None:
+        fault = "" if model.metadata_props else "no ovit-engine metadata"  # a cut between two fields can still be read
+    if model is None or fault:
+        if (size := path.stat().st_size) < stated.bytes:
+            fault += f", truncated: {size} of the {stated.bytes} bytes that the certificate states"
+        raise VerificationError(f"{path.name} fails", [f"{path.name}: {fault}"])
+    if unmeasurable := hidden(model):
+        raise VerificationError(f"{path.name} fails", unmeasurable)
+    return model
+
+
 def _read_certificate(path: Path) -> Certificate:
     if not path.is_file():
         raise VerificationError("cannot verify", [f"no certificate beside the file: {path.name} is missing"])
     try:
-        return Certificate.from_json(path.read_text())
+        return Certificate.from_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        reason = first_faults(error)
-        raise VerificationError("cannot verify", [f"{path.name} is not a certificate: {reason}"]) from error
+        raise VerificationError("cannot verify", [f"{path.name} can't be read: {first_faults(error)}"]) from error
 
 
 def _read_reference(path: Path) -> tuple[Reference, str]:

@@ -25,7 +25,7 @@ _AMPERE = GroupRule(2, 4)
 
 
 @dataclass(frozen=True)
-class Weight:
+class StoredWeight:
     """A weight of the file in PyTorch's orientation."""
 
     name: str
@@ -51,7 +51,7 @@ class Activation:
 
 
 @dataclass(frozen=True)
-class Source:
+class TracedTensor:
     """An initializer and what lies between it and its reader."""
 
     name: str
@@ -59,12 +59,12 @@ class Source:
     transposed: bool
 
 
-def read_weights(model: onnx.ModelProto) -> dict[str, Weight]:
+def read_weights(model: onnx.ModelProto) -> dict[str, StoredWeight]:
     """Every stored tensor that a MatMul, Gemm or Conv reads as its weight, by name."""
     initializers = stored_tensors(model)
     nodes = list(walk_nodes(model.graph))
     producers = {output: node for node in nodes for output in node.output}
-    weights: dict[str, Weight] = {}
+    weights: dict[str, StoredWeight] = {}
     for node in nodes:
         if node.op_type not in _READERS:
             continue
@@ -97,7 +97,7 @@ def measure_layers(model: onnx.ModelProto, promise: Promise, names: dict[str, st
         stored = names.get(layer.name, layer.name)
         weight = weights.get(stored)
         if weight is None and stored in initializers:
-            weight = _read(initializers, Source(stored, None, False), "other", False)
+            weight = _read(initializers, TracedTensor(stored, None, False), "other", False)
         if weight is not None:
             measured = _facts(layer.name, weight, read_pattern(layer.pattern))
             owner = owners.setdefault(stored, layer.name)
@@ -134,13 +134,13 @@ def tile_zeros(is_zero: np.ndarray, rule: TileRule) -> int:
     return int(tiles.all(axis=(1, 3)).sum()) * rule.rows * rule.cols
 
 
-def _misfits(weight: Weight) -> int:
+def _misfits(weight: StoredWeight) -> int:
     """Groups that break 2:4; all where groups do not fit."""
     broken = broken_groups(weight.is_zero, _AMPERE)
     return weight.is_zero.size if broken is None else broken
 
 
-def _facts(name: str, weight: Weight, rule: GroupRule | TileRule | None) -> LayerFacts:
+def _facts(name: str, weight: StoredWeight, rule: GroupRule | TileRule | None) -> LayerFacts:
     zero = weight.is_zero
     return LayerFacts(
         name=name,
@@ -162,7 +162,7 @@ def _facts(name: str, weight: Weight, rule: GroupRule | TileRule | None) -> Laye
 
 def trace(
     value: str, producers: Mapping[str, onnx.NodeProto], initializers: Mapping[str, onnx.TensorProto]
-) -> Source | None:
+) -> TracedTensor | None:
     """Follow a value back over DequantizeLinear, Transpose and Identity to an initializer.
 
     None where it comes from elsewhere, or where its axes are exchanged otherwise than [out, in] and [in, out].
@@ -190,7 +190,7 @@ def trace(
     orders = [next((list(a.ints) for a in node.attribute if a.name == "perm"), axes[::-1]) for node in turns]
     if any(order not in (axes, swapped) for order in orders):
         return None
-    return Source(value, quantize, sum(order != axes for order in orders) % 2 == 1)
+    return TracedTensor(value, quantize, sum(order != axes for order in orders) % 2 == 1)
 
 
 def _activation(
@@ -228,7 +228,7 @@ def _stored_in_out(node: onnx.NodeProto, position: int) -> bool:
     return node.op_type == "Gemm" and not any(a.name == "transB" and a.i for a in node.attribute)
 
 
-def _read(initializers: dict[str, onnx.TensorProto], source: Source, op: str, flip: bool) -> Weight:
+def _read(initializers: dict[str, onnx.TensorProto], source: TracedTensor, op: str, flip: bool) -> StoredWeight:
     tensor = initializers[source.name]
     values = to_array(tensor)
     zero = 0 if source.quantize is None else _zero_point(initializers, source.quantize, values)
@@ -243,7 +243,7 @@ def _read(initializers: dict[str, onnx.TensorProto], source: Source, op: str, fl
         is_zero = is_zero.reshape(-1, is_zero.shape[-1])
     dtype = onnx.TensorProto.DataType.Name(tensor.data_type)
     symmetric = None if source.quantize is None else not np.any(zero)
-    return Weight(source.name, op, dtype, source.quantize is not None, is_zero, symmetric)
+    return StoredWeight(source.name, op, dtype, source.quantize is not None, is_zero, symmetric)
 
 
 def _zero_point(

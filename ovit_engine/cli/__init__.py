@@ -6,7 +6,6 @@ from ovit_engine.cli.export import export
 from ovit_engine.cli.group import OvitGroup
 from ovit_engine.cli.lint import lint
 from ovit_engine.cli.oneshot import oneshot
-from ovit_engine.cli.pack import pack, unpack
 from ovit_engine.cli.ptq import ptq
 from ovit_engine.cli.recipes import recipes
 from ovit_engine.cli.report import report
@@ -33,8 +32,6 @@ main = OvitGroup(
         diagnose,
         bench,
         report,
-        pack,
-        unpack,
         recipes,
     ],
     help="Compress PyTorch models by recipe: prune, train int8, export a verified ONNX file.",

@@ -24,6 +24,7 @@ def export(
     import torch
     from torch.utils.data import DataLoader
 
+    from ovit_engine.certificate.render import print_certificate
     from ovit_engine.training.data import config_of, load_data, tell_classes
     from ovit_engine.training.runs import restore
 
@@ -51,4 +52,4 @@ def export(
         from ovit_engine.analysis.latency import add_latency
 
         certificate = add_latency(output, baselines)
-    certificate.render()
+    print_certificate(certificate)

@@ -47,6 +47,8 @@ def ptq(
     The model is a timm model with trained weights, or MODEL.onnx, a float file of any tool: then --model only tells
     how images are prepared, if the file does not.
     """
+    from ovit_engine.certificate.render import print_certificate
+
     if checkpoint is not None and pretrained:
         raise click.UsageError("weights come from --checkpoint or --pretrained, not both")
     if not output.absolute().parent.is_dir():
@@ -66,7 +68,7 @@ def ptq(
         found = _from_weights(
             read, model, options.as_mapping(model_args), checkpoint, pretrained, data, data_root, output, workers
         )
-    found.certificate.render()
+    print_certificate(found.certificate)
     for line in found.lines():
         click.echo(line)
 

@@ -12,10 +12,11 @@ import click
 @click.option("--data-root", type=click.Path(path_type=Path), help="Where downloaded datasets are kept.")
 def verify(file: Path, data: str | None, data_root: Path | None) -> None:
     """Measure everything in the certificate of FILE again, from the file alone."""
+    from ovit_engine.certificate.render import print_certificate
     from ovit_engine.certificate.verify import verify_file
 
     certificate = verify_file(file, data=None if data is None else images_for(file, data, data_root))
-    certificate.render()
+    print_certificate(certificate)
     click.echo(f"{file} is what its certificate says")
 
 
@@ -24,20 +25,14 @@ def images_for(file: Path, data: str, root: Path | None) -> Any:
     import onnx
     from torch.utils.data import DataLoader
 
-    from ovit_engine.certificate.strict_json import read_object
+    from ovit_engine.certificate.measure import Provenance
     from ovit_engine.training.data import config_of, load_data
 
     if not file.is_file():
         raise FileNotFoundError(f"no such file: {file}")
     try:
-        metadata = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
+        model = onnx.load(file)
     except Exception as error:  # protobuf's own, which it does not export
-        raise ValueError(f"{str(file)!r} is no ONNX file") from error
-    if not metadata:
-        raise ValueError(f"{str(file)!r} has no ovit-engine metadata: was it exported by us?")
-    try:
-        preprocessing = read_object(metadata.get("ovit.preprocessing", "{}"))
-    except ValueError as error:
-        raise ValueError(f"{str(file)!r}: its preprocessing can't be read: {error}") from None
-    config = config_of(preprocessing)
+        raise ValueError(f"{str(file)!r} is not an ONNX file") from error
+    config = config_of(Provenance.read(model).preprocessing)
     return DataLoader(load_data(data, config=config, root=root).val, batch_size=64)

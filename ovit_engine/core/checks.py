@@ -145,10 +145,8 @@ def check_gates(run: Run, modifiers: Iterable[Modifier]) -> None:
     leaving = [site for site in sites if not Groups.of(site, run.tiles).of_gate(site.gate).all()]
     if not leaving:
         return
-    from ovit_engine.certificate.stated import may_remove
-
     modifiers = tuple(modifiers)
-    if may_remove(modifier.name for modifier in modifiers):
+    if any(modifier.removes_units for modifier in modifiers):
         return
     beside = {f"the mask of {name}.weight": site for site in leaving for name in (site.name, site.source_name)}
     for modifier in modifiers:

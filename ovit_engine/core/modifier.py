@@ -155,6 +155,7 @@ class Modifier(BaseModel):
 
     name: ClassVar[str]
     surgery: ClassVar[bool] = False  # whether `prepare` replaces modules
+    removes_units: ClassVar[bool] = False  # whether files of a recipe with it may lack heads and units
     removes_dead: ClassVar[bool] = False  # whether export removes heads and units that pruning left without effect
     _origins: dict[str, Origin] = PrivateAttr(default_factory=dict)  # of each option, "" = the modifier itself
 

@@ -1,6 +1,4 @@
-"""From a baked model to a measured ONNX file.
+"""From a baked model to a measured ONNX file: `exporter.export_model`.
 
-What is named here loads neither onnx nor onnxruntime; `ovit_engine.export.exporter.export_model` does.
+Importing this package loads neither onnx nor onnxruntime.
 """
-
-from ovit_engine.export.pack import load_packed as load_packed

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ovit_engine.certificate.check import check, no_tokens
-from ovit_engine.certificate.computed import unread
+from ovit_engine.certificate.check import check
+from ovit_engine.certificate.computed import inert_parts
 from ovit_engine.certificate.errors import CertificateError, ExportError
-from ovit_engine.certificate.fingerprint import fingerprints
 from ovit_engine.certificate.html import to_html
 from ovit_engine.certificate.kernels import open_session, run_outputs
 from ovit_engine.certificate.manifest import Manifest
-from ovit_engine.certificate.measure import Origin, measure_file
+from ovit_engine.certificate.measure import Provenance, measure_file
 from ovit_engine.certificate.model import Certificate, Promise, certificate_path, page_path, reference_path
 from ovit_engine.certificate.parity import (
     Reference,
@@ -34,10 +33,8 @@ from ovit_engine.certificate.parity import (
     random_sample,
     take_sample,
 )
-from ovit_engine.certificate.stated import contradictions, left_out
 from ovit_engine.certificate.stored import hidden
-from ovit_engine.certificate.tensors import keep_all
-from ovit_engine.certificate.weights import measure_layers
+from ovit_engine.certificate.tensors import hash_tensors
 from ovit_engine.export.writer import MIN_OPSET, as_inputs, build_onnx, check_float32, serialize, set_metadata
 from ovit_engine.utils.files import staged, write_bytes
 from ovit_engine.utils.precision import exact_arithmetic
@@ -82,13 +79,13 @@ def export_model(
         ValueError: the data does not fit the model or is too little, or ``preprocessing`` is no JSON.
     """
     path = Path(path)
-    check_target(path)
+    check_output_path(path)
     check_float32(model)
     told = _as_json(preprocessing or {})
     sample = _sample(as_inputs(example_inputs), data)
     reference = make_reference(sample, _pytorch_logits(reference_model or model, sample))
     proto, shared = build_onnx(model, example_inputs, dynamic_batch=dynamic_batch, opset=opset)
-    origin = Origin(
+    origin = Provenance(
         recipe_name=recipe_name,
         recipe_text=recipe_text,
         promise=promise,
@@ -97,7 +94,7 @@ def export_model(
         shared_weights={layer.name: shared[layer.name] for layer in promise.layers if layer.name in shared},
     )
     state = {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
-    reference = replace(reference, tensors=keep_all(proto, state))
+    reference = replace(reference, tensors=hash_tensors(proto, state))
     return publish(proto, path, origin, sample, reference)
 
 
@@ -108,7 +105,7 @@ def _as_json(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"preprocessing: {error}; give finite numbers, texts and lists (tensor.tolist())") from None
 
 
-def check_target(path: Path) -> None:
+def check_output_path(path: Path) -> None:
     """Raise ValueError where no file can be written."""
     if path.is_dir():
         raise ValueError(f"{str(path)!r} is a folder: name the file, {str(path / 'model.onnx')!r} for one")
@@ -116,21 +113,22 @@ def check_target(path: Path) -> None:
         raise ValueError(f"no such folder: {path.parent}")
 
 
-def publish(proto: onnx.ModelProto, path: Path, origin: Origin, sample: Sample, reference: Reference) -> Certificate:
+def publish(
+    proto: onnx.ModelProto, path: Path, origin: Provenance, sample: Sample, reference: Reference
+) -> Certificate:
     """Measure a graph and let it appear at ``path``, with certificate and reference, if it is what was promised.
 
     Raises:
         ExportError: the file breaks its promise; ``path`` is as it was before.
     """
-    promise = origin.promise
     unmeasurable = hidden(proto)
     if unmeasurable:
         raise ExportError("the file could not be verified", unmeasurable)
-    set_metadata(proto, origin.metadata(measure_layers(proto, promise, dict(origin.shared_weights))))
+    set_metadata(proto, origin.metadata())
     targets = (reference_path(path), certificate_path(path), page_path(path), path)
     with staged(path.parent) as folder:
         files = [folder / target.name for target in targets]
-        kept = replace(reference, prints=fingerprints(proto)).to_bytes()
+        kept = reference.to_bytes()
         write_bytes(files[0], kept)
         write_bytes(files[-1], serialize(proto))
         try:
@@ -138,12 +136,8 @@ def publish(proto: onnx.ModelProto, path: Path, origin: Origin, sample: Sample, 
         except CertificateError as error:
             raise ExportError(error.summary, error.violations) from error
         violations = [
-            *check(certificate, promise),
-            *contradictions(
-                origin.recipe_text, promise, certificate.layers, certificate.tokens, no_tokens(certificate)
-            ),
-            *left_out(origin.recipe_text, promise, certificate.layers),
-            *unread(proto),
+            *check(certificate, origin.promise),
+            *inert_parts(proto),
             *origin.manifest.contradictions({layer.name: layer.shape for layer in certificate.layers}),
         ]
         if violations:
@@ -182,7 +176,7 @@ def _pytorch_logits(model: nn.Module, sample: Sample) -> np.ndarray:
     return np.concatenate(outputs)
 
 
-def _measure(path: Path, origin: Origin, sample: Sample, reference: Reference, digest: str) -> Certificate:
+def _measure(path: Path, origin: Provenance, sample: Sample, reference: Reference, digest: str) -> Certificate:
     logits = run_outputs(open_session(path), sample.inputs)
     parity = compare(logits, reference.logits, sample.source)
     stored = len(reference.stored[0])

@@ -20,7 +20,7 @@ from onnxscript import opset21
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ovit_engine.certificate.computed import computed
+from ovit_engine.certificate.computed import computed_weights
 from ovit_engine.certificate.errors import ExportError
 from ovit_engine.certificate.kernels import walk_graphs, walk_nodes
 from ovit_engine.export.opset import has_int8_activations, step_down
@@ -81,7 +81,7 @@ def build_onnx(
         dynamic_shapes=tuple({0: batch} for _ in inputs) if dynamic_batch else None,
     )
     proto: onnx.ModelProto = program.model_proto
-    if computed(proto):
+    if computed_weights(proto):
         # the exporter folds up to a megabyte; a large weight that is scaled or standardised would stay unmeasurable
         onnxscript.optimizer.fold_constants(proto, input_size_limit=_MAX_BYTES, output_size_limit=_MAX_BYTES)
     if dynamic_batch:

@@ -19,10 +19,10 @@ from timm.data.config import resolve_data_config
 
 from ovit_engine.certificate import Promise, PromisedLayer
 from ovit_engine.certificate.kernels import open_session, run_outputs
-from ovit_engine.certificate.measure import Origin, input_types
+from ovit_engine.certificate.measure import Provenance, input_types
 from ovit_engine.certificate.parity import make_reference, take_sample
-from ovit_engine.certificate.tensors import keep_all
-from ovit_engine.export.exporter import check_target, publish
+from ovit_engine.certificate.tensors import hash_tensors
+from ovit_engine.export.exporter import check_output_path, publish
 from ovit_engine.export.module_names import name_by_module
 from ovit_engine.export.writer import remove_debris
 from ovit_engine.post_training.ptq import Compared, compared
@@ -64,7 +64,7 @@ def ptq_onnx(
         ValueError: a file that has no weights to quantize, is int8 already, or takes other inputs.
     """
     source, path = Path(source), Path(path)
-    check_target(path)
+    check_output_path(path)
     if path.exists() and path.samefile(source):
         raise ValueError(f"{path.name} is the float file itself: name another output")
     float_model = read(source)
@@ -77,7 +77,7 @@ def ptq_onnx(
     weights = _name_weights(proto)
     remove_debris(proto)
     promise = Promise(layers=tuple(PromisedLayer(name=name, quantized=True) for name in weights))
-    origin = Origin(
+    origin = Provenance(
         recipe_name=f"ptq of {source.name}",
         recipe_text="",
         promise=promise,
@@ -85,7 +85,7 @@ def ptq_onnx(
         reference=source.name,
     )
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
-    reference = replace(make_reference(sample, exact), tensors=keep_all(proto, tensors))
+    reference = replace(make_reference(sample, exact), tensors=hash_tensors(proto, tensors))
     certificate = publish(proto, path, origin, sample, reference)
     return compared(path, sample, exact, certificate)
 

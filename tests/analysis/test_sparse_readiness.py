@@ -23,6 +23,7 @@ from ovit_engine.certificate.sparse_cores import (
 )
 from ovit_engine.cli import main
 from ovit_engine.cli.lint import UNMEASURED, of_file
+from tests.exported_files import table_of
 
 
 def layer(**facts):
@@ -271,8 +272,8 @@ def test_what_goes_wrong_is_one_line(tmp_path, vit):
 
 
 def test_the_certificate_shows_it(vit):
-    assert "on sparse tensor cores" in str(vit.certificate)
-    assert "100.0% of groups  no: activation uint8 is not" in str(vit.certificate)
+    assert "on sparse tensor cores" in table_of(vit.certificate)
+    assert "100.0% of groups no: activation uint8 is not" in table_of(vit.certificate)
     page = Path(vit.path.with_name("model.certificate.html")).read_text()
     assert "2:4 on sparse tensor cores" in page
     assert "only a measurement on a GPU says" in page

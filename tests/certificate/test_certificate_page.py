@@ -10,7 +10,9 @@ from torch import nn
 from ovit_engine.certificate import Promise
 from ovit_engine.certificate.html import to_html
 from ovit_engine.certificate.model import page_path
+from ovit_engine.certificate.notes import Note
 from ovit_engine.export.exporter import export_model
+from tests.exported_files import table_of
 from tests.report.chromium import assert_readable, find_chromium, running
 
 CHROMIUM = find_chromium()
@@ -66,13 +68,14 @@ def test_in_a_browser(vit, tmp_path, dark):
 
 
 def test_a_file_without_the_text_of_a_recipe_says_so(vit, convnet):
-    assert f"tiny  sha256 {vit.certificate.recipe_sha256[:16]}" in str(vit.certificate)
-    assert "without the text of a recipe" in str(convnet.certificate)
+    assert f"tiny sha256 {vit.certificate.recipe_sha256[:16]}" in table_of(vit.certificate)
+    assert "without the text of a recipe" in table_of(convnet.certificate)
 
 
 def test_names_from_a_model_are_no_markup(vit):
     layers = tuple(layer.model_copy(update={"name": f"<b>{layer.name}&"}) for layer in vit.certificate.layers)
-    certificate = vit.certificate.model_copy(update={"layers": layers, "notes": ("<script>alert(1)</script>",)})
+    note = Note(code="macs_unknown", reason="<script>alert(1)</script>")
+    certificate = vit.certificate.model_copy(update={"layers": layers, "notes": (note,)})
     text = to_html(certificate)
     assert not [tag for tag in ("<b>", "<script>") if tag in text]
     assert layers[0].name in read(text).texts

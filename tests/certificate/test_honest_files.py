@@ -10,18 +10,18 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from ovit_engine import Engine, Recipe
-from ovit_engine.certificate import ExportError, Promise, PromisedLayer
+from ovit_engine.certificate import ExportError, Promise
 from ovit_engine.certificate.check import check
 from ovit_engine.certificate.kernels import walk_graphs
-from ovit_engine.certificate.measure import Origin
-from ovit_engine.certificate.model import TOKENS_UNKNOWN, LayerFacts, count_weights
+from ovit_engine.certificate.measure import Provenance
+from ovit_engine.certificate.model import LayerFacts, count_weights
 from ovit_engine.certificate.parity import make_reference, random_sample
 from ovit_engine.certificate.stored import count_others, hidden
-from ovit_engine.certificate.tensors import keep_all
+from ovit_engine.certificate.tensors import hash_tensors
 from ovit_engine.certificate.verify import verify_file
 from ovit_engine.export.exporter import export_model, publish
 from ovit_engine.post_training.ptq_onnx import read
-from tests.certificate.test_forged_graph import small
+from tests.exported_files import small
 
 
 def test_what_is_pruned_in_one_layer_is_so_in_the_layer_that_shares_it(tmp_path):
@@ -81,8 +81,8 @@ def test_a_large_weight_that_is_computed_is_stored_as_it_is_used(tmp_path):
 def origin_sample_reference(proto):
     sample = random_sample([(2, 2)], [np.dtype(np.float32)])
     logits = sample.inputs[0] @ numpy_helper.to_array(proto.graph.initializer[0])
-    kept = keep_all(proto, {"w": numpy_helper.to_array(proto.graph.initializer[0])})
-    return Origin(recipe_name="", recipe_text="", promise=Promise()), sample, make_reference(sample, logits), kept
+    kept = hash_tensors(proto, {"w": numpy_helper.to_array(proto.graph.initializer[0])})
+    return Provenance(recipe_name="", recipe_text="", promise=Promise()), sample, make_reference(sample, logits), kept
 
 
 def test_a_file_that_would_fail_verification_is_not_written(tmp_path):
@@ -101,21 +101,6 @@ def test_a_file_that_would_fail_verification_is_not_written(tmp_path):
     with pytest.raises(ExportError, match="training_info: a second graph, which is not measured"):
         publish(proto, tmp_path / "bad.onnx", origin, sample, reference)
     assert not (tmp_path / "bad.onnx").exists()
-
-
-def test_a_weight_that_the_recipe_prunes_is_counted_among_the_pruned_at_export(tmp_path):
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    with torch.no_grad():
-        model[0].weight.zero_()
-    first = PromisedLayer(name="0.weight", zeros=64, pruned=True)
-    text = "modifiers: [{magnitude_prune: {sparsity: 0.5, targets: ['0.weight', '1.weight']}}]"
-    options = {"example_inputs": torch.randn(2, 8), "recipe_text": text}
-    with pytest.raises(ExportError, match=r"1\.weight: the recipe prunes it, the file does not count it"):
-        export_model(
-            model, tmp_path / "m.onnx", promise=Promise(layers=(first, PromisedLayer(name="1.weight"))), **options
-        )
-    both = Promise(layers=(first, PromisedLayer(name="1.weight", pruned=True)))
-    assert export_model(model, tmp_path / "m.onnx", promise=both, **options).sparsity == 0.5
 
 
 def test_preprocessing_that_is_no_json_is_refused_before_anything_is_written(tmp_path):
@@ -149,21 +134,6 @@ def test_parity_is_with_what_the_file_is_compared_with(vit):
     far = vit.certificate.parity.model_copy(update={"agreement": 0.5})
     certificate = vit.certificate.model_copy(update={"parity": far, "reference": "float.onnx"})
     assert any("images agree with float.onnx, 99% needed" in line for line in check(certificate, Promise()))
-
-
-def test_a_recipe_of_tokens_is_told_why_those_of_the_file_are_not_counted(tmp_path):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    with pytest.raises(ExportError) as raised:
-        export_model(
-            model,
-            tmp_path / "m.onnx",
-            torch.randn(2, 1, 8, 8),
-            promise=Promise(),
-            recipe_text="modifiers: [{tome: {r: 2}}]",
-        )
-    assert f"tokens: the recipe's tome reduces them; {TOKENS_UNKNOWN}: no Softmax over square scores" in str(
-        raised.value
-    )
 
 
 def test_a_constant_cannot_hide_behind_one_of_the_same_name():

@@ -1,4 +1,4 @@
-"""Verification trusts neither the file nor the certificate: it measures again."""
+"""Verification measures a file again and names what differs from the certificate."""
 
 import copy
 import hashlib
@@ -7,15 +7,17 @@ import json
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from onnx import numpy_helper
 
 from ovit_engine.certificate import VerificationError
 from ovit_engine.certificate import parity as parity_module
-from ovit_engine.certificate.measure import notes_of
-from ovit_engine.certificate.model import certificate_path, page_path
-from ovit_engine.certificate.verify import verify_file
+from ovit_engine.certificate.model import FORMAT, certificate_path, reference_path
+from ovit_engine.certificate.verify import certificate_differences, verify_file
+from ovit_engine.cli import main
 from ovit_engine.export.exporter import export_model
 from ovit_engine.quant import bake
+from tests.exported_files import findings
 
 
 def rewrite(path, name, change):
@@ -28,7 +30,7 @@ def rewrite(path, name, change):
 
 
 def forge(path):
-    """Make the certificate agree with the changed file in all that a text editor can."""
+    """Make the certificate agree with the changed file in its hash and size."""
     certificate = path.with_name("model.certificate.json")
     content = json.loads(certificate.read_text())
     content["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -37,9 +39,19 @@ def forge(path):
 
 
 def violations(path, **options):
-    with pytest.raises(VerificationError) as caught:
-        verify_file(path, **options)
-    return "\n".join(caught.value.violations)
+    return "\n".join(findings(path, **options))
+
+
+def edit_metadata(path, key, value):
+    model = onnx.load(path)
+    next(entry for entry in model.metadata_props if entry.key == key).value = value
+    onnx.save(model, path)
+
+
+def edit_certificate(path, change):
+    content = json.loads(certificate_path(path).read_text())
+    change(content)
+    certificate_path(path).write_text(json.dumps(content))
 
 
 def test_an_honest_file_passes_and_is_measured_again(vit, convnet):
@@ -107,35 +119,152 @@ def test_a_float_weight_fails(vit_copy):
     assert f"{name}: promised int8, the file stores FLOAT" in found
 
 
-def test_a_weakened_promise_in_the_metadata_differs_from_the_certificate(vit_copy):
-    model = onnx.load(vit_copy.path)
-    for entry in model.metadata_props:
-        if entry.key == "ovit.promise":
-            entry.value = '{"layers": []}'
-    onnx.save(model, vit_copy.path)
+def test_one_wrong_level_is_named(vit_copy):
+    def nudge(levels):
+        row, column = np.argwhere((levels > 1) & (levels < 100))[0]
+        levels[row, column] += 1
+        return levels
+
+    rewrite(vit_copy.path, "blocks.1.mlp.fc2.weight", nudge)
+    lines = findings(vit_copy.path)
+    assert "blocks.1.mlp.fc2.weight: differs from PyTorch's tensor" in lines
+    assert any(line.startswith("sha256 differs: the certificate says ") for line in lines)
+
+
+@pytest.mark.parametrize("name", ["blocks.0.mlp.fc2.weight_scale", "blocks.1.attn.qkv.input.scale"])
+def test_a_slightly_changed_scale_is_named(vit_copy, name):
+    rewrite(vit_copy.path, name, lambda scale: (scale * 1.02).astype(np.float32))
+    lines = findings(vit_copy.path)
+    assert f"{name}: differs from PyTorch's tensor" in lines
+    assert any(line.startswith("sha256 differs") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("ovit.promise", '{"layers": []}', "promise differs"),
+        ("ovit.recipe", "name: other\n", "recipe_sha256 differs: the certificate says"),
+        ("ovit.preprocessing", '{"mean": [9]}', "preprocessing differs"),
+        ("ovit.preprocessing", "null", "broken ovit-engine metadata: Input should be an object"),
+        ("ovit.shared_weights", '{"head.weight": 5}', "broken ovit-engine metadata: head.weight: Input should be a"),
+        ("ovit.promise", '{"layers": [{"name": "a", "zeros": true}]}', "layers.0.zeros: Input should be a valid int"),
+        ("ovit.format", "1", "the file's metadata have format 1, this ovit-engine reads format 2: export the file a"),
+    ],
+)
+def test_changed_metadata_fail(vit_copy, key, value, words):
+    edit_metadata(vit_copy.path, key, value)
     forge(vit_copy.path)
-    assert "promise differs" in violations(vit_copy.path)
-
-
-def test_a_recipe_that_was_edited_in_the_metadata(vit_copy):
-    model = onnx.load(vit_copy.path)
-    for entry in model.metadata_props:
-        if entry.key == "ovit.recipe":
-            entry.value = "name: other\n"
-    onnx.save(model, vit_copy.path)
-    assert "does not match its own hash" in violations(vit_copy.path)
+    lines = findings(vit_copy.path)
+    assert any(words in line for line in lines), lines
+    assert not any("\n" in line for line in lines)
 
 
 def test_an_embellished_certificate(vit_copy):
-    file = vit_copy.path.with_name("model.certificate.json")
-    content = json.loads(file.read_text())
-    content["parity"]["agreement"], content["accuracy"]["file"] = 0.5, 1.0
-    content["runtime_ops"] = {"MagicKernel": 1}
-    file.write_text(json.dumps(content))
+    def embellish(content):
+        content["parity"]["agreement"], content["accuracy"]["file"] = 0.5, 1.0
+        content["runtime_ops"] = {"MagicKernel": 1}
+
+    edit_certificate(vit_copy.path, embellish)
     found = violations(vit_copy.path)
     assert "parity.agreement differs: the certificate says 0.5000" in found
     assert "accuracy differs" in found
     assert "the runtime chooses other kernels" in found
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c.update(gzip_bytes=10), "gzip_bytes differs: the certificate says 10"),
+        (lambda c: c.update(other_numbers=5), "other_numbers differs: the certificate says 5"),
+        (lambda c: c.update(macs=5), "macs differs: the certificate says 5"),
+        (lambda c: c.update(integer_kernels=99), "the runtime chooses other kernels than the certificate says"),
+        (
+            lambda c: c["accuracy"].update(pytorch=0.999),
+            "accuracy of PyTorch differs: the certificate says (300, 0.999",
+        ),
+        (lambda c: c["accuracy"].update(images=50_000), "accuracy of PyTorch differs: the certificate says (50000, "),
+        (lambda c: c.update(accuracy=None), "accuracy of PyTorch differs: the certificate says None"),
+        (lambda c: c["parity"].update(images=50_000), "parity differs: the certificate speaks of 50000 images"),
+        (lambda c: c["parity"].update(source="random"), "parity differs: the certificate speaks of 300 images"),
+        (lambda c: c["parity"].update(agreement_low=0.9999), "parity.agreement_low differs"),
+        (lambda c: c["layers"].pop(), "in the file, not in the certificate"),
+        (lambda c: c["parity"].update(images=0), "parity.images: Input should be greater than or equal to 1"),
+        (lambda c: c["parity"].update(cosine=float("nan")), "parity.cosine: Input should be a finite number"),
+        (lambda c: c["layers"][0].update(zeros=-1), "layers.0.zeros: Input should be greater than or equal to 0"),
+        (lambda c: c.update(opset="21"), "opset: Input should be a valid integer"),
+        (lambda c: c["layers"].append(c["layers"][0]), "occurs twice"),
+    ],
+)
+def test_an_edited_certificate_fails(vit_copy, change, words):
+    edit_certificate(vit_copy.path, change)
+    assert words in violations(vit_copy.path)
+
+
+@pytest.mark.parametrize("number", [1, FORMAT - 1, FORMAT + 1])
+def test_a_certificate_of_another_format_is_refused_in_one_line(vit_copy, number):
+    edit_certificate(vit_copy.path, lambda content: content.update(format=number))
+    assert findings(vit_copy.path) == (
+        f"model.certificate.json can't be read: it has format {number}, this ovit-engine reads format {FORMAT}: "
+        "export the file again",
+    )
+
+
+def test_true_is_not_one(vit):
+    one = vit.certificate.model_copy(update={"preprocessing": {"crop": 1.0}})
+    (line,) = certificate_differences(one.model_copy(update={"preprocessing": {"crop": True}}), one)
+    assert line.startswith("preprocessing differs: the certificate says {'crop': True}")
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "words"),
+    [
+        ("input_0", lambda array: array[:1], "do not belong together"),
+        ("input_0", lambda array: array[:0], "do not belong together"),
+        ("input_0", lambda array: array + 1, "do not belong together"),
+        ("input_0", lambda array: np.float32(3), "do not belong together"),
+        ("labels", lambda array: array[:10], "do not belong together"),
+        ("labels", lambda array: array.astype(float), "do not belong together"),
+        ("hashes", lambda array: array.astype(str), "do not belong together"),
+        ("logits", lambda array: array[:10], "do not belong together"),
+        ("logits", lambda array: array[:, 0], "do not belong together"),
+        ("logits", lambda array: array.astype(str), "do not belong together"),
+        ("logits", lambda array: array * np.float32(1.0001), "reference_sha256 differs"),
+        ("tensor:head.bias", lambda array: array + 1, "head.bias: differs from PyTorch's tensor"),
+        ("tensor:head.bias", lambda array: np.array("text"), "do not belong together"),
+    ],
+)
+def test_a_changed_reference_fails(vit_copy, key, change, words):
+    path = reference_path(vit_copy.path)
+    parts = dict(np.load(path))
+    np.savez_compressed(path, **{**parts, key: change(parts[key])})
+    assert words in violations(vit_copy.path)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_file_fails(vit_copy, share):
+    content = vit_copy.path.read_bytes()
+    vit_copy.path.write_bytes(content[: int(share * len(content))])
+    (line,) = findings(vit_copy.path)
+    assert line.startswith("model.onnx: not a readable ONNX file, truncated: ")
+    assert f"of the {len(content)} bytes" in line
+
+
+def test_a_tensor_whose_bytes_were_cut_is_named(vit_copy):
+    model = onnx.load(vit_copy.path)
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == "blocks.0.mlp.fc1.weight")
+    tensor.raw_data = tensor.raw_data[:-7]
+    onnx.save(model, vit_copy.path)
+    assert any(line.startswith("blocks.0.mlp.fc1.weight: ") for line in findings(vit_copy.path))
+
+
+def test_the_command_lists_one_finding_a_line(vit_copy):
+    rewrite(vit_copy.path, "blocks.0.attn.qkv.weight", lambda levels: np.full_like(levels, 3))
+    result = CliRunner().invoke(main, ["verify", str(vit_copy.path)])
+    first, *lines = result.stderr.splitlines()
+    assert result.exit_code == 1
+    assert first == f"ovit: error: model.onnx fails: {len(lines)} findings"
+    assert "  - blocks.0.attn.qkv.weight: differs from PyTorch's tensor" in lines
+    assert all(line.startswith("  - ") and len(line) < 250 for line in lines)
 
 
 def test_what_is_missing_or_unreadable_is_said(vit_copy):
@@ -146,7 +275,7 @@ def test_what_is_missing_or_unreadable_is_said(vit_copy):
         file.unlink()
         assert words in violations(vit_copy.path)
         file.write_bytes(b"nonsense")
-        assert "is not a" in violations(vit_copy.path)
+        assert "can't be read" in violations(vit_copy.path)
         file.write_bytes(content)
     vit_copy.path.write_bytes(b"nonsense")
     assert "not a readable ONNX file, truncated: 8 of the" in violations(vit_copy.path)
@@ -200,20 +329,17 @@ def test_the_labels_of_the_data_count_and_not_those_of_the_reference(vit_copy, d
         verify_file(vit_copy.path, data=[(images, wrong)])
 
 
-def test_an_edited_page_fails(vit_copy):
-    page = vit_copy.path.with_name("model.certificate.html")
-    page.write_text(page.read_text().replace("50.00%", "99.99%"))
-    assert "model.certificate.html is not the page of its certificate" in violations(vit_copy.path)
-    page.unlink()
-    assert verify_file(vit_copy.path).sparsity == 0.5
+def test_a_renamed_file_is_the_same_file(vit_copy):
+    for suffix in (".onnx", ".certificate.json", ".reference.npz"):
+        vit_copy.path.with_name(f"model{suffix}").rename(vit_copy.path.with_name(f"deployed{suffix}"))
+    assert verify_file(vit_copy.path.with_name("deployed.onnx")).sparsity == vit_copy.certificate.sparsity
 
 
-def test_kernels_of_another_machine_are_told_to_be_its_own(vit_copy):
+def test_kernels_of_another_machine_are_said_to_be_its_own(vit_copy):
     stated = vit_copy.certificate
-    other = stated.model_copy(
-        update={"machine": stated.machine.model_copy(update={"cpu": "Abacus"}), "kernels": {}, "runtime_ops": {}}
-    ).model_copy(update={"integer_kernels": 0})
-    other = other.model_copy(update={"notes": notes_of(other, "")})
+    machine = stated.machine.model_copy(update={"cpu": "Abacus"})
+    other = stated.model_copy(update={"machine": machine, "kernels": {}, "runtime_ops": {}, "integer_kernels": 0})
     certificate_path(vit_copy.path).write_text(other.to_json())
-    page_path(vit_copy.path).unlink()
-    assert "the certificate states the kernels of Abacus" in verify_file(vit_copy.path).notes[-1]
+    note = verify_file(vit_copy.path).notes[-1]
+    assert (note.code, note.names) == ("other_kernels", ("Abacus",))
+    assert str(note).startswith("the certificate states the kernels of Abacus; ")

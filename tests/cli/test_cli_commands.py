@@ -38,8 +38,6 @@ def test_help_names_the_commands_in_the_order_of_work(ovit: Ovit) -> None:
         "diagnose",
         "bench",
         "report",
-        "pack",
-        "unpack",
         "recipes",
     ]
 

@@ -18,6 +18,7 @@ from ovit_engine.training.checkpoint import load_checkpoint
 from ovit_engine.training.digits import split_digits
 from ovit_engine.training.runs import restore
 from tests.cli.conftest import Ovit
+from tests.exported_files import table_of
 
 SIZES = ("img_size=8", "patch_size=2", "in_chans=1", "num_classes=10", "embed_dim=32", "depth=2", "num_heads=2")
 MODEL = ["--model", "vit_tiny_patch16_224", *(word for size in SIZES for word in ("--model-arg", size))]
@@ -161,7 +162,7 @@ def test_a_file_of_another_tool(ovit: Ovit, float_file: Path) -> None:
     assert "does not tell its preprocessing" not in done.output  # the digits tell theirs
     assert agreement(done.output) >= 98
     certificate = verify_file("int8.onnx")
-    words = " ".join(str(certificate).split())
+    words = table_of(certificate)
     assert certificate.reference == "float.onnx"
     assert "same argmax as float.onnx on" in words
     assert "top-1, float.onnx " in words

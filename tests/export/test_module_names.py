@@ -13,7 +13,7 @@ from torch import nn
 from ovit_engine.certificate.weights import read_weights
 from ovit_engine.cli.lint import of_file
 from ovit_engine.export.module_names import name_by_module
-from tests.certificate.test_forged_graph import small
+from tests.exported_files import small
 
 MATRIX = np.ones((2, 2), np.float32)
 

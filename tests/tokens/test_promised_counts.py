@@ -1,16 +1,12 @@
-"""What modifiers say of tokens is what their models do, and what the check of recipes' texts expects."""
+"""What modifiers say of tokens is what their models do."""
 
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import Tensor, nn
 
 from ovit_engine import Engine
-from ovit_engine.certificate.model import Promise
-from ovit_engine.certificate.stated import contradictions
-from ovit_engine.certificate.stated_tokens import token_contradictions
 from ovit_engine.certificate.token_counts import TokenCounts
 from ovit_engine.tokens import hooks_of
 from tests.loops import recipe
@@ -50,10 +46,6 @@ def seen_by(model: Any) -> TokenCounts:
     return TokenCounts(entering=entering, attention=tuple(counts[:-1]), leaving=counts[-1])
 
 
-def steps(text: str) -> list[tuple[str, dict[str, Any]]]:
-    return [(name, options) for entry in yaml.safe_load(text)["modifiers"] for name, options in entry.items()]
-
-
 @pytest.mark.parametrize(("line", "options"), CASES, ids=[line for line, _ in CASES])
 def test_the_promise_is_what_the_model_does_and_what_the_recipe_says(line: str, options: dict[str, Any]) -> None:
     images = options.get("img_size", 32)
@@ -67,12 +59,6 @@ def test_the_promise_is_what_the_model_does_and_what_the_recipe_says(line: str, 
         assert promised == seen_by(model)
     else:
         assert promised.entering == 26
-    assert token_contradictions(steps(given.dump()), promised) == []
-    if promised.leaving > 1 and promised.reduced:
-        less = promised.model_copy(update={"leaving": promised.leaving - 1})
-        (found,) = token_contradictions(steps(given.dump()), less)
-        assert found.startswith(f"tokens: the recipe's {line.partition(':')[0]} asks for {promised.entering} -> ")
-        assert found.endswith(f"the file has {less}")
 
 
 def test_training_that_keeps_more_promises_what_inference_keeps() -> None:
@@ -85,26 +71,8 @@ def test_training_that_keeps_more_promises_what_inference_keeps() -> None:
     assert hooks.token_counts().leaving < 10
 
 
-def test_a_file_without_attention_denies_a_recipe_of_tokens() -> None:
-    text = "modifiers: [{tome: {r: 3}}]"
-    assert contradictions(text, Promise(), [], None) == [
-        "tokens: the recipe's tome reduces them; those of the file are not counted"
-    ]
-    assert contradictions("modifiers: [{distill: {}}]", Promise(), [], None) == []
-    many = TokenCounts(entering=1, attention=(1,), leaving=1)
-    (found,) = contradictions(text, Promise(), [], many)
-    assert found == "tokens: the recipe's tome asks for more, the file has 1 in all 1 blocks"
-
-
-@pytest.mark.parametrize("line", ["evit: {keep: many}", "tome: {}", "dynamic_vit: {keep_tokens: [20]}", "tome: {r: x}"])
-def test_options_that_make_no_sense_are_a_finding(line: str) -> None:
-    tokens = TokenCounts(entering=17, attention=(17, 12), leaving=12)
-    (found,) = contradictions(f"modifiers: [{{{line}}}]", Promise(), [], tokens)
-    assert "asks for" in found or "what can't be read" in found
-
-
 @pytest.mark.parametrize(
-    ("line", "asked"),
+    ("line", "counts"),
     [
         ("dynamic_vit: {keep: 0.7}", "138, 97, 68 before the attention of blocks 3, 6, 9"),
         ("dynamic_vit: {prune: 0.2}", "157, 126, 101 before the attention of blocks 3, 6, 9"),
@@ -112,12 +80,15 @@ def test_options_that_make_no_sense_are_a_finding(line: str) -> None:
         ("evit: {keep: 0.7}", "140, 100, 72 before the attention of blocks 4, 7, 10"),  # 138, 98, 70 kept, one fused
         ("evit: {keep: 0.7, fuse: false}", "139, 98, 69 before the attention of blocks 4, 7, 10"),
         (
-            "tome: {r: [98, 60, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9]}",
+            "tome: {r: [98, 49, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9]}",
             "99, 50 before the attention of blocks 1, 2; 41 out of the last",
         ),
     ],
 )
-def test_published_counts_of_deit_small(line: str, asked: str) -> None:
-    dense = TokenCounts(entering=197, attention=(197,) * 12, leaving=197)
-    (found,) = token_contradictions(steps(f"modifiers: [{{{line}}}]"), dense)
-    assert f"asks for 197 -> {asked}, the file has 197 in all 12 blocks" in found
+def test_published_counts_of_deit_small(line: str, counts: str) -> None:
+    """197 tokens in 12 blocks, as DeiT-Small has: 16 pixels a patch of 224, here 2 of 28."""
+    model = vit(img_size=28, patch_size=2, depth=12)
+    Engine(model, recipe(line), steps_per_epoch=1, epochs=1).prepare()
+    hooks = hooks_of(model)
+    assert hooks is not None
+    assert str(hooks.token_counts()) == f"197 -> {counts}"
