@@ -11,10 +11,9 @@ from ovit_engine.distributed.sharding import gathered, is_shard, local_part
 from ovit_engine.masking.parameters import Slot
 from ovit_engine.modifiers._gohsp_options import Penalty
 from ovit_engine.structured import soft_pruning
-from ovit_engine.structured.gates import GateSite, Kind
+from ovit_engine.structured.gates import GateSite, GroupLayout, Kind
 from ovit_engine.structured.groups import Groups
 from ovit_engine.structured.selection import keep_best
-from ovit_engine.structured.soft_pruning import GroupLayout
 
 _FALLBACK = 1e-3  # first value of a penalty where gradients or weights are all zero
 
@@ -24,7 +23,7 @@ class Piece(NamedTuple):
 
     site: GateSite
     slot: Slot
-    part: GroupLayout
+    layout: GroupLayout
 
 
 class SoftPhase:
@@ -45,7 +44,7 @@ class SoftPhase:
         self._targets: dict[str, Tensor] = {}  # Z - U of the units' weights, by name
         self._growth: dict[Kind, float] = {}  # how often their first value the rates are
         self._sites, self._groups, self._kept, self._penalty = sites, groups, kept, penalty
-        self._pieces = {site.name: pieces_of(site) for site in sites}
+        self._pieces = {site.name: [Piece(site, *part) for part in site.parts] for site in sites}
 
     def begin(self, head_scores: Mapping[str, Tensor]) -> None:
         """Plan: heads of lowest score go, and units of smallest norm, which are drawn to zero from here on."""
@@ -175,22 +174,12 @@ class SoftPhase:
         return [piece for site in self._sites if site.kind == kind for piece in self._pieces[site.name]]
 
     def _stays(self, piece: Piece, like: Tensor) -> Tensor:
-        return piece.part.spread(self.plan[piece.site.name], like)
-
-
-def pieces_of(site: GateSite) -> list[Piece]:
-    """Rows and biases of what computes a site's heads or units, and columns of what reads them."""
-    rows = GroupLayout(0, site.count, site.width, 3 if site.kind == "heads" else 1)
-    found = [Piece(site, Slot(f"{site.source_name}.weight", site.source, "weight"), rows)]
-    if site.source.bias is not None:
-        found.append(Piece(site, Slot(f"{site.source_name}.bias", site.source, "bias"), rows))
-    columns = GroupLayout(1, site.count, site.width)
-    return [*found, Piece(site, Slot(f"{site.name}.weight", site.linear, "weight"), columns)]
+        return piece.layout.spread(self.plan[piece.site.name], like)
 
 
 def _norms(pieces: Sequence[Piece], tensors: Sequence[Tensor]) -> Tensor:
     """Squared, so that those of units add up to the norm of a group of them."""
-    return soft_pruning.group_norms([piece.part for piece in pieces], tensors).double().square()
+    return soft_pruning.group_norms([piece.layout for piece in pieces], tensors).double().square()
 
 
 def _held(piece: Piece, whole: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from ovit_engine.core.modifier import Claim, Run
 from ovit_engine.core.registry import register
 from ovit_engine.core.schedule import Clock
 from ovit_engine.distributed.sharding import gathered
-from ovit_engine.masking.parameters import Slot
 from ovit_engine.modifiers._gates import GateModifier
 from ovit_engine.modifiers._schedule import Sparsity
 from ovit_engine.modifiers._updates import UpdatingModifier
@@ -151,11 +150,11 @@ class S2Vite(UpdatingModifier, GateModifier):
     def _weight_gain(self, run: Run, site: GateSite) -> Tensor:
         """Sum of |gradient| over a unit's row of fc1 and column of fc2."""
         sums = []
-        for name, module, axis in ((site.source_name, site.source, 1), (site.name, site.linear, 0)):
-            gradient = run.gradient(Slot(f"{name}.weight", module, "weight"))
+        for slot, layout in site.weights:
+            gradient = run.gradient(slot)
             if gradient is None:
-                raise self.error(f"{name + '.weight'!r} gets no gradient from the training loss", "mlp_growth")
-            sums.append(gathered(gradient).float().abs().sum(axis))
+                raise self.error(f"{slot.name!r} gets no gradient from the training loss", "mlp_growth")
+            sums.append(layout.sums(gathered(gradient).abs()))
         return sums[0] + sums[1]
 
     def _sparsity(self, kind: Kind) -> float:

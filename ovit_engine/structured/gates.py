@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ovit_engine.masking.parameters import clean_name
+from ovit_engine.masking.parameters import Slot, clean_name
 from ovit_engine.quant import FakeQuantize
 
 Kind = Literal["heads", "units"]
@@ -27,6 +27,31 @@ _EXPECTED = {
     "heads": {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"},
     "units": {"fc1", "act", "drop1", "drop", "norm", "fc2", "drop2"},
 }
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """Where heads or units lie in a tensor: `axis` holds `repeats` runs of `count` groups of `width` slices each."""
+
+    axis: int
+    count: int
+    width: int = 1
+    repeats: int = 1
+
+    def along(self, values: Tensor) -> Tensor:
+        """Return values [count] of the groups, one for each index of the axis."""
+        return values.repeat_interleave(self.width).repeat(self.repeats)
+
+    def spread(self, values: Tensor, like: Tensor) -> Tensor:
+        """Return values [count] of the groups, shaped to broadcast over a tensor of the shape of `like`."""
+        shape = [1] * like.ndim
+        shape[self.axis] = -1
+        return self.along(values).view(shape)
+
+    def sums(self, tensor: Tensor) -> Tensor:
+        """Return the sum of each group's entries, float32 [count]."""
+        slices = tensor.detach().float().movedim(self.axis, 0).reshape(tensor.shape[self.axis], -1).sum(1)
+        return slices.view(self.repeats, self.count, self.width).sum((0, 2))
 
 
 @dataclass(frozen=True)
@@ -60,11 +85,26 @@ class GateSite:
         return f"{self.owner_name}.{'qkv' if self.kind == 'heads' else 'fc1'}".lstrip(".")
 
     @property
+    def weights(self) -> list[tuple[Slot, GroupLayout]]:
+        """The weights in which the heads or units lie: rows of `source`, columns of `linear`."""
+        rows = GroupLayout(0, self.count, self.width, 3 if self.kind == "heads" else 1)
+        columns = GroupLayout(1, self.count, self.width)
+        return [
+            (Slot(f"{self.source_name}.weight", self.source, "weight"), rows),
+            (Slot(f"{self.name}.weight", self.linear, "weight"), columns),
+        ]
+
+    @property
+    def parts(self) -> list[tuple[Slot, GroupLayout]]:
+        """All parameters in which they lie: `weights`, and the bias of `source` if it has one."""
+        (source, rows), linear = self.weights
+        bias = [] if self.source.bias is None else [(Slot(f"{self.source_name}.bias", self.source, "bias"), rows)]
+        return [(source, rows), *bias, linear]
+
+    @property
     def parameters(self) -> int:
-        """How many parameters go with one head or unit: its rows and biases of `source`, its columns of `linear`."""
-        rows = self.width * (3 if self.kind == "heads" else 1)
-        biases = 0 if self.source.bias is None else rows
-        return rows * self.source.in_features + biases + self.width * self.linear.out_features
+        """How many parameters one head or unit has."""
+        return sum(slot.tensor.numel() for slot, _ in self.parts) // self.count
 
     @property
     def gate(self) -> Tensor:
@@ -76,7 +116,7 @@ def gate_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Forward pre-hook: zeros what the gate of `module` switches off, [..., count x width].
 
     It reads the gate through its argument, so that copies of the model (EMA, pickle) use their own. Zeros are filled
-    in: by a product what is off would spread NaN and infinity. While scores are recorded (gate_scores.py) it shows what
+    in: by a product what is off would spread NaN and infinity. While scores are recorded (recording.py) it shows what
     it gates and the result to the site's tally.
     """
     features, *others = args
@@ -174,12 +214,8 @@ def live_mask(model: nn.Module) -> dict[str, Tensor]:
     """
     alive = {}
     for site in installed(model):
-        features = site.gate.repeat_interleave(site.width)
-        rows = features.repeat(3) if site.kind == "heads" else features
-        alive[f"{site.name}.weight"] = features.expand(site.linear.weight.shape).clone()
-        alive[f"{site.source_name}.weight"] = rows.unsqueeze(1).expand(site.source.weight.shape).clone()
-        if site.source.bias is not None:
-            alive[f"{site.source_name}.bias"] = rows
+        for slot, layout in site.parts:
+            alive[slot.name] = layout.spread(site.gate, slot.tensor).expand(slot.tensor.shape).clone()
     return alive
 
 

@@ -1,10 +1,9 @@
 """How heads and units are ranked: pure functions, in one small registry.
 
 A ranker gives a site [count] scores, the lowest of which go first. It says what it needs to know, and who asks for it
-collects that: `gradients` are recorded in training (gate_scores.py), `outputs` are similarities of head outputs.
+collects that: `gradients` are recorded in training (recording.py), `outputs` are similarities of head outputs.
 """
 
-import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -12,11 +11,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ovit_engine.distributed.sharding import gathered
 from ovit_engine.structured.gates import KINDS, GateSite, Kind
 from ovit_engine.structured.recording import GateScores
 from ovit_engine.structured.similarity import stationary_distribution
 from ovit_engine.utils.random import mixed
+from ovit_engine.utils.suggest import suggest
 
 Needs = Literal["nothing", "gradients", "outputs"]
 
@@ -73,9 +72,7 @@ def register_ranker(
     kinds = tuple(kinds)
     for word, known in ((needs, get_args(Needs)), *((kind, KINDS) for kind in kinds)):
         if word not in known:
-            near = difflib.get_close_matches(str(word), known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"ranker {name!r}: there is no {word!r}: {hint}there are {', '.join(known)}")
+            raise ValueError(f"ranker {name!r}: there is no {word!r}{suggest(str(word), list(known))}")
 
     def add(score: Score) -> Score:
         if name in RANKERS:
@@ -89,9 +86,7 @@ def register_ranker(
 def find_ranker(name: str) -> Ranker:
     """The ranker of that name; ValueError with the nearest right one."""
     if name not in RANKERS:
-        near = difflib.get_close_matches(name, RANKERS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"{name!r} is no way to rank: {hint}there are {', '.join(RANKERS)}")
+        raise ValueError(f"there is no ranker {name!r}{suggest(name, list(RANKERS))}")
     return RANKERS[name]
 
 
@@ -113,10 +108,7 @@ def salience(site: GateSite, statistics: Statistics) -> Tensor:
 @register_ranker("l1", needs="nothing", seeded=False)
 def l1(site: GateSite, statistics: Statistics) -> Tensor:
     """Sum of absolute weights of the rows that compute it and the columns that read it, without biases."""
-    computed = gathered(site.source.weight).float().abs().sum(1)
-    read = gathered(site.linear.weight).float().abs().sum(0)
-    parts = 3 if site.kind == "heads" else 1
-    return computed.view(parts, site.count, site.width).sum((0, 2)) + read.view(site.count, site.width).sum(1)
+    return torch.stack([layout.sums(slot.gather().abs()) for slot, layout in site.weights]).sum(0)
 
 
 @register_ranker("random", needs="nothing", additive=False)
@@ -128,7 +120,7 @@ def random(site: GateSite, statistics: Statistics) -> Tensor:
 
 @register_ranker("graph", needs="outputs", kinds=["heads"], additive=False, seeded=False)
 def graph(site: GateSite, statistics: Statistics) -> Tensor:
-    """Share of time that a walk over the heads of a block spends at each (GOHSP; head_graph.py).
+    """Share of time that a walk over the heads of a block spends at each (GOHSP; similarity.py).
 
     Heads whose outputs are like those of the others rank high. What is off already is no part of the walk.
     """

@@ -98,14 +98,15 @@ def spread_evenly(sites: Sequence[GateSite], budget: int) -> list[int]:
     Raises:
         ValueError: more would have to go than there is.
     """
-    if (reach := sum((site.count - 1) * site.parameters for site in sites)) < budget:
+    sizes = [site.parameters for site in sites]
+    if (reach := sum((site.count - 1) * size for site, size in zip(sites, sizes, strict=True))) < budget:
         raise ValueError(f"{budget} parameters are more than the {reach} that can go")
     heads = [index for index, site in enumerate(sites) if site.kind == "heads"]
     units = [index for index, site in enumerate(sites) if site.kind == "units"]
     off = [0] * len(sites)
 
     def gone() -> int:
-        return sum(number * site.parameters for number, site in zip(off, sites, strict=True))
+        return sum(number * size for number, size in zip(off, sizes, strict=True))
 
     def take(indices: Sequence[int]) -> None:
         """One of each site in turn, until the budget is reached or one of each is left."""
@@ -114,14 +115,14 @@ def spread_evenly(sites: Sequence[GateSite], budget: int) -> list[int]:
                 if gone() < budget and off[index] < sites[index].count - 1:
                     off[index] += 1
 
-    share = budget / sum(site.count * site.parameters for site in sites)
+    share = budget / sum(site.count * size for site, size in zip(sites, sizes, strict=True))
     for index in heads:
         off[index] = min(sites[index].count - 1, math.ceil(share * sites[index].count - 0.5))
     for index in reversed(heads):
         while gone() > budget and off[index]:
             off[index] -= 1
     if units:
-        share = (budget - gone()) / sum(sites[index].count * sites[index].parameters for index in units)
+        share = (budget - gone()) / sum(sites[index].count * sizes[index] for index in units)
         for index in units:
             off[index] = min(sites[index].count - 1, math.floor(share * sites[index].count))
     take(units)

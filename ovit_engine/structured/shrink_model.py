@@ -17,7 +17,7 @@ from ovit_engine import quant
 from ovit_engine.certificate.manifest import Manifest, Part
 from ovit_engine.distributed.sharding import is_sharded
 from ovit_engine.masking.masks import Masks
-from ovit_engine.masking.parameters import Slot, clean_name, is_attached, unwrapped
+from ovit_engine.masking.parameters import clean_name, is_attached, unwrapped
 from ovit_engine.structured.gates import KINDS, GateSite, find_sites, installed, uninstall
 from ovit_engine.structured.optimizer_state import Cut, check_optimizer, cut_optimizer
 from ovit_engine.structured.removal import Removal, copied, dead, gated, probe, prove
@@ -160,26 +160,17 @@ def _remove(model: nn.Module, removals: Sequence[Removal], optimizer: Optimizer 
 
 def _check_ties(model: nn.Module, removal: Removal) -> None:
     """Raise ValueError where another layer uses a weight that would become smaller."""
-    for slot, _ in _slots(removal.site):
+    for slot, _ in removal.site.parts:
         if sum(p is slot.tensor for module in model.modules() for p in module._parameters.values()) > 1:
             raise ValueError(f"{slot.name} is tied to another weight: its {removal.site.kind} can't be removed")
 
 
-def _slots(site: GateSite) -> list[tuple[Slot, int]]:
-    """Return the parameters in which heads or units lie, and along which axis."""
-    rows = [Slot(f"{site.source_name}.{name}", site.source, name) for name in ("weight", "bias")]
-    found = [(slot, 0) for slot in rows if getattr(slot.module, slot.attribute) is not None]
-    return [*found, (Slot(f"{site.name}.weight", site.linear, "weight"), 1)]
-
-
 def _cuts(removal: Removal) -> list[Cut]:
-    """Return what becomes smaller: rows of `qkv` or `fc1`, and columns of `proj` or `fc2`."""
-    if removal.keep.all():
-        return []
-    columns = removal.keep.repeat_interleave(removal.site.width)
-    rows = columns.repeat(3 if removal.site.kind == "heads" else 1)
-    keep = (rows.nonzero().flatten(), columns.nonzero().flatten())
-    return [Cut(slot, cast(nn.Parameter, slot.tensor), axis, keep[axis]) for slot, axis in _slots(removal.site)]
+    """Return the parameters that become smaller."""
+    return [
+        Cut(slot, cast(nn.Parameter, slot.tensor), layout.axis, layout.along(removal.keep).nonzero().flatten())
+        for slot, layout in (() if removal.keep.all() else removal.site.parts)
+    ]
 
 
 @torch.no_grad()

@@ -11,36 +11,17 @@ tensors of one shape and a boolean `keep` that broadcasts over them (True = the 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class GroupLayout:
-    """Where groups lie in a tensor: along `axis` come `repeats` runs of `count` groups of `width` slices each."""
-
-    axis: int
-    count: int
-    width: int = 1
-    repeats: int = 1
-
-    def spread(self, values: Tensor, like: Tensor) -> Tensor:
-        """Values [count] of the groups, shaped to broadcast over a tensor of the shape of `like`."""
-        shape = [1] * like.ndim
-        shape[self.axis] = -1
-        return values.repeat_interleave(self.width).repeat(self.repeats).view(shape)
-
-    def squared_norms(self, tensor: Tensor) -> Tensor:
-        """The squared L2 norm of each group's slices, float32 [count]."""
-        slices = tensor.detach().float().movedim(self.axis, 0).square().reshape(tensor.shape[self.axis], -1).sum(1)
-        return slices.view(self.repeats, self.count, self.width).sum((0, 2))
+from ovit_engine.structured.gates import GroupLayout
 
 
-def group_norms(parts: Sequence[GroupLayout], tensors: Sequence[Tensor]) -> Tensor:
-    """The L2 norm of each group over all its parts, float32 [count]."""
-    return torch.stack([part.squared_norms(each) for part, each in zip(parts, tensors, strict=True)]).sum(0).sqrt()
+def group_norms(layouts: Sequence[GroupLayout], tensors: Sequence[Tensor]) -> Tensor:
+    """Return the L2 norm of each group over all its tensors, float32 [count]."""
+    squares = [layout.sums(each.detach().float().square()) for layout, each in zip(layouts, tensors, strict=True)]
+    return torch.stack(squares).sum(0).sqrt()
 
 
 def first_target(weight: Tensor, keep: Tensor) -> Tensor:

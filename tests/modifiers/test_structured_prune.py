@@ -254,7 +254,7 @@ def test_an_average_follows_and_a_resumed_run_is_the_same() -> None:
         ({"score": "l1"}, "nothing to prune: give 'head_sparsity', 'unit_sparsity' or 'parameter_sparsity'"),
         ({"head_sparsity": 0.5, "parameter_sparsity": 0.5}, "'parameter_sparsity' stands for heads and units"),
         ({"parameter_sparsity": 0.5, "scope": "layer"}, "'scope: layer' does not go with 'parameter_sparsity'"),
-        ({"head_sparsity": 0.5, "score": "tailor"}, "'tailor' is no way to rank: did you mean 'taylor'"),
+        ({"head_sparsity": 0.5, "score": "tailor"}, "there is no ranker 'tailor'; did you mean 'taylor'"),
         ({"head_sparsity": "{from: 0.1, to: 0.5}"}, "a sparsity range needs 'end' and 'every'"),
         ({"head_sparsity": 0.5, "end": "3st"}, "'end' and 'every' go with a sparsity range"),
         ({"head_sparsity": "{2st: 0.5}", "start": "3st"}, "'start' does not go with a sparsity for each time"),

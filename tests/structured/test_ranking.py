@@ -74,7 +74,7 @@ def test_what_they_need() -> None:
 
 
 def test_a_wrong_name_tells_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"^'tailor' is no way to rank: did you mean 'taylor'\? there are taylor, sal"):
+    with pytest.raises(ValueError, match=r"^there is no ranker 'tailor'; did you mean 'taylor'\?"):
         find_ranker("tailor")
 
 
@@ -85,11 +85,9 @@ def test_a_name_is_registered_once() -> None:
 
 
 def test_what_a_ranker_of_yours_gets_wrong() -> None:
-    with pytest.raises(
-        ValueError, match=r"^ranker 'x': there is no 'gradiens': did you mean 'gradients'\? there are no"
-    ):
+    with pytest.raises(ValueError, match=r"^ranker 'x': there is no 'gradiens'; did you mean 'gradients'\?"):
         register_ranker("x", needs="gradiens")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"^ranker 'x': there is no 'head': did you mean 'heads'\?"):
+    with pytest.raises(ValueError, match=r"^ranker 'x': there is no 'head'; did you mean 'heads'\?"):
         register_ranker("x", needs="nothing", kinds=["head"])  # type: ignore[list-item]
     assert "x" not in RANKERS
 
