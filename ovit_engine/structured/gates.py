@@ -1,8 +1,8 @@
 """Gates: attention heads and MLP units switched off by a boolean on the input of the layer that reads them.
 
-A gate multiplies; weights stay as they are. So a unit that is off still has a gradient at its gate, by which it may
-come back, and a gated model computes exactly what the model without those heads and units does, with nothing to fold
-into biases (specs/structured-and-tokens.md §3.3).
+A gate multiplies; weights stay as they are. So a disabled unit still gets a gradient at its gate, by which it may be
+enabled again, and a gated model computes exactly what the model without those heads and units does, with nothing to
+fold into biases (specs/structured-and-tokens.md §3.3).
 """
 
 from collections.abc import Iterable, Iterator
@@ -113,11 +113,11 @@ class GateSite:
 
 
 def gate_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Forward pre-hook: zeros what the gate of `module` switches off, [..., count x width].
+    """Zero what the gate of `module` switches off, [..., count x width].
 
-    It reads the gate through its argument, so that copies of the model (EMA, pickle) use their own. Zeros are filled
-    in: by a product what is off would spread NaN and infinity. While scores are recorded (recording.py) it shows what
-    it gates and the result to the site's tally.
+    A forward pre-hook. It reads the gate through its argument, so that copies of the model (EMA, pickle) use their own.
+    Zeros are filled in: a product would spread NaN and infinity from disabled units. While scores are recorded
+    (recording.py), the site's tally gets the features before and after.
     """
     features, *others = args
     gate = cast(Tensor, getattr(module, GATE))
@@ -129,9 +129,9 @@ def gate_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def find_sites(model: nn.Module, kinds: Iterable[Kind] = KINDS) -> list[GateSite]:
-    """Every layer of `model` whose input can be gated, in the model's order.
+    """Return every layer of `model` whose input can be gated, in the model's order.
 
-    Attention is told by `qkv` and `proj`, an MLP by `fc1` and `fc2`.
+    Attention has `qkv` and `proj`, an MLP `fc1` and `fc2`.
 
     Raises:
         ValueError: there is none of a kind, or one of a layout from which removal would not be exact, such as a norm
@@ -147,7 +147,7 @@ def find_sites(model: nn.Module, kinds: Iterable[Kind] = KINDS) -> list[GateSite
 
 
 def installed(model: nn.Module) -> list[GateSite]:
-    """The sites of `model` that have a gate, in the model's order; none is no error."""
+    """Return the sites of `model` that have a gate, in the model's order; there may be none."""
     return [
         _site(name, kind, owner)
         for name, kind, owner in _owners(model)
@@ -167,7 +167,7 @@ def install(sites: Iterable[GateSite]) -> None:
 
 
 def uninstall(model: nn.Module) -> None:
-    """Take every gate off, whatever it switches off: all heads and units work again."""
+    """Remove every gate, so that all heads and units work again."""
     for site in installed(model):
         delattr(site.linear, GATE)
         for hooks in (site.linear._forward_pre_hooks, site.linear._load_state_dict_pre_hooks):
@@ -192,7 +192,7 @@ def set_gate(site: GateSite, keep: Tensor) -> None:
 
 
 def copy_gates(model: nn.Module, copy: nn.Module) -> None:
-    """Bring the gates of another copy of the model, such as an EMA copy, to those of `model`.
+    """Copy the gates of `model` to another copy of it, such as an EMA copy.
 
     Raises:
         RuntimeError: the copy has no such gate: it was made before they were installed.
@@ -207,10 +207,10 @@ def copy_gates(model: nn.Module, copy: nn.Module) -> None:
 
 
 def live_mask(model: nn.Module) -> dict[str, Tensor]:
-    """Which weights and biases the gates of `model` leave alive, by parameter name (True = alive).
+    """Return which weights and biases the gates of `model` keep alive, by parameter name (True = alive).
 
-    Only of layers beside a gate: rows of `qkv` and `fc1` that compute what is kept, columns of `proj` and `fc2` that
-    read it. What is False goes when the model is shrunk, and changes nothing until then.
+    Only for layers next to a gate: rows of `qkv` and `fc1` that compute kept features, columns of `proj` and `fc2` that
+    read them. What is False is removed when the model is shrunk, and has no effect until then.
     """
     alive = {}
     for site in installed(model):
@@ -220,7 +220,7 @@ def live_mask(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _keep_own(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """Load hook: a checkpoint made before the surgery has no gate, which is no error; the gate stays as it is."""
+    """Keep the present gate where a checkpoint that is loaded has none, since it was made before the surgery."""
     state.setdefault(f"{prefix}{GATE}", getattr(module, GATE))
 
 
@@ -229,7 +229,7 @@ def _reader(kind: str) -> str:
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[str, Kind, nn.Module]]:
-    """Modules that look like attention (heads) or an MLP (units), whether we know their layout or not."""
+    """Yield modules that look like attention (heads) or an MLP (units), whether we know their layout or not."""
     for name, module in model.named_modules():
         children = module._modules
         if "qkv" in children and "proj" in children:
@@ -287,7 +287,7 @@ def _problem_of_mlp(owner: nn.Module) -> str | None:
 
 
 def _problem_of_parts(kind: Kind, owner: nn.Module) -> str | None:
-    """What belongs to single heads or units besides their rows and columns shows as a part that we do not know."""
+    """Return which part may belong to single heads or units, in addition to their rows and columns: an unknown one."""
     if not isinstance(owner._modules.get("norm"), nn.Identity | None):
         return f"has a norm over all {kind}"
     own = [name for name, _ in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False))]

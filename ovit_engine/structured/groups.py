@@ -1,7 +1,7 @@
-"""Neighbouring heads and units that must stay or go together, so that patterns of the weights beside them hold.
+"""Neighboring heads and units that are kept or removed together, so that the patterns of their weights hold.
 
-Taking one column out of a 2:4 weight would move all that follow into other groups of four. So under such a pattern
-units are chosen by fours, and every one that is off can really leave.
+Removing one column of a 2:4 weight would move all later columns into other groups of four. So under such a pattern
+units are chosen in fours, and every disabled unit can really be removed.
 """
 
 import math
@@ -20,7 +20,7 @@ FREE: Tile = (1, 1)
 
 
 def tile_of(pattern: Pattern) -> Tile:
-    """Which neighbours of a weight can't be told apart by removing rows or columns."""
+    """Return the rows and columns of a weight that a pattern holds together."""
     if isinstance(pattern, Block):
         return pattern.rows, pattern.cols
     return (1, pattern.group) if isinstance(pattern, NM) else FREE
@@ -33,14 +33,14 @@ def common_tile(one: Tile, other: Tile) -> Tile:
 
 @dataclass(frozen=True)
 class Groups:
-    """How `count` heads or units fall into groups of `size` neighbours; the last may be smaller."""
+    """`count` heads or units in groups of `size` neighbours; the last may be smaller."""
 
     count: int
     size: int = 1
 
     @classmethod
     def of(cls, site: GateSite, tiles: Mapping[str, Tile]) -> "Groups":
-        """Those of a site whose weights [out, in] have these tiles, by name: rows of `source`, columns of `linear`."""
+        """Return the groups of a site by the tiles of its weights [out, in]: rows of `source`, columns of `linear`."""
         rows, columns = tiles.get(f"{site.source_name}.weight", FREE)[0], tiles.get(f"{site.name}.weight", FREE)[1]
         return cls(site.count, math.lcm(rows, columns, site.width) // site.width)
 
@@ -50,17 +50,17 @@ class Groups:
         return -(-self.count // self.size)
 
     def members(self, kept: int) -> int:
-        """How many heads or units so many groups hold, if a smaller last one is not among those that go."""
+        """Return how many heads or units `kept` groups hold, if a smaller last group is kept."""
         return min(self.count, self.count - (self.number - kept) * self.size)
 
     def of_scores(self, scores: Tensor) -> Tensor:
-        """Scores of groups [number] from those of heads or units [count]: their means."""
+        """Return the mean score of each group [number] from those of heads or units [count]."""
         return scores if self.size == 1 else torch.stack([part.mean() for part in torch.split(scores, self.size)])
 
     def of_gate(self, gate: Tensor) -> Tensor:
-        """Which groups are on, bool [number], from a gate [count]: those of which anything is."""
+        """Return which groups are on, bool [number], from a gate [count]: those with any unit on."""
         return gate if self.size == 1 else torch.stack([part.any() for part in torch.split(gate, self.size)])
 
     def spread(self, keep: Tensor) -> Tensor:
-        """The gate [count] of groups [number] that are kept."""
+        """Return the gate [count] that keeps these groups [number]."""
         return keep.repeat_interleave(self.size)[: self.count]

@@ -22,7 +22,7 @@ Needs = Literal["nothing", "gradients", "outputs"]
 
 @dataclass(frozen=True)
 class Statistics:
-    """What is known of a site when it is ranked; a part that the ranker does not need may be None."""
+    """What is known about a site when it is ranked; what the ranker does not need may be None."""
 
     gradients: GateScores | None = None
     similarity: Tensor | None = None  # of the outputs of heads, [count, count]
@@ -44,7 +44,7 @@ class Ranker:
     seeded: bool  # whether it may use the seed
 
     def scores(self, site: GateSite, statistics: Statistics) -> Tensor:
-        """Those of a site; ValueError where the ranker gives something else than a number for each head or unit."""
+        """Return the scores of a site; ValueError unless the ranker gives a number for each head or unit."""
         found = self.score(site, statistics)
         if not isinstance(found, Tensor) or found.shape != (site.count,) or found.is_complex():
             got = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
@@ -61,7 +61,7 @@ RANKERS: dict[str, Ranker] = {}
 def register_ranker(
     name: str, *, needs: Needs, kinds: Iterable[Kind] = KINDS, additive: bool = True, seeded: bool = True
 ) -> Callable[[Score], Score]:
-    """Decorator: make a way to rank known by `name`.
+    """Register a function that scores heads or units as a ranker called `name`.
 
     Where heads and units compete for one budget, `additive` scores are compared per parameter. Of a ranker that is not
     `seeded` a recipe may give no seed.
@@ -84,7 +84,7 @@ def register_ranker(
 
 
 def find_ranker(name: str) -> Ranker:
-    """The ranker of that name; ValueError with the nearest right one."""
+    """Return the ranker of that name; ValueError with the closest one."""
     if name not in RANKERS:
         raise ValueError(f"there is no ranker {name!r}{suggest(name, list(RANKERS))}")
     return RANKERS[name]
@@ -92,13 +92,13 @@ def find_ranker(name: str) -> Ranker:
 
 @register_ranker("taylor", needs="gradients", seeded=False)
 def taylor(site: GateSite, statistics: Statistics) -> Tensor:
-    """The loss's first-order change without it: mean over samples of |dL/dgate| (Michel et al. 2019, §4)."""
+    """Return the loss's first-order change without it: mean over samples of |dL/dgate| (Michel et al. 2019, §4)."""
     return _gradients(site, statistics).importance
 
 
 @register_ranker("salience", needs="gradients", seeded=False)
 def salience(site: GateSite, statistics: Statistics) -> Tensor:
-    """Mean over samples of the sum of |activation x gradient|: as Taylor, but nothing cancels out.
+    """Return the mean over samples of the sum of |activation x gradient|: as Taylor, but nothing cancels out.
 
     Our reading of SSP, the salience-based baseline of the SViTE paper, of which no code is public.
     """
@@ -107,20 +107,20 @@ def salience(site: GateSite, statistics: Statistics) -> Tensor:
 
 @register_ranker("l1", needs="nothing", seeded=False)
 def l1(site: GateSite, statistics: Statistics) -> Tensor:
-    """Sum of absolute weights of the rows that compute it and the columns that read it, without biases."""
+    """Return the sum of absolute weights in the rows that compute it and the columns that read it, without biases."""
     return torch.stack([layout.sums(slot.gather().abs()) for slot, layout in site.weights]).sum(0)
 
 
 @register_ranker("random", needs="nothing", additive=False)
 def random(site: GateSite, statistics: Statistics) -> Tensor:
-    """Uniform numbers from the seed and the site's name: the same in every process, however many sites there are."""
+    """Return uniform numbers from the seed and the site's name: the same in every process, with any number of sites."""
     generator = torch.Generator().manual_seed(mixed(statistics.seed, *site.name.encode()))
     return torch.rand(site.count, generator=generator, device="cpu").to(site.linear.weight.device)
 
 
 @register_ranker("graph", needs="outputs", kinds=["heads"], additive=False, seeded=False)
 def graph(site: GateSite, statistics: Statistics) -> Tensor:
-    """Share of time that a walk over the heads of a block spends at each (GOHSP; similarity.py).
+    """Return the share of time that a walk over the heads of a block spends at each (GOHSP; similarity.py).
 
     Heads whose outputs are like those of the others rank high. What is off already is no part of the walk.
     """

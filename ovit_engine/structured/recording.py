@@ -1,4 +1,4 @@
-"""What training says of gates: per-sample gradients of heads and units, recorded by the loop's own backward passes.
+"""Importance of heads and units: per-sample gradients of heads and units, recorded by the loop's own backward passes.
 
 The gradient of a gate is that of the gated features times the features before the gate, summed over all that the gate
 switches. So it is known of what is off as well (specs/structured-and-tokens.md §3.3): dL/dg for o' = g o is the sum of
@@ -35,7 +35,7 @@ class GateScores:
 
     @classmethod
     def of(cls, site: GateSite, sums: Tensor) -> "GateScores":
-        """The means of sums [4, count]; ValueError where no gradient came to the gate."""
+        """Return the means of sums [4, count]; ValueError where the gate got no gradient."""
         samples = int(sums[3, 0])
         if samples == 0:
             raise ValueError(
@@ -74,24 +74,24 @@ class GradientTally(Tally):
 
 
 def start_recording(sites: Iterable[GateSite], tally: Callable[[GateSite], Tally] = GradientTally) -> None:
-    """Record from here on, in training mode only; what was recorded before and not taken is forgotten."""
+    """Record from here on, in training mode only; earlier sums that were not taken are dropped."""
     for site in sites:
         setattr(site.linear, TALLY, tally(site))
 
 
 def stop_recording(sites: Iterable[GateSite]) -> None:
-    """Record no more, and forget what was not taken."""
+    """Stop recording, and drop sums that were not taken."""
     for site in sites:
         site.linear.__dict__.pop(TALLY, None)
 
 
 def is_recording(site: GateSite) -> bool:
-    """Whether training is recorded."""
+    """Return whether training is recorded."""
     return site.linear.__dict__.get(TALLY) is not None
 
 
 def take_sums(sites: Sequence[GateSite]) -> dict[str, Tensor]:
-    """What was recorded since the last call, by site name, summed over all processes: each must call it.
+    """Return what was recorded since the last call, by site name, summed over all processes: each must call it.
 
     Sums are what to add up and to save; of gradients (float32 [4, count]) `GateScores.of` makes means.
     """

@@ -1,4 +1,4 @@
-"""Which heads and units go, and what takes their place: pure tensors and one MLP or attention module at a time."""
+"""Which heads and units are removed, what replaces them, and the proof that outputs stay, one module at a time."""
 
 import copy
 import types
@@ -19,7 +19,7 @@ from ovit_engine.structured.groups import Groups, tile_of
 
 @dataclass(frozen=True, kw_only=True)
 class Removal:
-    """What is done at one site."""
+    """What is removed at one site."""
 
     site: GateSite
     # bool [count]: those that stay
@@ -36,7 +36,7 @@ class Removal:
 
 
 def whole_groups(keep: Tensor, groups: Groups) -> Tensor:
-    """`keep` [count] with every group kept whole of which one is kept; at least one group is."""
+    """Return `keep` [count] with every group kept whole if one of its members is; at least one group is kept."""
     whole = groups.of_gate(keep).clone()
     if not whole.any():
         whole[0] = True
@@ -44,37 +44,32 @@ def whole_groups(keep: Tensor, groups: Groups) -> Tensor:
 
 
 def groups_of(site: GateSite, masks: Masks | None) -> Groups:
-    """How many neighbouring heads or units must stay or go together, so that the patterns of `masks` hold."""
+    """Return which neighbors are kept or removed together, so that the patterns of `masks` hold."""
     if masks is None:
         return Groups(site.count)
     return Groups.of(site, {name: tile_of(parse_pattern(masks.pattern(name))) for name in masks.names()})
 
 
-def gated(site: GateSite, masks: Masks | None) -> Removal:
-    """What a gate says of a site: what is off goes, or is muted where a pattern holds it in its place."""
+def removal_by_gate(site: GateSite, masks: Masks | None) -> Removal:
+    """Return the removal of what a gate switches off; what a pattern holds in its place is muted instead."""
     gate = site.gate.cpu()
     keep = whole_groups(gate, groups_of(site, masks))
     return Removal(site=site, keep=keep, mute=keep & ~gate)
 
 
 @torch.no_grad()
-def dead(site: GateSite, copy: GateSite, masks: Masks | None, probe: Tensor) -> Removal:
-    """What has lost its effect by zeros in the weights of a site that has no gate.
+def removal_of_dead(site: GateSite, masks: Masks | None) -> Removal:
+    """Return the removal of what has no effect, because of zeros in the weights of a site without a gate.
 
     A head or unit whose columns in `proj` or `fc2` are zero does nothing. One whose rows in the value part of `qkv`, or
-    in `fc1`, are zero is the same for every token and image, so that it moves into the bias of `proj` or `fc2`: weights
-    of attention sum to one, whatever query and key are (specs/structured-and-tokens.md §9.1). Where that layer has no
-    bias only what is always zero goes.
-
-    Args:
-        copy: the same site of a float64 copy of its owner, in eval mode.
-        probe: inputs of the owner, [batch, tokens, features].
+    in `fc1`, are zero is the same for every token and image, so that it moves into the bias of `proj` or `fc2`:
+    attention weights sum to one, whatever query and key are (specs/structured-and-tokens.md §9.1). Where that layer has
+    no bias only what is always zero is removed.
     """
-    width, count = site.width, site.count
+    copy, width, count = copied(site), site.width, site.count
     unread = (copy.linear.weight == 0).all(dim=0).view(count, width).all(dim=1)
     writes = (copy.source.weight == 0).all(dim=1)[-count * width :].view(count, width).all(dim=1)
-    features = _input_of(copy.linear, copy.owner, probe)
-    value = features.flatten(0, -2)
+    value = _input_of(copy).flatten(0, -2)
     constant = value[0]
     steady = ((value - constant).abs().amax(dim=0) <= 1e-12 * constant.abs()).view(count, width).all(dim=1)
     silent = (constant == 0).view(count, width).all(dim=1)
@@ -89,13 +84,11 @@ def dead(site: GateSite, copy: GateSite, masks: Masks | None, probe: Tensor) -> 
     return Removal(site=site, keep=keep, mute=torch.zeros_like(keep), bias=bias)
 
 
-def _input_of(linear: nn.Linear, owner: nn.Module, probe: Tensor) -> Tensor:
+def _input_of(site: GateSite) -> Tensor:
+    """Return what `proj` or `fc2` reads."""
     seen: list[Tensor] = []
-    handle = linear.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    try:
-        owner(probe)
-    finally:
-        handle.remove()
+    with site.linear.register_forward_pre_hook(lambda module, args: seen.append(args[0])):
+        site.owner(probe(site))
     return seen[0]
 
 
@@ -108,7 +101,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def copied(site: GateSite) -> GateSite:
-    """The same site in a copy of its owner: float64, on the CPU, in eval mode, with ranges that do not move.
+    """Return the same site in a copy of its owner: float64, on the CPU, in eval mode, with fixed ranges.
 
     Hooks that are methods stay behind: they belong to objects that watch the training model.
     """
@@ -128,7 +121,7 @@ def hold_ranges(model: nn.Module) -> None:
 
 
 def probe(site: GateSite) -> Tensor:
-    """Inputs of the owner, float64 [2, 7, features], always the same."""
+    """Return inputs of the owner, float64 [2, 7, features], always the same."""
     generator = torch.Generator().manual_seed(_SEED)
     shape = 2, 7, site.source.in_features
     return torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu")
@@ -155,7 +148,7 @@ def prove(before: GateSite, after: GateSite) -> None:
 
 @contextmanager
 def _without_methods(owner: nn.Module) -> Iterator[None]:
-    """`owner` without hooks that are bound methods."""
+    """Hide the hooks of `owner` that are bound methods."""
     before = [(module, name, getattr(module, name)) for module in owner.modules() for name in _HOOKS]
     try:
         for module, name, hooks in before:

@@ -1,4 +1,4 @@
-"""Which heads and units are kept: counts, swaps and budgets on plain tensors. At least one of each layer stays.
+"""Which heads and units are kept: counts, swaps and budgets on plain tensors. Each layer keeps at least one.
 
 `keep` is boolean [count] and `scores` float [count], one of each a layer; the lowest scores go first, ties by layer and
 index. What is off already stays off.
@@ -16,7 +16,7 @@ from ovit_engine.structured.gates import GateSite
 
 
 def kept_count(count: int, sparsity: float) -> int:
-    """How many of `count` are kept: rounded down, as S2ViTE's code does, and at least 1.
+    """Return how many of `count` are kept: rounded down, as S2ViTE's code does, and at least 1.
 
     By the decimals as they are written: 0.8 off ten leaves two, which floats get wrong.
     """
@@ -24,7 +24,7 @@ def kept_count(count: int, sparsity: float) -> int:
 
 
 def swap_count(active: int, share: float, least: int) -> int:
-    """How many of `active` move: `share` of them rounded up and at least `least`, or rounded down where that is 0."""
+    """Return how many of `active` move: `share` rounded up and at least `least`, or rounded down where that is 0."""
     if least == 0:
         return math.floor(share * active)
     return min(active, max(math.ceil(share * active), least))
@@ -72,7 +72,7 @@ def keep_within(keeps: Sequence[Tensor], scores: Sequence[Tensor], sizes: Sequen
 
 
 def _protected(keep: Tensor, scores: Tensor) -> Tensor:
-    """An order in which what is off comes first, and the best of what is on never."""
+    """Return an order in which what is off comes first, and the best of what is on last."""
     on, ranking = keep.cpu(), _ranked(scores)
     best = len(ranking) - 1 - int(ranking.masked_fill(~on, -torch.inf).flip(0).argmax())
     ranking = ranking.masked_fill(~on, -torch.inf)
@@ -81,7 +81,7 @@ def _protected(keep: Tensor, scores: Tensor) -> Tensor:
 
 
 def _ranked(scores: Tensor) -> Tensor:
-    """Finite, on the CPU, where choosing the lowest is deterministic."""
+    """Return finite scores on the CPU, where choosing the lowest is deterministic."""
     wide = scores.detach().double().cpu()
     if bool(wide.isnan().any()):
         raise FloatingPointError("a score is NaN, so heads and units can't be compared: did training diverge?")
@@ -90,7 +90,7 @@ def _ranked(scores: Tensor) -> Tensor:
 
 
 def spread_evenly(sites: Sequence[GateSite], budget: int) -> list[int]:
-    """How many heads or units of each site are kept, so that at least `budget` parameters go with the others.
+    """Return how many heads or units each site keeps, so that the others have at least `budget` parameters.
 
     Heads are few, so their share is rounded to the nearest number, half a head down; units make up the rest, to within
     one unit. At least one of each site stays.
@@ -109,7 +109,7 @@ def spread_evenly(sites: Sequence[GateSite], budget: int) -> list[int]:
         return sum(number * size for number, size in zip(off, sizes, strict=True))
 
     def take(indices: Sequence[int]) -> None:
-        """One of each site in turn, until the budget is reached or one of each is left."""
+        """Remove one of each site in turn, until the budget is reached or one of each is left."""
         while gone() < budget and any(off[index] < sites[index].count - 1 for index in indices):
             for index in indices:
                 if gone() < budget and off[index] < sites[index].count - 1:

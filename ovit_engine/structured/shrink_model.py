@@ -20,7 +20,7 @@ from ovit_engine.masking.masks import Masks
 from ovit_engine.masking.parameters import clean_name, is_attached, unwrapped
 from ovit_engine.structured.gates import KINDS, GateSite, find_sites, installed, uninstall
 from ovit_engine.structured.optimizer_state import Cut, check_optimizer, cut_optimizer
-from ovit_engine.structured.removal import Removal, copied, dead, gated, probe, prove
+from ovit_engine.structured.removal import Removal, copied, prove, removal_by_gate, removal_of_dead
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def shrink(model: nn.Module, *, optimizer: Optimizer | None = None, masks: Masks
         if left := manifest_of(model):
             raise ValueError(f"{type(model).__name__} was shrunk already, and no gate was made since: left are {left}")
         raise ValueError(f"{type(model).__name__} has no gates: harvest(model) removes what pruning left dead")
-    removals = [gated(site, masks) for site in sites]
+    removals = [removal_by_gate(site, masks) for site in sites]
     _remove(model, removals, optimizer, masks)
     for removal in removals:
         if removal.mute.any():
@@ -75,7 +75,12 @@ def harvest(model: nn.Module, *, optimizer: Optimizer | None = None, masks: Mask
     _check_plain(model)
     if installed(model):
         raise ValueError("the model has gates: shrink(model) first")
-    _remove(model, [dead(site, copied(site), masks, probe(site)) for site in known_sites(model)], optimizer, masks)
+    _remove(
+        model,
+        [removal_of_dead(site, masks) for site in known_sites(model)],
+        optimizer,
+        masks,
+    )
     return manifest_of(model)
 
 
@@ -109,13 +114,13 @@ def rebuild(model: nn.Module, manifest: Manifest) -> nn.Module:
 
 
 def manifest_of(model: nn.Module) -> Manifest:
-    """What is left of the heads and units of a model that was shrunk, harvested or rebuilt, by module."""
+    """Return what is left of the heads and units of a model that was shrunk, harvested or rebuilt, by module."""
     found = [(name, vars(module)[_PART]) for name, module in model.named_modules() if _PART in vars(module)]
     return Manifest(parts=tuple(part.model_copy(update={"name": clean_name(name)}) for name, part in found))
 
 
 def known_sites(model: nn.Module) -> list[GateSite]:
-    """Sites of both kinds; ValueError where there is none of either."""
+    """Return the sites of both kinds; ValueError if there are none."""
     found, errors = [], []
     for kind in KINDS:
         try:

@@ -1,4 +1,4 @@
-"""Similarities between the outputs of a block's heads, on calibration images or as training goes by."""
+"""Similarities between the outputs of a block's heads, on calibration images or during training."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ KERNELS: dict[Kernel, Callable[[Tensor, float], Tensor]] = {
 
 @torch.no_grad()
 def similarities(outputs: Tensor, kernel: Kernel = "shift", temperature: float = 1.0) -> Tensor:
-    """Sum over samples of the similarities between heads: float32 [count, count], entries from 0 to the samples.
+    """Return the sum over samples of the similarities between heads: float32 [count, count], entries 0 to samples.
 
     A head is as similar to itself as can be, so the diagonal holds the number of samples. Its self-loops make the walk
     settle, also on two heads.
@@ -40,7 +40,7 @@ def similarities(outputs: Tensor, kernel: Kernel = "shift", temperature: float =
 
 
 def stationary_distribution(similarity: Tensor) -> Tensor:
-    """The share of time that the walk spends at each head, float64 [count], sum 1.
+    """Return the share of time that the walk spends at each head, float64 [count], sum 1.
 
     The walk goes from g to h with probability s_gh / sum_k s_gk. Similarities are symmetric, so it is reversible and
     its distribution is exactly that of the degrees: pi_h ~ sum_k s_hk. No iteration is needed.
@@ -84,7 +84,7 @@ class OutputTally(Tally):
 
 @contextmanager
 def watched(sites: Sequence[GateSite], kernel: Kernel, temperature: float) -> Iterator[dict[str, Tensor]]:
-    """Inside, sums of similarities by site name grow with each forward pass of the model."""
+    """Yield sums of similarities by site name, to which each forward pass of the model inside adds."""
     tallies = {site.name: OutputTally(site, kernel, temperature) for site in sites}
     handles = [site.linear.register_forward_pre_hook(tallies[site.name].watch) for site in sites]
     try:
@@ -95,7 +95,7 @@ def watched(sites: Sequence[GateSite], kernel: Kernel, temperature: float) -> It
 
 
 def mean_similarity(site: GateSite, sums: Tensor) -> Tensor:
-    """The mean over samples, of sums [count, count]; ValueError where no sample came."""
+    """Return the mean over samples, of sums [count, count]; ValueError where no sample came."""
     samples = float(sums[0, 0])
     if samples == 0:
         raise ValueError(f"no output of {site.owner_name!r} was seen: is the model called, its attention in use?")

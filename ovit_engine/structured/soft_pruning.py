@@ -1,4 +1,4 @@
-"""Soft pruning: quadratic penalties that draw groups of weights to zero before they are cut (GOHSP's second stage).
+"""Soft pruning: quadratic penalties that shrink groups of weights toward zero before removal (GOHSP's second stage).
 
 ADMM on "at most so many groups differ from zero" (Boyd et al. 2011, §9.1): with weights W, a copy Z that meets the
 bound, and a scaled dual U, training minimises loss(W) + rho/2 ||W - Z + U||^2, and once an interval
@@ -25,25 +25,25 @@ def group_norms(layouts: Sequence[GroupLayout], tensors: Sequence[Tensor]) -> Te
 
 
 def first_target(weight: Tensor, keep: Tensor) -> Tensor:
-    """Z - U as soft pruning starts, float32: U is zero, Z the weight where the group stays."""
+    """Return Z - U as soft pruning starts, float32: U is zero, Z the weight where the group stays."""
     return weight.detach().float().masked_fill(~keep, 0.0)
 
 
 def dual(target: Tensor, keep: Tensor) -> Tensor:
-    """U of a target."""
+    """Return U of a target."""
     return target.masked_fill(keep, 0.0).neg_()
 
 
 def next_target(shifted: Tensor, keep: Tensor) -> Tensor:
-    """Z - U after a step of both, from `shifted` = W + U and the groups `keep` that its projection keeps."""
+    """Return Z - U after a step of both, from `shifted` = W + U and the groups `keep` that its projection keeps."""
     return torch.where(keep, shifted, -shifted)
 
 
 def rescaled(target: Tensor, keep: Tensor, factor: float) -> Tensor:
-    """Z - U where rho has become `factor` times as large: U is the multiplier over rho (Boyd et al. 2011, §3.4.1)."""
+    """Return Z - U after rho grew by `factor`: U is the multiplier over rho (Boyd et al. 2011, §3.4.1)."""
     return torch.where(keep, target, target / factor)
 
 
 def distance(weight: Tensor, target: Tensor, keep: Tensor) -> Tensor:
-    """||W - Z||^2, float32 scalar."""
+    """Return ||W - Z||^2, float32 scalar."""
     return (weight.detach().float() - target.masked_fill(~keep, 0.0)).square().sum()
