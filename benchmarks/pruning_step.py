@@ -22,15 +22,16 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
-from ovit_engine.core.loggers import TimeLeft, spell_seconds
 from ovit_engine.gradients.calibration import Calibration
 from ovit_engine.masking.parameters import Slot
 from ovit_engine.masking.targets import find_slots
 from ovit_engine.pruning import Pruned, prune_streamed
 from ovit_engine.pruning import pruning_step as passes
 from ovit_engine.pruning.pruning_step import Stages
+from ovit_engine.utils.progress import ProgressReport
 
 METHODS = {"ovit": 1e-8, "obert": 1e-6}  # with the damp of the recipes
 TARGETS = [r"re:.*(qkv|proj|fc1|fc2)\.weight"]  # attention and MLP of a ViT, and not its patch embedding, a Conv2d
@@ -95,19 +96,6 @@ def make_model(name: str) -> tuple[nn.Module, list[Slot], tuple[int, ...]]:
     return model, slots, tuple(model.pretrained_cfg["input_size"])
 
 
-def show(what: str) -> Any:
-    """A progress callback that prints, at most every ten seconds."""
-    left, said = TimeLeft(), [time.monotonic()]
-
-    def tell(stage: str, done: int, total: int) -> None:
-        seconds = left(stage, done, total, time.monotonic())
-        if seconds is not None and time.monotonic() - said[0] >= 10:
-            said[0] = time.monotonic()
-            print(f"  {what}: {stage} {done} of {total}, about {spell_seconds(seconds)} left", flush=True)
-
-    return tell
-
-
 def one_step(
     method: str, model: nn.Module, slots: list[Slot], size: tuple[int, ...], args: argparse.Namespace
 ) -> Pruned:
@@ -121,6 +109,7 @@ def one_step(
         return calibration.gradients(model, chosen, chunk=min(CHUNK, args.gradients), **counts)
 
     Measured.cpu, Measured.peaks = {}, {}
+    report = ProgressReport(Console(force_terminal=False, highlight=False))
     return prune_streamed(
         [slot.tensor for slot in slots],
         chunks,
@@ -129,7 +118,7 @@ def one_step(
         sparsity=SPARSITY,
         block=args.block,
         damp=METHODS[method],
-        progress=show(method),
+        progress=lambda stage, done, total: report(f"{method}: {stage}", done, total),
     )
 
 

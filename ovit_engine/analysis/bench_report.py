@@ -194,8 +194,7 @@ def write_bench(report: BenchReport, path: Path) -> list[Path]:
     check_output(path)
     files[0].parent.mkdir(parents=True, exist_ok=True)
     for file in files:
-        content = _FORMATS[file.suffix](report).encode()
-        atomic_write(file, lambda stream, content=content: stream.write(content))  # type: ignore[misc]
+        atomic_write(file, _FORMATS[file.suffix](report))
     return files
 
 

@@ -21,6 +21,7 @@ from ovit_engine.analysis.bench_layers import LayerShape
 from ovit_engine.analysis.break_even import ProductRow, SparseTable
 from ovit_engine.analysis.paired import Timer, measure_rounds, paired_ratio, self_noise
 from ovit_engine.certificate.machine import versions
+from ovit_engine.utils.suggest import suggest
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
@@ -61,7 +62,7 @@ def bench_sparse(
         raise ValueError(f"need repeats >= 5 and batch sizes >= 1, got {repeats}, {list(batch_sizes)}")
     unknown = [name for name in dtypes if name not in DTYPES]
     if unknown:
-        raise ValueError(f"no type {unknown[0]!r}: there are {', '.join(DTYPES)}")
+        raise ValueError(f"no type {unknown[0]!r}{suggest(unknown[0], DTYPES)}")
     if not torch.cuda.is_available():
         raise ValueError(
             "device 'cuda': torch finds no GPU here: run this where the GPU is, the table can be used anywhere"

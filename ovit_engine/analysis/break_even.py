@@ -158,7 +158,7 @@ def write_table(table: SparseTable, path: Path) -> None:
         known["verdict"] = None if row.ratio is None else row.ratio.verdict
     content["break_even"] = [asdict(even) for even in table.break_even]
     text = json.dumps(content, indent=2) + "\n"
-    atomic_write(path, lambda stream: stream.write(text.encode()))
+    atomic_write(path, text)
 
 
 def read_table(path: Path) -> SparseTable:

@@ -9,7 +9,7 @@ from ovit_engine.analysis.bench import bench
 from ovit_engine.analysis.bench_report import BenchRow
 from ovit_engine.certificate.html import to_html
 from ovit_engine.certificate.model import Certificate, Latency, certificate_path, page_path
-from ovit_engine.utils.files import staged, write_bytes
+from ovit_engine.utils.files import staged
 
 
 def add_latency(
@@ -38,12 +38,9 @@ def add_latency(
         report = bench([path], baseline=baseline, batch_sizes=batch_sizes, repeats=repeats, threads=threads)
         rows += [_row(row, baseline, threads, repeats) for row in report.rows]
     certificate = certificate.model_copy(update={"latency": tuple(rows)})
-    targets = (certificate_path(path), page_path(path))
-    with staged(path.parent) as folder:
-        for target, text in zip(targets, (certificate.to_json(), to_html(certificate)), strict=True):
-            write_bytes(folder / target.name, text.encode())
-        for target in targets:
-            (folder / target.name).replace(target)
+    with staged(path) as draft:
+        certificate_path(draft).write_text(certificate.to_json(), encoding="utf-8")
+        page_path(draft).write_text(to_html(certificate), encoding="utf-8")
     return certificate
 
 

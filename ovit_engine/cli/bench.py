@@ -1,6 +1,5 @@
 """ovit bench: how fast files are on this machine, and from which size on 2:4 pays on this GPU."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +8,6 @@ import click
 from ovit_engine.cli import options
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ovit_engine.analysis.bench_layers import LayerShape
     from ovit_engine.core.training_options import Training
 
@@ -82,44 +79,27 @@ def _bench_files(
     repeats: int,
     output: Path | None,
 ) -> None:
+    from rich.console import Console
+
     from ovit_engine.analysis.bench import bench as measure
     from ovit_engine.analysis.bench_report import check_output, write_bench
+    from ovit_engine.utils.progress import ProgressReport
 
     if output is not None:
         check_output(output)
-    with _Bar() as bar:
+    with ProgressReport(Console(stderr=True)) as progress:
         found = measure(
             files,
             baseline=baseline,
             batch_sizes=batch_sizes,
             repeats=repeats,
             threads=threads,
-            tell=lambda size, done, total: bar(f"batch {size}", done, total),
+            tell=lambda size, done, total: progress(f"batch {size}", done, total),
         )
     found.render()
     if output is not None:
         for file in write_bench(found, output):
             click.echo(f"wrote {file}")
-
-
-class _Bar:
-    """A progress bar on a terminal; nothing elsewhere."""
-
-    def __enter__(self) -> Callable[[str, int, int], None]:
-        from rich.console import Console as RichConsole
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-        console: Console = RichConsole(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._progress.add_task("", total=None)
-        self._progress.start()
-        return lambda what, done, total: self._progress.update(
-            self._task, description=what, completed=done, total=total
-        )
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
 
 
 def _layers(files: tuple[str, ...], model: str | None, args: Any) -> tuple["LayerShape", ...]:
@@ -161,13 +141,16 @@ def _bench_sparse(
     dtypes: tuple[str, ...],
     output: Path | None,
 ) -> None:
+    from rich.console import Console
+
     from ovit_engine.analysis.bench_sparse import bench_sparse
     from ovit_engine.analysis.break_even import write_table
+    from ovit_engine.utils.progress import ProgressReport
 
     if output is not None and output.suffix != ".json":
         raise ValueError(f"{str(output)!r}: the table of --device cuda is one JSON file, write FILE.json")
-    with _Bar() as bar:
-        table = bench_sparse(shapes, batch_sizes=batch_sizes, dtypes=dtypes or DTYPES, repeats=repeats, tell=bar)
+    with ProgressReport(Console(stderr=True)) as progress:
+        table = bench_sparse(shapes, batch_sizes=batch_sizes, dtypes=dtypes or DTYPES, repeats=repeats, tell=progress)
     table.render()
     if output is not None:
         write_table(table, output)

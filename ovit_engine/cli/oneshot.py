@@ -1,6 +1,5 @@
 """ovit oneshot: accuracy over sparsity, without training."""
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,16 +143,23 @@ def _recipe(recipe: str | None, targets: tuple[str, ...], variables: Any, sparsi
 def _oneshot(
     bench: "Bench", recipe: "Recipe", sparsities: tuple[float, ...], compare: tuple[str, ...], folder: Path
 ) -> None:
+    from rich.console import Console
+
     from ovit_engine.post_training.oneshot import oneshot as run
+    from ovit_engine.utils.progress import ProgressReport
 
-    def kept(step: "Step") -> str | None:
-        if not step.result.points:
-            return f"dense  accuracy {step.result.dense:.2%}"
-        step.result.save(folder)  # after every point: what is measured is not lost
-        point = step.result.points[-1]
-        return f"{point.pruner}  sparsity {point.sparsity:.2%}  accuracy {point.accuracy:.2%}  {point.seconds:.1f} s"
+    def tell(step: "Step") -> None:
+        if step.result.points:
+            step.result.save(folder)  # after every point: what is measured is not lost
+            point = step.result.points[-1]
+            values = f"sparsity {point.sparsity:.2%}  accuracy {point.accuracy:.2%}  {point.seconds:.1f} s"
+            console.print(f"{point.pruner}  {values}")
+        else:
+            console.print(f"dense  accuracy {step.result.dense:.2%}")
+        progress("pruning", step.done, step.total)
 
-    with _Bar(kept) as bar:
+    console = Console(highlight=False, soft_wrap=True)
+    with ProgressReport(console) as progress:
         found = run(
             bench.model,
             recipe,
@@ -163,7 +169,7 @@ def _oneshot(
             compare=compare,
             example_inputs=bench.example_inputs,
             about=bench.about,
-            progress=bar.tell,
+            progress=tell,
         )
     found.render()
     _say_saved([*found.save(folder), *_plotted(found, folder)])
@@ -180,20 +186,25 @@ def _plotted(found: "OneShot", folder: Path) -> list[Path]:
 def _tune(
     bench: "Bench", recipe: "Recipe", sparsities: tuple[float, ...], compare: tuple[str, ...], folder: Path
 ) -> None:
-    from ovit_engine.post_training.tune import tune as run
+    from rich.console import Console
 
-    def kept(step: "TuneStep") -> str | None:
+    from ovit_engine.post_training.tune import tune as run
+    from ovit_engine.utils.progress import ProgressReport
+
+    def tell(step: "TuneStep") -> None:
         if not step.result.settings:
-            return f"dense  held-out loss {step.result.dense_loss:.4f}"
-        step.result.save(folder)
-        if step.result.accuracy is not None:
-            return None
-        setting = step.result.settings[-1]
-        values = "  ".join(f"{name} {value:g}" for name, value in setting.options.items())
-        return f"{values}  held-out loss {setting.loss:.4f}  {setting.seconds:.1f} s"
+            console.print(f"dense  held-out loss {step.result.dense_loss:.4f}")
+        else:
+            step.result.save(folder)
+            if step.result.accuracy is None:
+                setting = step.result.settings[-1]
+                values = "  ".join(f"{name} {value:g}" for name, value in setting.options.items())
+                console.print(f"{values}  held-out loss {setting.loss:.4f}  {setting.seconds:.1f} s")
+        progress("tuning", step.done, step.total)
 
     calibration, held_out = bench.split()
-    with _Bar(kept) as bar:
+    console = Console(highlight=False, soft_wrap=True)
+    with ProgressReport(console) as progress:
         found = run(
             bench.model,
             recipe,
@@ -203,7 +214,7 @@ def _tune(
             sparsity=sparsities[0] if sparsities else None,
             pruner=compare[0] if compare else None,
             about=bench.about,
-            progress=bar.tell,
+            progress=tell,
         )
     found.render()
     _say_saved(found.save(folder))
@@ -211,51 +222,3 @@ def _tune(
 
 def _say_saved(files: list[Path]) -> None:
     click.echo(f"saved {', '.join(map(str, files))}")
-
-
-class _Bar:
-    """One bar over the whole grid on a terminal, and a line a step everywhere; both with the time left."""
-
-    def __init__(self, line: Any) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        self._line = line  # what to print of a step's result
-        self._console = Console(highlight=False, soft_wrap=True)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[left]}"),
-            console=self._console,
-            transient=True,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=None, left="")
-        self._first: tuple[float, int] | None = None
-
-    def __enter__(self) -> "_Bar":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-    def tell(self, step: "Step | TuneStep") -> None:
-        """Print what the last step found, and show what comes."""
-        now = time.monotonic()
-        first, done = self._first = self._first or (now, step.done)
-        left = ""
-        if step.total > step.done > done:
-            left = f"about {_duration((now - first) / (step.done - done) * (step.total - step.done))} left"
-        line = self._line(step)
-        if line is not None:
-            self._console.print("  ".join(part for part in (line, left and f"({left})") if part))
-        self._bar.update(self._task, description=step.what, completed=step.done, total=step.total, left=left)
-
-
-def _duration(seconds: float) -> str:
-    """Seconds as people say them: 40 s, 12 min, 3.5 h."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

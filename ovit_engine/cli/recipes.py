@@ -9,8 +9,9 @@ def recipes(name: str | None) -> None:
     """List our recipes with what they are, or print the one called NAME."""
     from rich.table import Table
 
-    from ovit_engine.core.recipe import Recipe, nearest_recipes, shipped_recipes
+    from ovit_engine.core.recipe import Recipe, shipped_recipes
     from ovit_engine.utils.console import table_console
+    from ovit_engine.utils.suggest import suggest
 
     shipped = shipped_recipes()
     if name is None:
@@ -23,5 +24,5 @@ def recipes(name: str | None) -> None:
         table_console().print(table)
         return
     if name not in shipped:
-        raise ValueError(f"no recipe {name!r} of ours; {nearest_recipes(name)}")
+        raise ValueError(f"no recipe {name!r} of ours{suggest(name, shipped, count=3)}")
     click.echo(shipped[name], nl=False)

@@ -32,7 +32,7 @@ def report(folder: Path, onnx: tuple[Path, ...], benches: tuple[Path, ...], outp
         click.echo(f"ovit: warning: {problem}", err=True)
     text = render(found)
     path = output or folder / "report.html"
-    atomic_write(path, lambda stream: stream.write(text.encode()))
+    atomic_write(path, text)
     click.echo(f"wrote {path}")
 
 

@@ -125,7 +125,7 @@ def _continue(
     device: str,
     workers: int,
 ) -> None:
-    from ovit_engine.cli.train import Bars
+    from ovit_engine.cli.train import TrainingDisplay
     from ovit_engine.core.recipe import Recipe
     from ovit_engine.distributed.launch import launched
     from ovit_engine.sweep.folder import FOLDER, point_name
@@ -150,8 +150,8 @@ def _continue(
     leads = launched().is_main  # of torchrun's processes one writes and speaks
     if resume is None and leads:
         output.mkdir(exist_ok=True)
-        atomic_write(output / "recipe.yaml", lambda stream: stream.write(recipe.dump().encode()))
-    with Bars() if leads else nullcontext() as bars:
+        atomic_write(output / "recipe.yaml", recipe.dump())
+    with TrainingDisplay() if leads else nullcontext() as display:
         trained = train(
             recipe,
             data=data or load_checkpoint(start)["data"],
@@ -161,7 +161,7 @@ def _continue(
             device=device,
             workers=workers,
             root=root,
-            progress=SILENT if bars is None else bars.progress(),
+            progress=SILENT if display is None else display.listener(),
         )
     if leads:
         click.echo(f"saved {trained.checkpoint}; next: ovit export {output} --output model.onnx")

@@ -10,7 +10,7 @@ from ovit_engine.cli import options
 
 if TYPE_CHECKING:
     from ovit_engine.core.recipe import Recipe
-    from ovit_engine.training.api import EpochMetrics
+    from ovit_engine.training.api import EpochMetrics, TrainingListener
 
 
 @click.command()
@@ -96,7 +96,7 @@ def train(
         output = Path("runs") / read.name if start is None else (start if start.is_dir() else start.parent)
     leads = launched().is_main
     try:
-        with Bars() if leads else nullcontext() as bars:
+        with TrainingDisplay() if leads else nullcontext() as display:
             trained = run(
                 read,
                 data=data,
@@ -110,7 +110,7 @@ def train(
                 root=data_root,
                 amp=amp,
                 save_every=60 * minutes,
-                progress=SILENT if bars is None else bars.progress(),
+                progress=SILENT if display is None else display.listener(),
             )
     except KeyboardInterrupt:
         if leads and any((output / name).exists() for name in (LAST, PREVIOUS)):
@@ -157,61 +157,46 @@ def _recipe_and_data(recipe: str | None, start: Path | None, variables: Any) -> 
     return Recipe.parse(known["recipe"], file=f"recipe in {start}", **variables), known["data"]
 
 
-class Bars:
-    """A progress bar an epoch on a terminal, and a line when it is over everywhere."""
+class TrainingDisplay:
+    """Show a bar per epoch on a terminal, and print a line at the end of each epoch everywhere."""
 
     def __init__(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        from ovit_engine.utils.progress import ProgressReport
 
         self._console = Console(highlight=False, soft_wrap=True)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=None)
-        self._work = self._bar.add_task("", total=None, visible=False)
-        self._what = ""
-        self._epochs = 0
+        self._report = ProgressReport(self._console)
+        self._epoch, self._steps, self._done = "", 0, 0
 
-    def __enter__(self) -> "Bars":
-        self._bar.start()
+    def __enter__(self) -> "TrainingDisplay":
+        self._report.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bar.stop()
+        self._report.__exit__(*error)
 
-    def progress(self) -> Any:
-        from ovit_engine.core.loggers import ProgressLog
-        from ovit_engine.training.api import Progress
+    def listener(self) -> "TrainingListener":
+        """Return what the trainer calls."""
+        from ovit_engine.training.api import TrainingListener
 
-        work = self._show_work if self._console.is_terminal else ProgressLog(self._console.print)
-        return Progress(begin=self._begin, step=self._step, end=self._end, work=work, resume=self._resume)
+        return TrainingListener(
+            begin=self._begin, step=self._step, end=self._end, work=self._report, resume=self._resume
+        )
 
     def _resume(self, checkpoint: Path) -> None:
         self._console.print(f"going on from {checkpoint}")
 
     def _begin(self, epoch: int, epochs: int, steps: int) -> None:
-        self._epochs = epochs
-        self._bar.reset(self._task, total=steps, description=f"epoch {epoch}/{epochs}")
+        self._epoch, self._steps, self._done = f"epoch {epoch}/{epochs}", steps, 0
 
     def _step(self) -> None:
-        self._bar.advance(self._task)
-
-    def _show_work(self, what: str, done: int, total: int) -> None:
-        """A second bar while a pruning step goes on."""
-        if what != self._what:
-            self._what = what
-            self._bar.reset(self._work, total=total, description=what)
-        self._bar.update(self._work, completed=done, total=total, visible=done < total)
+        self._done += 1
+        if self._report.has_bars:
+            self._report(self._epoch, self._done, self._steps)
 
     def _end(self, metrics: "EpochMetrics") -> None:
         self._console.print(
-            f"epoch {metrics.epoch}/{self._epochs}  loss {metrics.loss:.4f}  accuracy {metrics.accuracy:.2%}  "
+            f"{self._epoch}  loss {metrics.loss:.4f}  accuracy {metrics.accuracy:.2%}  "
             f"lr {metrics.lr:.2e}  sparsity {metrics.sparsity:.2%}  {metrics.seconds:.1f} s"
         )

@@ -11,13 +11,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PrivateAttr
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ovit_engine.core.loggers import Log, Progress, ProgressLog
+from ovit_engine.core.loggers import Log
 from ovit_engine.core.schedule import Clock, check_time
 from ovit_engine.distillation.teacher import Teacher
 from ovit_engine.gradients.calibration import Calibration
 from ovit_engine.masking.masks import Masks
 from ovit_engine.masking.parameters import Slot
 from ovit_engine.structured.groups import Tile
+from ovit_engine.utils.progress import Progress, ProgressReport
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class Run:
     copies_behind: bool = False  # whether an averaged copy of the model must follow, apart from masks
     history: list[tuple[int, str, float]] = field(default_factory=list)
     # told how far long work is, as progress("ovit_prune: gradients", 512, 1024); the default logs now and then
-    progress: Progress = field(default_factory=ProgressLog)
+    progress: Progress = field(default_factory=ProgressReport)
     # seconds of such work by modifier and stage ("ovit_prune/gradients"); never the same twice, so no part of history
     timings: dict[str, float] = field(default_factory=dict)
     logs: list[Log] = field(default_factory=list)  # who is told; `Engine.log_to` adds to it

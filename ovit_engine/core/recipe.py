@@ -1,6 +1,5 @@
 """Recipes: YAML to modifiers and back, with errors that say where."""
 
-import difflib
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -56,7 +55,8 @@ class Recipe:
         shipped = shipped_recipes()
         if str(source) in shipped:
             return cls._parse(shipped[str(source)], f"{source}.yaml", variables)
-        raise RecipeError(f"no recipe file {str(source)!r}, and none of ours has that name; {nearest_recipes(source)}")
+        near = suggest(str(source), shipped, count=3)
+        raise RecipeError(f"no recipe file {str(source)!r} nor a shipped recipe (`ovit recipes`){near}")
 
     @classmethod
     def parse(cls, text: str, /, *, file: str = "<recipe>", **variables: Any) -> "Recipe":
@@ -125,14 +125,6 @@ def shipped_recipes() -> dict[str, str]:
 
     walk(files("ovit_engine.recipes"), "")
     return found
-
-
-def nearest_recipes(name: str | Path) -> str:
-    """Which of our recipes may be meant by a name that none has, in words: by a part of their names, or nearly so."""
-    shipped = list(shipped_recipes())
-    near = [each for each in shipped if str(name) in each][:3]
-    near = near or difflib.get_close_matches(str(name), shipped, n=1, cutoff=0.5)
-    return f"did you mean {' or '.join(map(repr, near))}?" if near else "`ovit recipes` lists them"
 
 
 def plain(node: Located | None) -> Any:

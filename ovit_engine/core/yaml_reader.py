@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from ovit_engine.core.modifier import Origin, RecipeError
+from ovit_engine.utils.suggest import suggest
 
 _SEXAGESIMAL = re.compile(r"[-+]?\d+(:\d+)+")
 
@@ -137,7 +138,7 @@ def _variables(root: Located, given: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(value, (str, int, float)):
             raise RecipeError(f"{root.origin}: variable {name!r} must be one word or number, not {value!r}")
         if name not in own:
-            raise RecipeError(f"{root.origin}: the recipe has no variable {name!r}; it has {', '.join(own) or 'none'}")
+            raise RecipeError(f"{root.origin}: the recipe has no variable {name!r}{suggest(name, own)}")
     return {**own, **given}
 
 
@@ -168,5 +169,5 @@ def _renewed(node: Located, variables: Mapping[str, Any]) -> Located:
 
 def _lookup(name: str, node: Located, variables: Mapping[str, Any]) -> Any:
     if name not in variables:
-        raise RecipeError(f"{node.origin}: no variable {name!r} in vars; there are {', '.join(variables) or 'none'}")
+        raise RecipeError(f"{node.origin}: no variable {name!r} in vars{suggest(name, variables)}")
     return variables[name]

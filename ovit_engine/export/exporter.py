@@ -36,7 +36,7 @@ from ovit_engine.certificate.parity import (
 from ovit_engine.certificate.stored import hidden
 from ovit_engine.certificate.tensors import hash_tensors
 from ovit_engine.export.writer import MIN_OPSET, as_inputs, build_onnx, check_float32, serialize, set_metadata
-from ovit_engine.utils.files import staged, write_bytes
+from ovit_engine.utils.files import staged
 from ovit_engine.utils.precision import exact_arithmetic
 
 _BATCH = 64
@@ -125,14 +125,12 @@ def publish(
     if unmeasurable:
         raise ExportError("the file could not be verified", unmeasurable)
     set_metadata(proto, origin.metadata())
-    targets = (reference_path(path), certificate_path(path), page_path(path), path)
-    with staged(path.parent) as folder:
-        files = [folder / target.name for target in targets]
+    with staged(path) as draft:
         kept = reference.to_bytes()
-        write_bytes(files[0], kept)
-        write_bytes(files[-1], serialize(proto))
+        reference_path(draft).write_bytes(kept)
+        draft.write_bytes(serialize(proto))
         try:
-            certificate = _measure(files[-1], origin, sample, reference, hashlib.sha256(kept).hexdigest())
+            certificate = _measure(draft, origin, sample, reference, hashlib.sha256(kept).hexdigest())
         except CertificateError as error:
             raise ExportError(error.summary, error.violations) from error
         violations = [
@@ -142,10 +140,8 @@ def publish(
         ]
         if violations:
             raise ExportError(f"{path.name} breaks its promise", violations)
-        write_bytes(files[1], certificate.to_json().encode())
-        write_bytes(files[2], to_html(certificate).encode())
-        for file, target in zip(files, targets, strict=True):
-            file.replace(target)
+        certificate_path(draft).write_text(certificate.to_json(), encoding="utf-8")
+        page_path(draft).write_text(to_html(certificate), encoding="utf-8")
     if sample.source == "random":
         log.warning("%s: parity was measured on random inputs, since no data was given", path.name)
     return certificate

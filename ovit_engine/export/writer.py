@@ -25,7 +25,7 @@ from ovit_engine.certificate.errors import ExportError
 from ovit_engine.certificate.kernels import walk_graphs, walk_nodes
 from ovit_engine.export.opset import has_int8_activations, step_down
 from ovit_engine.quant.functional import DEQUANTIZE_OVERLOAD, QUANTIZE_OVERLOAD
-from ovit_engine.utils.files import staged, write_bytes
+from ovit_engine.utils.files import atomic_write
 
 MIN_OPSET = 21
 _MAX_BYTES = 2**31 - 1
@@ -47,9 +47,7 @@ def write_onnx(
     """
     proto, names = build_onnx(model, example_inputs, dynamic_batch=dynamic_batch, opset=opset)
     set_metadata(proto, metadata or {})
-    with staged(path.parent) as folder:
-        write_bytes(folder / path.name, serialize(proto))
-        (folder / path.name).replace(path)
+    atomic_write(path, serialize(proto))
     return names
 
 

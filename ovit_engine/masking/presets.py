@@ -6,13 +6,14 @@ matrices of Linear, convolution and MultiheadAttention modules are taken: depthw
 tables and norms stay dense.
 """
 
-import difflib
 import re
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import nn
+
+from ovit_engine.utils.suggest import suggest
 
 PREFIX = "preset:"
 
@@ -204,9 +205,7 @@ def preset_of(target: str) -> Preset:
     """The preset that `preset:name` names. Raises ValueError with the nearest right name."""
     name = target.removeprefix(PREFIX)
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
-        hint = f"did you mean '{PREFIX}{near[0]}'?" if near else f"there are {', '.join(PRESETS)}"
-        raise ValueError(f"no preset {target!r}; {hint}")
+        raise ValueError(f"no preset {name!r}{suggest(name, PRESETS)}")
     return PRESETS[name]
 
 

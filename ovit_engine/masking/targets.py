@@ -1,6 +1,5 @@
 """Which tensors a modifier works on."""
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -8,6 +7,7 @@ from torch import nn
 
 from ovit_engine.masking.parameters import Slot, clean_name, is_scorer, parameter_slots
 from ovit_engine.masking.presets import is_preset, is_prunable, match_preset, preset_of
+from ovit_engine.utils.suggest import suggest
 
 _REGEX = "re:"
 
@@ -51,11 +51,8 @@ def select(names: Sequence[str], targets: Iterable[str], *, what: str, owner: st
 
 
 def _nearest(target: str, names: Sequence[str]) -> str:
-    if not names:
-        return "; it has none"
     text = target.removeprefix(_REGEX).replace("\\", "").replace(".*", "")
-    near = difflib.get_close_matches(text, names, n=3, cutoff=0.3) or list(names[:3])
-    return f"; nearest are {', '.join(near)}"
+    return suggest(text, names, count=3, cutoff=0.3)
 
 
 def find_slots(model: nn.Module, targets: Iterable[str]) -> list[Slot]:

@@ -177,5 +177,5 @@ def as_json(recipe: Recipe, about: Mapping[str, Any], found: Mapping[str, Any]) 
 def write_texts(texts: Mapping[Path, str]) -> list[Path]:
     """Write each text to its file, whole or not at all."""
     for path, text in texts.items():
-        atomic_write(path, lambda stream, text=text: stream.write(text.encode()))  # type: ignore[misc]
+        atomic_write(path, text)
     return list(texts)

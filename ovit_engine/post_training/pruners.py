@@ -1,6 +1,5 @@
 """Which pruners a one-shot comparison runs, each with which options."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from ovit_engine.core.modifier import Modifier, Origin
 from ovit_engine.core.recipe import Recipe
 from ovit_engine.core.registry import modifiers
 from ovit_engine.pruning.patterns import NM, parse_pattern
+from ovit_engine.utils.suggest import suggest
 
 SUFFIX = "_prune"
 
@@ -103,9 +103,7 @@ def _known(name: str) -> str:
     short = name.removesuffix(SUFFIX)
     if short in known:
         return short
-    near = difflib.get_close_matches(short, known, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
-    raise ValueError(f"no pruner {name!r} to compare; {hint}")
+    raise ValueError(f"no pruner {name!r} to compare{suggest(short, known, cutoff=0.6)}")
 
 
 def _only(recipe: Recipe, own: Sequence[Modifier]) -> str:

@@ -132,10 +132,10 @@ def ptq(
     sample = take_sample(data, [tuple(example_inputs.shape)], [example_inputs.numpy().dtype])
     exact = logits(model, sample)
     notes += quantize.quantize(model, batches)
-    with staged(path.absolute().parent) as folder:
+    with staged(path) as draft:
         certificate = write(
             model,
-            folder / path.name,
+            draft,
             example_inputs,
             recipe=replace(recipe, modifiers=(*_constant_mask(masks), quantize)),
             modifiers=[quantize],
@@ -143,11 +143,9 @@ def ptq(
             data=_batches_of(sample),
             preprocessing=preprocessing,
         )
-        result = compared(folder / path.name, sample, exact, certificate, notes)
+        result = compared(draft, sample, exact, certificate, notes)
         if limits is not None:
             _check_loss(result, path.name, limits.tolerable_loss)
-        for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):  # the model appears last
-            file.replace(path.with_name(file.name))
     return result
 
 

@@ -13,7 +13,7 @@ from ovit_engine.pruning.prune import (
     prune_streamed,
     prune_tensors,
 )
-from ovit_engine.pruning.pruning_step import GradientSource, Progress
+from ovit_engine.pruning.pruning_step import GradientSource
 
 __all__ = [
     "LARGEST_BLOCK",
@@ -23,7 +23,6 @@ __all__ = [
     "GradientSource",
     "Pattern",
     "Plan",
-    "Progress",
     "PruneOptions",
     "Pruned",
     "Unstructured",

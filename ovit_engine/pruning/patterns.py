@@ -13,7 +13,6 @@ The hardware axis is the input axis. A matrix [out, in] is taken as it is; a con
 `to_layout` and `from_layout` are that reading, shared by masks, solvers and the checks on an exported file.
 """
 
-import difflib
 import math
 import re
 from abc import ABC, abstractmethod
@@ -22,7 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ovit_engine.utils.suggest import suggest
+
 Spelling = str | dict[str, list[int]]
+
+_SPELLINGS = ("unstructured", "2:4", "{block: [1, 4]}")
 
 # 1:3 is 0.6667: somebody who writes 0.667 beside it means the same.
 _SPARSITY_TOLERANCE = 1e-3
@@ -278,11 +281,7 @@ def _parse_text(text: str) -> Pattern:
         return NM(int(ratio[1]), int(ratio[2]))
     if tile := re.fullmatch(r"\{block: \[(\d+), (\d+)\]\}", text):
         return Block(int(tile[1]), int(tile[2]))
-    near = difflib.get_close_matches(text, ["unstructured", "block"], n=1)
-    if near == ["block"]:
-        raise ValueError(f"pattern {text!r}: a block needs its size, e.g. {{block: [1, 4]}}")
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise ValueError(f'unknown pattern {text!r}{hint}: write unstructured, "2:4" (keep:group) or {{block: [1, 4]}}')
+    raise ValueError(f"unknown pattern {text!r}{suggest(text, _SPELLINGS)}")
 
 
 def _parse_block(value: dict[object, object]) -> Block:

@@ -25,9 +25,10 @@ from ovit_engine.pruning.problem import (
     make_problem,
     one_of,
 )
-from ovit_engine.pruning.pruning_step import GradientSource, Progress, PruningStep
+from ovit_engine.pruning.pruning_step import GradientSource, PruningStep
 from ovit_engine.pruning.scores import GradWeight, Magnitude, Obd
 from ovit_engine.utils.precision import exact_arithmetic
+from ovit_engine.utils.progress import Progress
 
 METHODS: dict[str, type[Solver[Any]]] = {
     "ovit": Ovit,

@@ -13,14 +13,14 @@ from ovit_engine.pruning.allocation import masked
 from ovit_engine.pruning.memory_plan import Plan
 from ovit_engine.pruning.problem import Problem, Pruned, Solver, check_gradients
 from ovit_engine.utils.precision import exact_arithmetic
-
-# Called with a stage, what is done of it and all there is to do, over all passes: gradients are counted one by one,
-# the other stages in weights.
-Progress = Callable[[str, int, int], None]
+from ovit_engine.utils.progress import Progress
 
 
 class Stages:
-    """Seconds of each stage (on a GPU up to what was launched), and reports to whoever wants to know."""
+    """Measure the seconds of each stage (on a GPU up to what was launched), and report progress over all passes.
+
+    Gradients are counted one by one, the other stages in weights.
+    """
 
     def __init__(self, totals: Mapping[str, int], progress: Progress | None) -> None:
         self.seconds: dict[str, float] = {}

@@ -72,7 +72,7 @@ def register_ranker(
     kinds = tuple(kinds)
     for word, known in ((needs, get_args(Needs)), *((kind, KINDS) for kind in kinds)):
         if word not in known:
-            raise ValueError(f"ranker {name!r}: there is no {word!r}{suggest(str(word), list(known))}")
+            raise ValueError(f"ranker {name!r}: there is no {word!r}{suggest(str(word), known)}")
 
     def add(score: Score) -> Score:
         if name in RANKERS:
@@ -86,7 +86,7 @@ def register_ranker(
 def find_ranker(name: str) -> Ranker:
     """Return the ranker of that name; ValueError with the closest one."""
     if name not in RANKERS:
-        raise ValueError(f"there is no ranker {name!r}{suggest(name, list(RANKERS))}")
+        raise ValueError(f"there is no ranker {name!r}{suggest(name, RANKERS)}")
     return RANKERS[name]
 
 

@@ -69,7 +69,7 @@ def point_name(sparsity: float) -> str:
 def write_index(folder: Path, index: Index) -> None:
     """Write `sweep.json` whole. Raises OSError."""
     text = json.dumps(asdict(index), indent=1) + "\n"
-    atomic_write(folder / INDEX, lambda stream: stream.write(text.encode()))
+    atomic_write(folder / INDEX, text)
 
 
 def read_index(folder: Path) -> Index:

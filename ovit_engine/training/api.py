@@ -8,7 +8,7 @@ from ovit_engine.training.device import choose_device
 from ovit_engine.training.evaluation import evaluate as evaluate
 from ovit_engine.training.metrics import SILENT as SILENT
 from ovit_engine.training.metrics import EpochMetrics as EpochMetrics
-from ovit_engine.training.metrics import Progress as Progress
+from ovit_engine.training.metrics import TrainingListener as TrainingListener
 from ovit_engine.training.models import make_model as make_model
 from ovit_engine.training.models import model_name as model_name
 from ovit_engine.training.models import with_training as with_training
@@ -32,7 +32,7 @@ def train(
     root: str | Path | None = None,
     amp: bool | None = None,
     save_every: float = SAVE_EVERY,
-    progress: Progress = SILENT,
+    progress: TrainingListener = SILENT,
 ) -> Trained:
     """Train the model of `recipe.training` under the recipe; `output` gets last.pt and metrics.csv at every epoch.
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from ovit_engine.utils.files import atomic_write
+from ovit_engine.utils.progress import Progress
 
 METRICS = "metrics.csv"
 
@@ -24,17 +25,17 @@ class EpochMetrics:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
-    """What the trainer tells while it works; each function may do nothing."""
+class TrainingListener:
+    """What the trainer calls while it works; each function may do nothing."""
 
     begin: Callable[[int, int, int], None]  # (epoch, epochs, steps)
     step: Callable[[], None]
     end: Callable[[EpochMetrics], None]
-    work: Callable[[str, int, int], None] | None = None  # (what, done, total) inside a step; None: the run's own log
+    work: Progress | None = None  # inside a step; None: the run's own log
     resume: Callable[[Path], None] = lambda checkpoint: None  # the checkpoint fits: training goes on from it
 
 
-SILENT = Progress(begin=lambda epoch, epochs, steps: None, step=lambda: None, end=lambda metrics: None)
+SILENT = TrainingListener(begin=lambda epoch, epochs, steps: None, step=lambda: None, end=lambda metrics: None)
 
 
 def write_metrics(folder: Path, metrics: Sequence[EpochMetrics]) -> None:
@@ -43,4 +44,4 @@ def write_metrics(folder: Path, metrics: Sequence[EpochMetrics]) -> None:
     writer = csv.DictWriter(table, [field.name for field in fields(EpochMetrics)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(map(asdict, metrics))
-    atomic_write(folder / METRICS, lambda stream: stream.write(table.getvalue().encode()))
+    atomic_write(folder / METRICS, table.getvalue())

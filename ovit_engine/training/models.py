@@ -1,6 +1,5 @@
 """timm models as the `training` section of a recipe names them."""
 
-import difflib
 import inspect
 import warnings
 from dataclasses import replace
@@ -22,6 +21,7 @@ from ovit_engine.training.augmentation import with_preset
 from ovit_engine.training.data import ImageData
 from ovit_engine.training.verify_resume import Setup
 from ovit_engine.utils.random import seed_everything
+from ovit_engine.utils.suggest import suggest
 
 
 def with_training(recipe: Recipe, **options: Any) -> Recipe:
@@ -52,8 +52,7 @@ def model_name(training: Training) -> str:
     if name is None:
         raise ValueError("no model: name one with --model, or as 'model' in the recipe's training section")
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
-        raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
+        raise ValueError(f"timm has no model {name!r}{suggest(name, timm.list_models(), count=3)}")
     return name
 
 

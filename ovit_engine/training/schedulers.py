@@ -1,6 +1,5 @@
 """timm's learning-rate schedules, for recipes that have none of their own."""
 
-import difflib
 import inspect
 from collections.abc import Sequence
 
@@ -13,6 +12,7 @@ from torch.optim import Optimizer
 from ovit_engine.core.modifier import Modifier
 from ovit_engine.core.training_options import Training
 from ovit_engine.engine import Engine
+from ovit_engine.utils.suggest import suggest
 
 OURS = {"optimizer", "sched", "num_epochs", "step_on_epochs", "updates_per_epoch"}  # arguments that the trainer gives
 
@@ -81,9 +81,7 @@ def _check_arguments(training: Training) -> None:
     for name, value in training.scheduler_args.items():
         option = f"scheduler_args.{name}"
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
-            raise training.error(f"no such option; {hint}", option)
+            raise training.error(f"no such option{suggest(name, known)}", option)
         values = value if isinstance(value, list) else [value]
         if not all(isinstance(each, (int, float)) for each in values):
             raise training.error(f"must be a number, not {value!r}", option)

@@ -42,7 +42,7 @@ from ovit_engine.training.checkpoint import (
 )
 from ovit_engine.training.data import ImageData, load_data, model_data_config
 from ovit_engine.training.evaluation import evaluate
-from ovit_engine.training.metrics import EpochMetrics, Progress, write_metrics
+from ovit_engine.training.metrics import EpochMetrics, TrainingListener, write_metrics
 from ovit_engine.training.models import make_model, model_name, with_classes
 from ovit_engine.training.schedulers import make_scheduler
 from ovit_engine.training.steps import Steps
@@ -212,15 +212,15 @@ class Trainer:
             clear_leftovers(self.output)
             set_aside(self.output / LAST)
 
-    def fit(self, progress: Progress) -> Trained:
+    def fit(self, listener: TrainingListener) -> Trained:
         if self.comm.is_main:
             self.output.mkdir(parents=True, exist_ok=True)
             if self.engine.run.teacher is not None:
                 self.teachers.save(self.engine.run.teacher.module, self.output)
         epochs = self.training.epochs
         with self.engine as engine:
-            if progress.work is not None:
-                engine.run.progress = progress.work
+            if listener.work is not None:
+                engine.run.progress = listener.work
             # what modifiers draw at step 0; all that is drawn later starts from its step
             seed_everything(mixed(self.training.seed))
             engine.attach(
@@ -231,14 +231,14 @@ class Trainer:
             )
             self._begin()
             for epoch in range(len(self.metrics), epochs):
-                progress.begin(epoch + 1, epochs, self.steps)
-                loss = self._train_epoch(epoch, progress)
+                listener.begin(epoch + 1, epochs, self.steps)
+                loss = self._train_epoch(epoch, listener)
                 if epoch + 1 == epochs:
                     engine.detach()
                 self.metrics.append(self._measure(epoch, loss))
                 self.within = Within()
                 self._save(epoch + 1)
-                progress.end(self.metrics[-1])
+                listener.end(self.metrics[-1])
         unreadable = set().union(*self.comm.gather(self.data.unreadable))
         if unreadable:
             log.warning("%d unreadable images in all; others stood in for them", len(unreadable))
@@ -272,14 +272,14 @@ class Trainer:
                 self.step.scaler.load_state_dict(self.loop_state["scaler"])
         self._saved = time.monotonic()
 
-    def _train_epoch(self, epoch: int, progress: Progress) -> float:
+    def _train_epoch(self, epoch: int, listener: TrainingListener) -> float:
         """Mean loss of an epoch, or of what is left of it."""
         self.model.train()
         within, start = self.within, time.perf_counter() - self.within.seconds
         if within.loss is None:
             within.loss = torch.zeros((), device=self.device)
         for _ in range(within.step):
-            progress.step()
+            listener.step()
         self.batches.go_to(epoch, within.step)
         with worker_errors():
             batches = iter(self.train_loader)
@@ -291,7 +291,7 @@ class Trainer:
                 within.loss += loss / self.comm.count
                 within.step, within.seconds = step + 1, time.perf_counter() - start
                 self._save_in_time(epoch)
-                progress.step()
+                listener.step()
         mean = float(within.loss) / self.steps
         self._check_loss(mean, epoch)
         return mean

@@ -1,8 +1,26 @@
-"""The closest valid name, for errors about unknown ones."""
+"""The valid names closest to an unknown one, for error messages."""
 
 import difflib
+from collections.abc import Iterable
+
+_LISTED = 30  # names; of a longer list only the first few are shown
+_FIRST = 3
 
 
-def suggest(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
+def suggest(word: str, known: Iterable[str], *, count: int = 1, cutoff: float = 0.5) -> str:
+    """Return "; did you mean 'x'?", or "; there are a, b" if no known name is close.
+
+    Names that contain the word come before names that look like it.
+
+    Args:
+        count: how many close names are shown at most.
+        cutoff: how similar a name must be, from 0 to 1.
+    """
+    known = list(known)
+    near = [name for name in known if word and word in name] or difflib.get_close_matches(word, known, count, cutoff)
+    if near:
+        *others, last = map(repr, near[:count])
+        return f"; did you mean {', '.join(others)}{' or ' if others else ''}{last}?"
+    shown = known if len(known) <= _LISTED else known[:_FIRST]
+    more = f" and {len(known) - len(shown)} more" if len(shown) < len(known) else ""
+    return f"; there are {', '.join(shown) or 'none'}{more}"

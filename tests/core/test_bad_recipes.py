@@ -86,7 +86,7 @@ BAD = {
     "modifiers: [{magnitude_prune: {sparsity: {1ep: 0.3}, start: 1ep, targets: [a]}}]": "r.yaml:1:31: magnitude_prune: 'start' does not go with a sparsity for each time",
     "modifiers: [{magnitude_prune: {sparsity: 0.5, targets: [3]}}]": "r.yaml:1:57: magnitude_prune.targets.0: input should be a valid string: 3",
     "modifiers: [{magnitude_prune: {sparsity: 0.5, targets: {a: b}}}]": "r.yaml:1:56: magnitude_prune.targets: input should be a valid list: {'a': 'b'}",
-    "modifiers: [{magnitude_prune: {sparsity: 0.5, targets: preset:vti}}]": "r.yaml:1:56: magnitude_prune.targets: no preset 'preset:vti'; did you mean 'preset:vit'?",
+    "modifiers: [{magnitude_prune: {sparsity: 0.5, targets: preset:vti}}]": "r.yaml:1:56: magnitude_prune.targets: no preset 'vti'; did you mean 'vit'?",
     "modifiers: [{magnitude_prune: {sparsity: 0.5, targets: []}}]": "r.yaml:1:56: magnitude_prune.targets: list should have at least 1 item",
     "modifiers: [{magnitude_prune: {sparsity: 0.5, targets: ['re:(']}}]": "r.yaml:1:57: magnitude_prune.targets.0: target 're:(' is no regular expression",
     "modifiers: [{ovit_prune: {sparsity: 0.5, targets: [a], damp: 0}}]": "r.yaml:1:62: ovit_prune.damp: input should be greater than 0: 0",
@@ -134,7 +134,7 @@ def test_bad_input_is_explained_at_its_place(text: str) -> None:
 @pytest.mark.parametrize(
     ("given_vars", "words"),
     [
-        ({"y": 3}, "r.yaml:1:1: the recipe has no variable 'y'; it has x"),
+        ({"y": 3}, "r.yaml:1:1: the recipe has no variable 'y'; there are x"),
         ({"x": ["a"]}, "variable 'x' must be one word or number"),
         ({"x": {"a": 1}}, "variable 'x' must be one word or number"),
     ],

@@ -91,9 +91,9 @@ def test_quantized_layers_are_still_layers() -> None:
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("preset:vti", r"no preset 'preset:vti'; did you mean 'preset:vit'\?"),
-        ("preset:efficientnet", r"no preset 'preset:efficientnet'; did you mean 'preset:efficientnetv2'\?"),
-        ("preset:", "no preset 'preset:'; there are vit, xcit, swin, .*, roberta"),
+        ("preset:vti", r"no preset 'vti'; did you mean 'vit'\?"),
+        ("preset:efficientnet", r"no preset 'efficientnet'; did you mean 'efficientnetv2'\?"),
+        ("preset:", "no preset ''; there are vit, xcit, swin, .*, roberta"),
     ],
 )
 def test_an_unknown_preset(target: str, message: str) -> None:

@@ -100,10 +100,10 @@ def test_a_target_matches_whole_names() -> None:
 @pytest.mark.parametrize(
     ("target", "nearest"),
     [
-        ("qkv.wieght", "nearest are qkv.weight, "),
-        ("attn.qkv.weight", "nearest are qkv.weight"),
-        (r"re:.*\.qvk\.weight", "nearest are qkv.weight, "),
-        ("0.0", "nearest are "),
+        ("qkv.wieght", "did you mean 'qkv.weight', '"),
+        ("attn.qkv.weight", "did you mean 'qkv.weight'"),
+        (r"re:.*\.qvk\.weight", "did you mean 'qkv.weight', '"),
+        ("0.0", "; there are "),
     ],
 )
 def test_a_target_that_matches_nothing_shows_the_nearest_names(target: str, nearest: str) -> None:
@@ -148,7 +148,7 @@ def test_a_broken_regular_expression() -> None:
 
 
 def test_select_names_what_it_selects_from() -> None:
-    with pytest.raises(ValueError, match="target 'x' matches no layer of Net; it has none"):
+    with pytest.raises(ValueError, match="target 'x' matches no layer of Net; there are none"):
         select([], ["x"], what="layer", owner="Net")
 
 

@@ -42,7 +42,7 @@ def build() -> Path:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(f"g++ could not build {SOURCE.name}: {done.stderr[-2000:]}")
-            atomic_write(library, lambda stream: stream.write(made.read_bytes()))
+            atomic_write(library, made.read_bytes())
     return library
 
 

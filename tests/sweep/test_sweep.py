@@ -234,7 +234,7 @@ def test_what_is_no_point_or_of_another_model(tmp_path: Path) -> None:
         load_point(nn.Sequential(nn.Linear(8, 17), nn.Tanh(), nn.Linear(17, 1)), tmp_path / FOLDER / "0.25.pt")
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         load_point(mlp(), tmp_path / "none.pt")
-    atomic_write(tmp_path / "x.pt", lambda stream: stream.write(b"x"))
+    atomic_write(tmp_path / "x.pt", b"x")
     with pytest.raises(ValueError, match="is damaged, or no checkpoint"):
         load_point(mlp(), tmp_path / "x.pt")
     torch.save({"model": {}}, tmp_path / "y.pt")

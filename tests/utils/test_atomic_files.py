@@ -11,7 +11,8 @@ from typing import BinaryIO
 
 import pytest
 
-from ovit_engine.utils.files import atomic_write
+from ovit_engine.utils import files
+from ovit_engine.utils.files import atomic_write, staged
 
 
 def test_replaces_the_old_file_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -73,7 +74,7 @@ atomic_write({path!r}, write)
 def test_a_kill_midway_leaves_the_old_file_and_the_next_write_works(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
-    source = sys.modules["ovit_engine.utils.files"].__file__  # without the package: importing torch takes seconds
+    source = files.__file__  # without the package: importing torch takes seconds
     done = subprocess.run([sys.executable, "-c", KILLED.format(source=source, path=str(path))], check=False)
     assert done.returncode == -signal.SIGKILL
     assert path.read_bytes() == b"old"
@@ -92,10 +93,54 @@ def test_what_kills_left_goes_with_a_later_write(tmp_path: Path) -> None:
         "a[1].bin.tmp",
     ]
     for name in names:
-        (tmp_path / name).write_bytes(b"half")
-        os.utime(tmp_path / name, (time.time() - 7200, time.time() - (60 if "ffff" in name else 7200)))
-    atomic_write(path, lambda stream: stream.write(b"new"))
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a[1].bin").write_bytes(b"half")
+        for part in (tmp_path / name / "a[1].bin", tmp_path / name):
+            os.utime(part, (time.time() - 7200, time.time() - (60 if "ffff" in name else 7200)))
+    (tmp_path / ".a[1].bin.01234567.tmp").write_bytes(b"half")  # a plain file: of `save_checkpoint`
+    os.utime(tmp_path / ".a[1].bin.01234567.tmp", (time.time() - 7200, time.time() - 7200))
+    atomic_write(path, b"new")
     assert sorted(os.listdir(tmp_path)) == sorted(["a[1].bin", *names[1:]])
+
+
+def test_a_long_write_is_no_leftover(tmp_path: Path) -> None:
+    """The folder of a write is as old as its start, the file inside as its last byte."""
+    scratch = tmp_path / ".a.bin.0123abcd.tmp"
+    scratch.mkdir()
+    (scratch / "a.bin").write_bytes(b"half")
+    os.utime(scratch, (time.time() - 7200, time.time() - 7200))
+    atomic_write(tmp_path / "a.bin", b"new")
+    assert (scratch / "a.bin").exists()
+
+
+def test_text_and_bytes(tmp_path: Path) -> None:
+    atomic_write(tmp_path / "a", "é")
+    atomic_write(tmp_path / "b", b"\xff")
+    assert ((tmp_path / "a").read_bytes(), (tmp_path / "b").read_bytes()) == (b"\xc3\xa9", b"\xff")
+
+
+def test_files_that_belong_together_appear_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The named file last: who sees it sees the others."""
+    moved: list[str] = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (moved.append(Path(new).name), replace(old, new)))
+    path = tmp_path / "a.onnx"
+    with staged(path) as draft:
+        draft.write_bytes(b"model")
+        draft.with_name("z.json").write_bytes(b"facts")
+        assert not path.exists()
+    assert moved == ["z.json", "a.onnx"]
+
+    def fails() -> None:
+        with staged(path) as draft:
+            draft.write_bytes(b"other")
+            draft.with_name("z.json").write_bytes(b"other")
+            raise ValueError("breaks its promise")
+
+    with pytest.raises(ValueError, match="breaks its promise"):
+        fails()
+    assert [(tmp_path / name).read_bytes() for name in ("a.onnx", "z.json")] == [b"model", b"facts"]
+    assert sorted(os.listdir(tmp_path)) == ["a.onnx", "z.json"]
 
 
 def test_a_folder_is_told_by_its_name(tmp_path):
