@@ -53,7 +53,14 @@ def test_only_ovit_engine_is_added(site: Path) -> None:
     added = {path.name for path in site.iterdir() if not path.name.startswith(("ovit_engine-", "__pycache__"))}
     assert added == {"ovit_engine"}
     assert (site / "ovit_engine" / "py.typed").is_file()
-    assert all((site / "ovit_engine" / "report" / name).is_file() for name in ("page.html", "style.css"))
+    pages = (
+        "certificate/certificate.html",
+        "report/report.html",
+        "utils/base.html",
+        "utils/parts.html",
+        "utils/page.css",
+    )
+    assert all((site / "ovit_engine" / name).is_file() for name in pages)
     assert not (site / "ovit_engine" / "modifiers").is_symlink()
     assert (site / "ovit_engine" / "modifiers" / "ovit_prune.py").is_file()
 

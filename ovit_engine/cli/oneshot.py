@@ -10,7 +10,6 @@ from ovit_engine.cli import options
 if TYPE_CHECKING:
     from ovit_engine.core.recipe import Recipe
     from ovit_engine.post_training.oneshot import Step
-    from ovit_engine.post_training.oneshot_report import OneShot
     from ovit_engine.post_training.setup import Bench
     from ovit_engine.post_training.tune import TuneStep
 
@@ -172,15 +171,7 @@ def _oneshot(
             progress=tell,
         )
     found.render()
-    _say_saved([*found.save(folder), *_plotted(found, folder)])
-
-
-def _plotted(found: "OneShot", folder: Path) -> list[Path]:
-    try:
-        return found.plot(folder)
-    except ModuleNotFoundError as error:
-        click.echo(f"ovit: warning: no plot: {error}", err=True)
-        return []
+    _say_saved([*found.save(folder), *found.plot(folder)])
 
 
 def _tune(

@@ -24,15 +24,14 @@ def report(folder: Path, onnx: tuple[Path, ...], benches: tuple[Path, ...], outp
     The page needs no network and holds no script. Nothing is measured anew: it shows what ovit train, sweep, export and
     bench left in the folder.
     """
-    from ovit_engine.report import gather, render
+    from ovit_engine.report import read_run, render_page
     from ovit_engine.utils.files import atomic_write
 
-    found = gather(folder, checkpoint=_last_whole(folder), onnx=onnx, benches=benches)
+    found = read_run(folder, checkpoint=_last_whole(folder), onnx=onnx, benches=benches)
     for problem in found.problems:
         click.echo(f"ovit: warning: {problem}", err=True)
-    text = render(found)
     path = output or folder / "report.html"
-    atomic_write(path, text)
+    atomic_write(path, render_page(found))
     click.echo(f"wrote {path}")
 
 

@@ -79,11 +79,7 @@ class OneShot:
         return write_texts({folder / f"{NAME}.csv": self.csv(), folder / f"{NAME}.json": self.json()})
 
     def plot(self, folder: Path) -> list[Path]:
-        """Write oneshot.svg and oneshot.png: accuracy over sparsity, a line a pruner, with the dense accuracy.
-
-        Raises:
-            ModuleNotFoundError: matplotlib is not installed.
-        """
+        """Write oneshot.svg and oneshot.png: accuracy over sparsity, a line a pruner, with the dense accuracy."""
         lines: dict[str, list[tuple[float, float]]] = {}
         for point in self.points:
             lines.setdefault(point.pruner, []).append((point.sparsity, point.accuracy))

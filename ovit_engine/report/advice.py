@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from ovit_engine.report.gather import OnnxFile, RunFolder
+from ovit_engine.report.run_folder import OnnxFile, RunFolder
 from ovit_engine.report.words import percent, points
 from ovit_engine.sweep.folder import point_name
 

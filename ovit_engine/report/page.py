@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import metadata
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree as ET
 
 from ovit_engine.analysis.bench_report import BenchReport
 from ovit_engine.analysis.break_even import spell
 from ovit_engine.certificate.render import fact_rows
-from ovit_engine.core.schedule import Clock
-from ovit_engine.report import timeline, tradeoff
 from ovit_engine.report.advice import advise
-from ovit_engine.report.gather import OnnxFile, RunFolder
-from ovit_engine.report.svg import markup
+from ovit_engine.report.figures import draw_scatter, draw_timeline
+from ovit_engine.report.run_folder import OnnxFile, RunFolder
+from ovit_engine.report.timeline import timeline_of
+from ovit_engine.report.tradeoff import metric_of, over_latency, over_size
 from ovit_engine.report.words import megabytes, percent
+from ovit_engine.utils.html import render_html
 
 SECTIONS = (
     ("next", "What to try next"),
@@ -36,33 +35,22 @@ _STATES = {
 }
 
 
-def render(run: RunFolder) -> str:
-    """The whole page. Equal folders give equal pages; whatever comes from files is escaped."""
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    def both(draw: Callable[[float], ET.Element], wide: float) -> tuple[Markup, Markup]:
-        return Markup(markup(draw(wide))), Markup(markup(draw(_NARROW)))  # ElementTree has escaped it
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
-    environment.filters |= {"percent": percent, "spell": spell}
-    source = files("ovit_engine.report")
-    template = environment.from_string(source.joinpath("page.html").read_text(encoding="utf-8"))
-    latency = tradeoff.over_latency(run)
-    charts = [chart for chart in (tradeoff.over_size(run), latency) if chart is not None]
-    course = timeline.draw(run, _WIDE)
-    return template.render(
+def render_page(run: RunFolder) -> str:
+    """Return the whole page. Equal folders give equal pages; whatever comes from files is escaped."""
+    course, latency = timeline_of(run), over_latency(run)
+    charts = [chart for chart in (over_size(run), latency) if chart is not None]
+    return render_html(
+        Path(__file__).with_name("report.html"),
         title=run.path.resolve().name if run.recipe is None else run.recipe.name,
         description="" if run.recipe is None else run.recipe.description,
-        style=Markup(source.joinpath("style.css").read_text(encoding="utf-8")),
         sections=SECTIONS,
         tiles=_tiles(run),
         problems=run.problems,
         advice=advise(run),
-        timeline=None if course is None else both(lambda width: _drawn(timeline.draw(run, width)), _WIDE),
-        layers=[_layer(layer) for layer in run.layers],
+        timeline=None if course is None else [draw_timeline(course, width) for width in (_WIDE, _NARROW)],
+        layers=run.layers,
         layers_note=_layers_note(run),
-        charts=[both(lambda width, chart=chart: tradeoff.draw(chart, width), _HALF) for chart in charts],  # type: ignore[misc]
+        charts=[[draw_scatter(chart, width) for width in (_HALF, _NARROW)] for chart in charts],
         has_latency=latency is not None,
         benches=[_bench(bench) for bench in run.benches],
         tables=run.tables,
@@ -71,12 +59,9 @@ def render(run: RunFolder) -> str:
         plan=_plan(run),
         folder=str(run.path),
         version=metadata.version("ovit-engine"),
+        percent=percent,
+        spell=spell,
     )
-
-
-def _drawn(drawing: ET.Element | None) -> ET.Element:
-    assert drawing is not None
-    return drawing
 
 
 def _tiles(run: RunFolder) -> list[tuple[str, str, str]]:
@@ -95,7 +80,7 @@ def _tiles(run: RunFolder) -> list[tuple[str, str, str]]:
         tiles.append(("zeros", percent(zeros / total), f"of {total:,} weights in {len(run.layers)} layers"))
     for file in [file for file in run.files if file.path.parent == run.path][:2]:
         facts = file.certificate
-        right = tradeoff.accuracy_of(run, file)
+        right = metric_of(run, file)
         note = "" if right is None else f"{percent(right)} {run.metric}, "
         note += f"{megabytes(facts.gzip_bytes)} gzip, {percent(facts.int8_share)} of weights int8"
         tiles.append((run.label(file), megabytes(facts.bytes), note))
@@ -103,17 +88,6 @@ def _tiles(run: RunFolder) -> list[tuple[str, str, str]]:
         names = ", ".join(percent(point.sparsity) for point in run.sweep.points)
         tiles.append(("sweep points", str(len(run.sweep.points)), names))
     return tiles
-
-
-def _layer(layer: Any) -> dict[str, Any]:
-    kept = round(layer.numel * (1 - layer.sparsity))
-    return {
-        "name": layer.name,
-        "shape": layer.shape,
-        "pattern": layer.pattern,
-        "sparsity": layer.sparsity,
-        "kept": f"{kept:,}",
-    }
 
 
 def _layers_note(run: RunFolder) -> str:
@@ -152,7 +126,7 @@ def _plan(run: RunFolder) -> list[tuple[str, ...]]:
     """The recipe's timeline: (epoch, step, what, value)."""
     if run.recipe is None or run.training is None:
         return []
-    clock: Clock = run.training.clock
+    clock = run.training.clock
     rows = sorted(
         (row for modifier in run.recipe.modifiers for row in modifier.timeline(clock)), key=lambda row: row[0]
     )

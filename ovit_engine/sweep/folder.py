@@ -102,28 +102,21 @@ def weigh(tensors: Iterable[Tensor]) -> tuple[int, int]:
 
 
 def draw(folder: Path, index: Index) -> list[Path]:
-    """Plot the metric of each point over its compressed size; nothing where no metric was reported.
-
-    Without matplotlib it says so in one warning.
-    """
+    """Plot the metric of each point over its compressed size; nothing where no metric was reported."""
     line = [(point.gzip_bytes / 1e6, point.metric) for point in index.points if point.metric is not None]
     if not line:
         return []
     from ovit_engine.utils.plots import plot_lines
 
-    try:
-        return plot_lines(
-            folder / f"{index.metric.replace('/', '_')}_over_size",
-            {index.recipe: line},
-            title=f"{index.recipe}: {index.metric} over size",
-            x="weights, compressed (MB)",
-            y=index.metric,
-            percent_y=index.is_share,
-            level=None if index.baseline is None else ("dense", index.baseline),
-        )
-    except ModuleNotFoundError as error:
-        log.warning("no plot of the sweep: %s", error)
-        return []
+    return plot_lines(
+        folder / f"{index.metric.replace('/', '_')}_over_size",
+        {index.recipe: line},
+        title=f"{index.recipe}: {index.metric} over size",
+        x="weights, compressed (MB)",
+        y=index.metric,
+        percent_y=index.is_share,
+        level=None if index.baseline is None else ("dense", index.baseline),
+    )
 
 
 def is_of(content: Mapping[str, Any], recipe_hash: str, total_steps: int) -> bool:

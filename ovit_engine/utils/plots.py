@@ -1,4 +1,4 @@
-"""Line plots as SVG and PNG, without pyplot and its global state. Needs matplotlib (`ovit-engine[plot]`)."""
+"""Line plots as SVG and PNG, without pyplot and its global state."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-Series = Mapping[str, Sequence[tuple[float, float]]]
+Lines = Mapping[str, Sequence[tuple[float, float]]]
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart, without the yellow that white swallows
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -47,7 +47,7 @@ STYLE: dict[str, Any] = {
 
 def plot_lines(
     path: Path,
-    series: Series,
+    series: Lines,
     *,
     title: str,
     x: str,
@@ -73,14 +73,11 @@ def plot_lines(
 
     Raises:
         ValueError: nothing to draw, a value that is no number, or one that a logarithmic axis can't show.
-        ModuleNotFoundError: matplotlib is not installed; it says how to get it.
         OSError: the folder is missing or can't be written.
     """
     _check(series, level, log_x, log_y)
-    try:
-        from matplotlib import style
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plots need matplotlib: pip install 'ovit-engine[plot]'") from error
+    from matplotlib import style
+
     written = []
     with style.context(["default", STYLE]):
         figure = _figure(series, level)
@@ -99,7 +96,7 @@ def plot_lines(
     return written
 
 
-def _check(series: Series, level: tuple[str, float] | None, log_x: bool, log_y: bool) -> None:
+def _check(series: Lines, level: tuple[str, float] | None, log_x: bool, log_y: bool) -> None:
     if not any(series.values()):
         raise ValueError("there is nothing to plot: every series is empty")
     points = [(name, *point) for name, line in series.items() for point in line]
@@ -111,7 +108,7 @@ def _check(series: Series, level: tuple[str, float] | None, log_x: bool, log_y: 
             raise ValueError(f"a logarithmic axis can't show the point ({across}, {up}) of {name!r}")
 
 
-def _figure(series: Series, level: tuple[str, float] | None) -> "Figure":
+def _figure(series: Lines, level: tuple[str, float] | None) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.0))

@@ -1,14 +1,18 @@
 """How far long work is: bars on a terminal, lines now and then elsewhere."""
 
+from __future__ import annotations
+
 import logging
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Self
+from functools import cached_property
+from typing import TYPE_CHECKING, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
 
 log = logging.getLogger(__name__)
 
@@ -25,25 +29,23 @@ class ProgressReport:
     """
 
     def __init__(self, console: Console | None = None, every: float = 10.0) -> None:
-        self._say: Callable[[str], object] = log.info if console is None else console.print
-        self._every = every
+        self._console, self._every = console, every
         self._said: float | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._bars = RichProgress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=console is None or not console.is_terminal,
-            get_time=time.monotonic,
-        )
+
+    @cached_property
+    def _bars(self) -> Bars:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        # without a terminal nothing is drawn, and the time left is estimated all the same
+        return Bars(*columns, console=self._console, transient=True, disable=not self.has_bars, get_time=time.monotonic)
 
     @property
     def has_bars(self) -> bool:
         """Whether bars are drawn."""
-        return not self._bars.disable
+        return self._console is not None and self._console.is_terminal
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -66,4 +68,5 @@ class ProgressReport:
         if not self.has_bars and (done == 0 or now - self._said >= self._every):
             self._said = now
             left = self._bars.tasks[task].time_remaining
-            self._say(f"{what} {done} of {total}" + (f", about {timedelta(seconds=left)} left" if left else ""))
+            line = f"{what} {done} of {total}" + (f", about {timedelta(seconds=left)} left" if left else "")
+            log.info(line) if self._console is None else self._console.print(line)

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from click.testing import CliRunner, Result
 
 from ovit_engine import Recipe
 from ovit_engine.cli import main
-from ovit_engine.cli.oneshot import _duration
 
 Ovit = Callable[..., Result]
 
@@ -153,13 +151,6 @@ def test_tune(oneshot: Ovit) -> None:
     assert dense == f"{document['accuracy']['dense']:.2%}"
 
 
-def test_without_matplotlib_the_table_is_there_all_the_same(oneshot: Ovit, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    result = oneshot("--sparsity", "0.5", "--compare", "magnitude")
-    assert lines(result)[-1] == "saved runs/mine-oneshot/oneshot.csv, runs/mine-oneshot/oneshot.json"
-    assert result.stderr.endswith("no plot: plots need matplotlib: pip install 'ovit-engine[plot]'\n")
-
-
 def test_random_weights_are_told(ovit: Ovit) -> None:
     Path("mine.yaml").write_text(RECIPE)
     result = ovit("oneshot", "--recipe", "mine.yaml", "--data", "digits", "--sparsity", "0.5", "--compare", "magnitude")
@@ -215,8 +206,3 @@ def test_neither_recipe_nor_targets(ovit: Ovit) -> None:
     result = ovit("oneshot", "--data", "digits", "--sparsity", "0.5")
     assert result.exit_code == 2
     assert "give --recipe, or the weights to prune with --targets" in result.stderr
-
-
-@pytest.mark.parametrize(("seconds", "said"), [(0.2, "1 s"), (89, "89 s"), (300, "5 min"), (9000, "2.5 h")])
-def test_time_left_as_people_say_it(seconds: float, said: str) -> None:
-    assert _duration(seconds) == said

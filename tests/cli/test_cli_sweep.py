@@ -44,7 +44,6 @@ def test_train_names_the_points_and_the_next_command(swept: tuple[Path, str]) ->
 
 
 def test_the_table_and_the_plot(ovit: Ovit, swept: tuple[Path, str]) -> None:
-    pytest.importorskip("matplotlib")
     done = ovit("sweep", swept[0])
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()

@@ -10,17 +10,17 @@ from ovit_engine.analysis.break_even import SparseTable
 from ovit_engine.analysis.paired import Ratio
 from ovit_engine.certificate.machine import Conditions
 from ovit_engine.core.schedule import Clock
-from ovit_engine.report import gather
+from ovit_engine.report import read_run
 from ovit_engine.report.advice import advise
-from ovit_engine.report.gather import Epoch, Layer, OnnxFile, RunFolder, Training
+from ovit_engine.report.run_folder import Epoch, MaskedWeight, OnnxFile, RunFolder, TrainingRecord
 from ovit_engine.sweep.folder import Index, Point
 
-LAYER = Layer(name="fc.weight", shape=(4, 4), pattern="unstructured", sparsity=0.5)
+LAYER = MaskedWeight(name="fc.weight", shape=(4, 4), pattern="unstructured", sparsity=0.5)
 TABLE = SparseTable(device="A", capability=(8, 0), backend="cutlass", versions={}, date="", repeats=5, rows=())
 
 
-def training(history=(), *, step=100, finished=True, layers=(LAYER,)) -> Training:
-    return Training(
+def training(history=(), *, step=100, finished=True, layers=(LAYER,)) -> TrainingRecord:
+    return TrainingRecord(
         clock=Clock(10, 100), step=step, finished=finished, recipe_text="", history=tuple(history), layers=layers
     )
 
@@ -63,7 +63,7 @@ def sweep(*metrics: float | None, best="max") -> Index:
 
 @pytest.fixture
 def files(whole_run) -> tuple[OnnxFile, ...]:
-    return gather(whole_run).files
+    return read_run(whole_run).files
 
 
 def bench(path: Path, ratio: Ratio, spread: float = 0.01) -> BenchReport:

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ovit_engine.report import gather, render
+from ovit_engine.report import read_run, render_page
 from ovit_engine.report.page import SECTIONS
 from tests.report.chromium import assert_readable, find_chromium, running
 
@@ -30,11 +30,11 @@ class Seen(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page(whole_run):
-    return render(gather(whole_run))
+    return render_page(read_run(whole_run))
 
 
 def test_equal_folders_give_equal_pages(page, whole_run):
-    assert page == render(gather(whole_run))
+    assert page == render_page(read_run(whole_run))
 
 
 def test_it_is_one_file_without_scripts(page):
@@ -73,7 +73,7 @@ def test_all_sections_are_there_and_linked(page):
 
 
 def test_figures_are_those_of_the_folder(page, whole_run):
-    run = gather(whole_run)
+    run = read_run(whole_run)
     words = " ".join("".join(Seen(page).words).split())
     facts = run.files[0].certificate
     assert f"{facts.sha256[:16]}" in words

@@ -1,7 +1,6 @@
 """A sweep in a user's own loop: which model of each sparsity is kept, and that none is lost."""
 
 import logging
-import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,7 +10,7 @@ from torch import nn
 
 from ovit_engine import Engine, Modifier, Recipe, RecipeError, Run, load_point
 from ovit_engine.distributed.comm import Comm
-from ovit_engine.sweep.folder import FOLDER, INDEX, Index, read_index, weigh
+from ovit_engine.sweep.folder import FOLDER, INDEX, read_index, weigh
 from ovit_engine.utils.files import atomic_write
 from tests.loops import PRUNE, X, mlp, recipe
 from tests.sweep.sweeping import RISING, SWEEP, Training, kept, same, steps
@@ -255,21 +254,8 @@ def test_sizes_are_those_of_gzip() -> None:
 
 
 def test_the_plot_of_accuracy_over_size(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     Training(tmp_path).attach().train(0, 40, RISING).engine.detach()
     assert {"accuracy_over_size.svg", "accuracy_over_size.png"} <= {p.name for p in (tmp_path / FOLDER).iterdir()}
-
-
-def test_without_matplotlib_it_says_so_in_a_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with caplog.at_level(logging.WARNING):
-        Training(tmp_path).attach().train(0, 40, RISING).engine.detach()
-    assert [record.getMessage() for record in caplog.records] == [
-        "no plot of the sweep: plots need matplotlib: pip install 'ovit-engine[plot]'"
-    ]
-    assert isinstance(read_index(tmp_path / FOLDER), Index)
 
 
 def test_onnx_in_a_loop_of_ones_own_says_how(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -67,12 +67,6 @@ def test_no_pyplot_is_loaded(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
-def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ModuleNotFoundError, match=r"plots need matplotlib: pip install 'ovit-engine\[plot\]'"):
-        plot_lines(tmp_path / "a", SERIES, **LABELS)
-
-
 @pytest.mark.parametrize(
     ("series", "options", "message"),
     [

@@ -17,12 +17,12 @@ from ovit_engine import Engine, Recipe
 from ovit_engine.analysis.break_even import ProductRow, SparseTable, write_table
 from ovit_engine.analysis.paired import Ratio
 from ovit_engine.cli import main
-from ovit_engine.report import gather, render
+from ovit_engine.report import read_run, render_page
 from ovit_engine.report.advice import advise
 
 
 def test_a_real_run_is_read_whole(whole_run):
-    run = gather(whole_run)
+    run = read_run(whole_run)
     assert run.problems == ()
     assert run.training.finished
     assert run.recipe.name == "tiny_<b>bold</b>"
@@ -48,7 +48,7 @@ def test_sparsity_a_layer_is_that_of_the_weights_in_the_exported_file(whole_run)
         for values in map(numpy_helper.to_array, model.graph.initializer)
         if values.ndim == 2 and (values == 0).mean() > 0.1
     )
-    layers = gather(whole_run).layers
+    layers = read_run(whole_run).layers
     assert len(layers) == 4
     assert sorted(round(layer.sparsity * layer.numel) for layer in layers) == counted
     assert {layer.pattern for layer in layers} == {"unstructured"}
@@ -56,7 +56,7 @@ def test_sparsity_a_layer_is_that_of_the_weights_in_the_exported_file(whole_run)
 
 def test_the_masks_of_a_checkpoint_are_counted_bit_by_bit(whole_run):
     weights = torch.load(whole_run / "last.pt", weights_only=True)["model"]
-    for layer in gather(whole_run).layers:
+    for layer in read_run(whole_run).layers:
         assert layer.sparsity == pytest.approx(float((weights[layer.name] == 0).float().mean()), abs=1e-6)
         assert layer.shape == tuple(weights[layer.name].shape)
 
@@ -75,15 +75,15 @@ def test_any_part_alone_makes_a_page(whole_run, tmp_path, kept, missing):
     for path in whole_run.glob(kept):
         (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
     assert (tmp_path / missing).exists()
-    page = render(gather(tmp_path))
+    page = render_page(read_run(tmp_path))
     assert page.count("<section id=") == 6
 
 
 def test_layers_come_from_a_file_where_there_is_no_checkpoint(whole_run, tmp_path):
     for path in whole_run.glob("model.*"):
         shutil.copy(path, tmp_path)
-    of_file = {layer.name: layer.sparsity for layer in gather(tmp_path).layers}
-    of_run = {layer.name: layer.sparsity for layer in gather(whole_run).layers}
+    of_file = {layer.name: layer.sparsity for layer in read_run(tmp_path).layers}
+    of_run = {layer.name: layer.sparsity for layer in read_run(whole_run).layers}
     assert of_file.keys() == of_run.keys()
     # int8 rounds small weights to zero as well
     assert all(share >= of_run[name] - 1e-9 for name, share in of_file.items())
@@ -94,9 +94,9 @@ def test_a_file_that_was_changed_or_is_gone_is_seen(run_copy):
     content[-1] ^= 1
     (run_copy / "model.onnx").write_bytes(content)
     (run_copy / "sweep" / "0.75.onnx").unlink()
-    run = gather(run_copy)
+    run = read_run(run_copy)
     assert [file.unchanged for file in run.files] == [False, None]
-    page = render(run)
+    page = render_page(run)
     assert "its bytes have changed" in page
     assert "the file is not" in page
     assert "Don&#39;t ship model.onnx before it is verified." in page
@@ -113,54 +113,54 @@ def test_a_file_that_was_changed_or_is_gone_is_seen(run_copy):
 )
 def test_what_is_damaged_is_told_and_the_rest_is_shown(run_copy, name, content, words):
     (run_copy / name).write_bytes(content)
-    run = gather(run_copy)
+    run = read_run(run_copy)
     (problem,) = run.problems
     assert words in problem
-    assert "Could not be read" in render(run)
+    assert "Could not be read" in render_page(run)
 
 
 def test_a_damaged_bench_is_told(run_copy):
     content = json.loads((run_copy / "bench.json").read_text())
     (run_copy / "bench.json").write_text(json.dumps({**content, "threads": "many"}))
-    (problem,) = gather(run_copy).problems
+    (problem,) = read_run(run_copy).problems
     assert "bench.json' is damaged, or no JSON of ovit bench: threads:" in problem
 
 
 def test_a_checkpoint_of_something_else_is_told(tmp_path, whole_run):
     shutil.copy(whole_run / "metrics.csv", tmp_path)
     torch.save({"model": {}}, tmp_path / "last.pt")
-    assert "last.pt' is no checkpoint of a run: KeyError 'engine'" in gather(tmp_path).problems[0]
+    assert "last.pt' is no checkpoint of a run: KeyError 'engine'" in read_run(tmp_path).problems[0]
 
 
 def test_nothing_to_report_on(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder"):
-        gather(tmp_path / "none")
+        read_run(tmp_path / "none")
     with pytest.raises(ValueError, match=r"nothing to report on in .*: no last\.pt, metrics\.csv, sweep/sweep\.json"):
-        gather(tmp_path)
+        read_run(tmp_path)
     (tmp_path / "last.pt").write_bytes(b"no zip")
     with pytest.raises(ValueError, match=r"bench that can be read: .*last\.pt' is damaged"):
-        gather(tmp_path)
+        read_run(tmp_path)
 
 
 def test_files_that_are_named_must_be_there_and_whole(whole_run, tmp_path):
     shutil.copy(whole_run / "metrics.csv", tmp_path)
-    run = gather(tmp_path, onnx=[whole_run / "model.onnx"], benches=[whole_run / "bench.json"])
+    run = read_run(tmp_path, onnx=[whole_run / "model.onnx"], benches=[whole_run / "bench.json"])
     assert [run.label(file) for file in run.files] == [str(whole_run / "model.onnx")]
     assert len(run.benches) == 1
     with pytest.raises(FileNotFoundError, match=r"no certificate .*x\.certificate\.json' beside x\.onnx"):
-        gather(tmp_path, onnx=[tmp_path / "x.onnx"])
+        read_run(tmp_path, onnx=[tmp_path / "x.onnx"])
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
-        gather(tmp_path, benches=[tmp_path / "none.json"])
+        read_run(tmp_path, benches=[tmp_path / "none.json"])
     with pytest.raises(ValueError, match=r"metrics\.csv' is damaged, or no JSON of ovit bench"):
-        gather(tmp_path, benches=[tmp_path / "metrics.csv"])
-    twice = gather(whole_run, onnx=[whole_run / "model.onnx"], benches=[whole_run / "bench.json"])
+        read_run(tmp_path, benches=[tmp_path / "metrics.csv"])
+    twice = read_run(whole_run, onnx=[whole_run / "model.onnx"], benches=[whole_run / "bench.json"])
     assert len(twice.files) == 2
     assert len(twice.benches) == 1
 
 
 def test_a_row_of_a_bench_belongs_to_a_file_only_where_that_is_certain(whole_run, run_copy):
     """Two files are called model.onnx: a path tells them apart, a name alone does not."""
-    run = gather(whole_run, onnx=[run_copy / "model.onnx"])
+    run = read_run(whole_run, onnx=[run_copy / "model.onnx"])
     row = replace(run.benches[0].rows[1], path=run_copy / "sweep" / ".." / "model.onnx")
     assert run.file_of(row).path == run_copy / "model.onnx"
     assert run.file_of(replace(row, path=Path("elsewhere/model.onnx"))) is None
@@ -175,7 +175,7 @@ def test_a_table_of_a_gpu_is_shown(tmp_path):
         device="Abacus", capability=(8, 0), backend="cutlass", versions={}, date="", repeats=5, rows=(row,)
     )
     write_table(known, tmp_path / "break_even.json")
-    page = render(gather(tmp_path))
+    page = render_page(read_run(tmp_path))
     assert "2:4 on Abacus" in page
     assert "int8, 64×32: 2:4 is faster from 100 rows on (100 to 100 rows were measured)" in page
 
@@ -186,7 +186,7 @@ def test_the_command_writes_the_page_and_warns_of_damage(run_copy):
     assert done.exit_code == 0
     assert done.stdout == f"wrote {run_copy / 'report.html'}\n"
     assert done.stderr.startswith("ovit: warning: ")
-    assert (run_copy / "report.html").read_text() == render(gather(run_copy))
+    assert (run_copy / "report.html").read_text() == render_page(read_run(run_copy))
     other = run_copy.parent / "x.html"
     assert CliRunner().invoke(main, ["report", str(run_copy), "--output", str(other)]).exit_code == 0
     assert other.read_text() == (run_copy / "report.html").read_text()
@@ -202,7 +202,7 @@ def test_masks_of_blocks_and_groups_are_named(tmp_path):
     }
     engine = {"steps_per_epoch": 2, "total_steps": 4, "step": 1, "finished": False, "recipe": "modifiers: []"}
     torch.save({"engine": {**engine, "history": [], "masks": masks}}, tmp_path / "last.pt")
-    layers = gather(Path(tmp_path)).layers
+    layers = read_run(Path(tmp_path)).layers
     assert [(layer.pattern, layer.sparsity) for layer in layers] == [("2:4", 0.5), ("block 1x2", 0.5)]
 
 
@@ -214,8 +214,8 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_read(whole_run, tmp_
     assert done.stderr.startswith(f"ovit: warning: '{tmp_path}/last.pt' is damaged")
     assert done.stderr.endswith(f"{tmp_path}/previous.pt\n")
     assert done.stderr.count("\n") == 1
-    found = gather(tmp_path, checkpoint=tmp_path / "previous.pt")
-    assert found.training == gather(whole_run).training
+    found = read_run(tmp_path, checkpoint=tmp_path / "previous.pt")
+    assert found.training == read_run(whole_run).training
     assert "magnitude_prune" in (tmp_path / "report.html").read_text()
     (tmp_path / "previous.pt").unlink()
     alone = CliRunner().invoke(main, ["report", str(tmp_path)])
@@ -235,7 +235,7 @@ def test_a_checkpoint_of_a_loop_of_ones_own(tmp_path, steps, finished):
         model(torch.ones(1, 4)).sum().backward()
         optimizer.step()
     torch.save({"model": model.state_dict(), "engine": engine.state_dict()}, tmp_path / "last.pt")
-    run = gather(tmp_path)
+    run = read_run(tmp_path)
     assert run.recipe.name == "own"
     assert (run.training.step, run.training.finished, run.training.bundled) == (steps, finished, False)
     assert not any((advice.command or "").startswith(("ovit train", "ovit export")) for advice in advise(run))

@@ -42,7 +42,7 @@ class Epoch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer:
+class MaskedWeight:
     """How sparse a weight is."""
 
     name: str
@@ -55,9 +55,14 @@ class Layer:
         """How many weights it has."""
         return prod(self.shape)
 
+    @property
+    def kept(self) -> int:
+        """How many of them are not pruned."""
+        return round(self.numel * (1 - self.sparsity))
+
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class TrainingRecord:
     """What the last checkpoint knows."""
 
     clock: Clock
@@ -67,7 +72,7 @@ class Training:
     # (step, name, value) in the order in which things happened
     history: tuple[tuple[int, str, float], ...]
     # every weight that has a mask
-    layers: tuple[Layer, ...]
+    layers: tuple[MaskedWeight, ...]
     # whether ovit train wrote it, so that ovit train and export can read it; else a loop of someone's own did
     bundled: bool = True
 
@@ -94,7 +99,7 @@ class RunFolder:
 
     path: Path
     recipe: Recipe | None = None
-    training: Training | None = None
+    training: TrainingRecord | None = None
     epochs: tuple[Epoch, ...] = ()
     sweep: Index | None = None
     files: tuple[OnnxFile, ...] = ()
@@ -115,7 +120,7 @@ class RunFolder:
         return [(step, value) for step, name, value in history if name == self.metric]
 
     @property
-    def layers(self) -> tuple[Layer, ...]:
+    def layers(self) -> tuple[MaskedWeight, ...]:
         """Sparsity a weight: of the last checkpoint, or else of the first file."""
         if self.training is not None:
             return self.training.layers
@@ -124,7 +129,7 @@ class RunFolder:
             found = [layer for layer in file.certificate.layers if layer.name in patterns]
             if found:
                 return tuple(
-                    Layer(name=each.name, shape=each.shape, pattern=patterns[each.name], sparsity=each.sparsity)
+                    MaskedWeight(name=each.name, shape=each.shape, pattern=patterns[each.name], sparsity=each.sparsity)
                     for each in found
                 )
         return ()
@@ -156,7 +161,7 @@ class _Problems:
             return None
 
 
-def gather(
+def read_run(
     folder: Path, *, checkpoint: Path | None = None, onnx: Iterable[Path] = (), benches: Iterable[Path] = ()
 ) -> RunFolder:
     """Read the folder of a run, and files that lie elsewhere.
@@ -213,13 +218,13 @@ def _checkpoint(folder: Path) -> Path | None:
     return points[-1] if points else None
 
 
-def _read_training(path: Path) -> Training:
+def _read_training(path: Path) -> TrainingRecord:
     content = load_file(path, lazily=True)
     try:
         engine, bundled = content["engine"], "data" in content
         # a loop of someone's own may save last between the last step and engine.detach()
         over = engine["step"] >= engine["total_steps"] and not bundled
-        return Training(
+        return TrainingRecord(
             clock=Clock(engine["steps_per_epoch"], engine["total_steps"]),
             step=engine["step"],
             finished=bool(engine["finished"]) or over,
@@ -232,12 +237,12 @@ def _read_training(path: Path) -> Training:
         raise ValueError(f"{str(path)!r} is no checkpoint of a run: {type(error).__name__} {error}") from error
 
 
-def _read_mask(name: str, packed: Mapping[str, Any]) -> Layer:
+def _read_mask(name: str, packed: Mapping[str, Any]) -> MaskedWeight:
     import numpy as np
 
     shape = tuple(int(size) for size in packed["shape"])
     kept = int(np.unpackbits(packed["bits"].numpy(), count=prod(shape)).sum())
-    return Layer(name=name, shape=shape, pattern=_pattern(packed["pattern"]), sparsity=1 - kept / prod(shape))
+    return MaskedWeight(name=name, shape=shape, pattern=_pattern(packed["pattern"]), sparsity=1 - kept / prod(shape))
 
 
 def _pattern(spelling: str | Mapping[str, Any]) -> str:
