@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ovit_engine import Calibration
+from ovit_engine.bases.gradient_pruner import chunk_size
 from ovit_engine.gradients import backward as gradient_pass
 from ovit_engine.gradients import calibration
 from ovit_engine.masking.targets import find_slots
-from ovit_engine.modifiers._gradient_pruning import chunk_size
 
 # least number of gradients for which batching is tried, and activations a backward pass; "batched" is what 3 GB hold,
 # which 16 images of DeiT-Tiny a gradient exceed

@@ -10,7 +10,6 @@ from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard  # type
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ovit_engine.core.modifier import Run
 from ovit_engine.core.optimizers import layers_of
 from ovit_engine.core.recipe import Recipe
 from ovit_engine.engine import Engine
@@ -62,19 +61,20 @@ def attach_accelerate(
     engine.attach(*inner, calibration=plain, **options)
     if getattr(optimizers[0], "scaler", None) is not None:
         outermost = layers_of(optimizers[0])[-1]  # Accelerate's has no hooks of its own
-        engine.keep(outermost.register_step_post_hook(_CountSkipped(engine.run)))
+        engine.keep(outermost.register_step_post_hook(_CountSkipped(engine)))
     return engine
 
 
 class _CountSkipped:
     """A hook after the step of Accelerate's optimizer, which knows what its scaler skipped."""
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
     def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if optimizer.gradient_state.sync_gradients:  # where gradients accumulate, what it says is of the step before
-            self._run.skipped += optimizer.step_was_skipped
+        # where gradients accumulate, what it says is of the step before
+        if optimizer.gradient_state.sync_gradients and optimizer.step_was_skipped:
+            self._engine.skip_step()
 
 
 class _PlainCalibration(Calibration):

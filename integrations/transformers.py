@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from ovit_engine.certificate import Certificate
+from ovit_engine.core.capabilities import LearningRate, having
 from ovit_engine.core.recipe import Recipe
 from ovit_engine.engine import Engine
 from ovit_engine.gradients.calibration import Calibration
@@ -104,8 +105,7 @@ def check_arguments(trainer: Trainer) -> None:
 
 def keep_rates(engine: Engine, trainer: Trainer) -> None:
     """Have the Trainer make no scheduler where the recipe writes the learning rate."""
-    claims = [claim.what for modifier in engine.modifiers for claim in modifier.claims(engine.run)]
-    if trainer.lr_scheduler is None and "the learning rate" in claims:
+    if trainer.lr_scheduler is None and having(engine.modifiers, LearningRate):
         trainer.lr_scheduler = OptimizersRates(engine)  # type: ignore[assignment]  # all that a Trainer asks for
 
 
@@ -167,7 +167,8 @@ class RecipeTrainerCallback(TrainerCallback, ExportableState):
         self._terms = self.engine.model.register_forward_hook(AddToOwnLoss(self.engine), with_kwargs=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.engine.run.skipped += self._trainer.accelerator.optimizer_step_was_skipped
+        if self._trainer.accelerator.optimizer_step_was_skipped:
+            self.engine.skip_step()
         self._log.flush(control)
 
     def on_evaluate(

@@ -9,10 +9,21 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 
-from ovit_engine.core.modifier import Modifier, Run
+from ovit_engine.core.capabilities import (
+    Coordinated,
+    Deployable,
+    Exclusive,
+    Patterned,
+    Scheduled,
+    Surgical,
+    Synchronized,
+    having,
+)
+from ovit_engine.core.modifier import Modifier
+from ovit_engine.core.run import Run
 from ovit_engine.masking.parameters import is_scorer
 from ovit_engine.structured.gates import GateSite, Kind, copy_gates, find_sites, install, installed, set_gate
-from ovit_engine.structured.groups import Groups
+from ovit_engine.structured.groups import Groups, tiles_of
 from ovit_engine.structured.recording import (
     GateScores,
     GradientTally,
@@ -26,13 +37,12 @@ from ovit_engine.structured.recording import (
 from ovit_engine.structured.shrink_model import manifest_of
 
 
-class GateModifier(Modifier):
+class GateModifier(Scheduled, Surgical, Deployable, Exclusive, Coordinated, Synchronized):
     """Switches heads and units on and off. A subclass states when, and which.
 
     Scores come from the loop's own backward passes in the steps before an event, and nothing is recorded otherwise.
     """
 
-    surgery = True  # a model that is compiled already would not see the gates
     removes_units = True
 
     _sites: list[GateSite] = PrivateAttr(default_factory=list)
@@ -40,7 +50,8 @@ class GateModifier(Modifier):
     _done: int = PrivateAttr(default=-1)  # the last of its times at which it acted
     _sums: dict[str, Tensor] = PrivateAttr(default_factory=dict)  # of the present window, over all processes
     _loaded: bool = PrivateAttr(default=False)  # whether a state was loaded
-    _gates: dict[str, Tensor] = PrivateAttr(default_factory=dict)  # those of the run
+    _gates: dict[str, Tensor] = PrivateAttr(default_factory=dict)  # in force, by site; one for all gate modifiers
+    _written_at: int = PrivateAttr(default=-1)  # the step at which it last wrote gates
     _scored: list[int] = PrivateAttr(default_factory=list)  # steps at whose end scores are needed, in order
     _window: int = PrivateAttr(default=0)  # steps that are recorded before each of them
     _records: bool = PrivateAttr(default=False)  # whether the tallies at the gates are its own
@@ -70,10 +81,11 @@ class GateModifier(Modifier):
             raise self.error(str(error)) from None
         install(self._sites)
         self._model = run.model
-        self._gates = run.gates
 
-    def settle(self, run: Run) -> None:
-        self._groups = {site.name: Groups.of(site, run.tiles) for site in self._sites}
+    def coordinate(self, run: Run, modifiers: Sequence[Modifier]) -> None:
+        tiles = tiles_of(modifier.patterns() for modifier in having(modifiers, Patterned))
+        self._groups = {site.name: Groups.of(site, tiles) for site in self._sites}
+        self._gates = having(modifiers, GateModifier)[0]._gates  # several may write a gate, each in its time
 
     def groups(self, site: GateSite) -> Groups:
         """Which neighbours go together, once PREPARE is over: a 2:4 pattern of `fc2` holds units by fours."""
@@ -123,7 +135,7 @@ class GateModifier(Modifier):
     def detach(self, run: Run) -> None:
         self._stop()
         for site in self._sites:  # the model may be shrunk from now on
-            run.gates.setdefault(site.name, site.gate.clone())
+            self._gates.setdefault(site.name, site.gate.clone())
 
     def check(self, model: nn.Module) -> None:
         sites = {site.name: site for site in installed(model)}
@@ -138,8 +150,15 @@ class GateModifier(Modifier):
 
     def reloaded(self, run: Run) -> None:
         for site in self._sites:
-            if site.name in run.gates:
-                set_gate(site, run.gates[site.name])
+            if site.name in self._gates:
+                set_gate(site, self._gates[site.name])
+
+    def copies_are_behind(self, run: Run) -> bool:
+        return self._written_at == run.step
+
+    def synchronized(self, run: Run) -> Mapping[str, Tensor]:
+        written = self._sites if self._written_at == run.step else ()
+        return {f"the gate of {site.name!r}": site.gate for site in written}
 
     def apply_to(self, model: nn.Module) -> None:
         assert self._model is not None
@@ -162,9 +181,8 @@ class GateModifier(Modifier):
         """Put gates in force, by site name; a window that led to them is over."""
         for site in self._sites:
             set_gate(site, keeps.get(site.name, site.gate))
-            run.gates[site.name] = site.gate.clone()
-            run.shared[f"the gate of {site.name!r}"] = site.gate
-        run.copies_behind = True
+            self._gates[site.name] = site.gate.clone()
+        self._written_at = run.step
         self._sums = {}
         for kind in self.kinds():
             off = sum(int((~site.gate).sum()) for site in self.sites(kind))
@@ -199,7 +217,7 @@ class GateModifier(Modifier):
     def _check_model_came_too(self, run: Run) -> None:
         """Gates are the model's own: without its state a resumed run would go on with all heads and units."""
         for site in self._sites:
-            if not bool((site.gate.cpu() == run.gates[site.name].cpu()).all()):
+            if not bool((site.gate.cpu() == self._gates[site.name].cpu()).all()):
                 raise RuntimeError(
                     f"{self.name}: at step {run.step} the gate of {site.name!r} is not that of the loaded state: load "
                     f"the model's state of that step, with its {f'{site.name}.input_gate'!r}, once "

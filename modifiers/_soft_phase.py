@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ovit_engine.core.modifier import Run
+from ovit_engine.core.run import Run
 from ovit_engine.distributed.sharding import gathered, is_shard, local_part
 from ovit_engine.masking.parameters import Slot
 from ovit_engine.modifiers._gohsp_options import Penalty

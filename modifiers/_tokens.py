@@ -8,7 +8,9 @@ from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 from torch import nn
 
 from ovit_engine import tokens
-from ovit_engine.core.modifier import Claim, Modifier, Run
+from ovit_engine.core.capabilities import Claim, Deployable, Exclusive, Row, Scheduled, Surgical
+from ovit_engine.core.modifier import Modifier
+from ovit_engine.core.run import Run
 from ovit_engine.core.schedule import Clock
 from ovit_engine.tokens.counts import check_counts
 from ovit_engine.tokens.token_hooks import finish
@@ -29,10 +31,8 @@ def _check_share(value: Any) -> Any:
 Share = Annotated[float, BeforeValidator(_check_share)]
 
 
-class TokenReduction(Modifier):
+class TokenReduction(Scheduled, Surgical, Deployable, Exclusive):
     """Makes tokens fewer in a vision transformer, from PREPARE on. A subclass makes the hooks that do it."""
-
-    surgery = True
 
     _hooks: tokens.TokenHooks | None = PrivateAttr(default=None)
 
@@ -61,7 +61,7 @@ class TokenReduction(Modifier):
         yield f"tokens {self.hooks.token_counts()}"
 
     def claims(self, run: Run) -> Iterable[Claim]:
-        yield Claim("the tokens", 0, run.total_steps)
+        yield Claim("tokens", "", 0, run.total_steps)
 
     def attach(self, run: Run) -> None:
         self.hooks.end_step(run.step)
@@ -141,7 +141,7 @@ class TokenPruning(TokenReduction):
         """Patch tokens left after each stage where each keeps a share; ValueError where none would be left."""
         return tokens.floor_counts(patches, keep, stages)
 
-    def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
+    def timeline(self, clock: Clock) -> Iterable[Row]:
         amount: Any = self.keep_tokens
         spelled = f"patch tokens {amount}" if amount else f"{self.kept_share:.0%} of the patch tokens a stage"
         yield 0, "tokens", f"{spelled} ({self.name})"

@@ -7,12 +7,12 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ovit_engine.core.modifier import Modifier, Time
-from ovit_engine.core.schedule import Clock, Schedule
+from ovit_engine.core.capabilities import Scheduled
+from ovit_engine.core.schedule import Clock, Schedule, Time
 from ovit_engine.masking.parameters import Slot
 
 
-class UpdatingModifier(Modifier):
+class UpdatingModifier(Scheduled):
     """Moves a share of what is on at each update, less and less along a cosine, until `end`."""
 
     every: Time = Field(description="time between two updates, in which a share of what is on changes places")
@@ -31,10 +31,7 @@ class UpdatingModifier(Modifier):
 
     def updates(self, clock: Clock) -> range:
         """The steps at whose end something moves; RecipeError where there is none, or too little time before one."""
-        every, end = clock.steps(self.every), clock.steps(self.end)
-        self.check_end(clock, end, "end")
-        if every < 1:
-            raise self.error(f"{self.every!r} is less than a step of {clock.steps_per_epoch} steps an epoch", "every")
+        end, every = self.time_of(clock, "end"), self.interval_of(clock, "every")
         if every >= end:
             raise self.too_short(
                 f"no update comes before the end at {self.end!r}, step {end}: update more often", "every"

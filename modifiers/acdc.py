@@ -6,11 +6,12 @@ from typing import Literal
 import torch
 from pydantic import Field, PrivateAttr, model_validator
 
-from ovit_engine.core.modifier import Claim, Run, Time
+from ovit_engine.bases.amounts import Sparsity
+from ovit_engine.bases.pruner import Masking
+from ovit_engine.core.capabilities import Claim, Row
 from ovit_engine.core.registry import register
-from ovit_engine.core.schedule import Clock
-from ovit_engine.modifiers._pruning import MaskingModifier
-from ovit_engine.modifiers._schedule import Sparsity
+from ovit_engine.core.run import Run
+from ovit_engine.core.schedule import Clock, Time
 from ovit_engine.modifiers._updates import forget
 from ovit_engine.pruning import prune_tensors
 
@@ -18,7 +19,7 @@ Phase = Literal["sparse", "dense"]
 
 
 @register("acdc")
-class Acdc(MaskingModifier):
+class Acdc(Masking):
     """Alternates magnitude-pruned phases with dense ones, in which pruned weights start again from zero.
 
     Sparse first, `every` long each; then one more sparse phase, a last dense and a last sparse one. What does not
@@ -41,10 +42,7 @@ class Acdc(MaskingModifier):
 
     def phases(self, clock: Clock) -> dict[int, Phase]:
         """First step of each phase, in the order of time."""
-        start, end, every = clock.steps(self.start), clock.steps(self.end), clock.steps(self.every)
-        self.check_end(clock, end, "end")
-        if every < 1:
-            raise self.error(f"{self.every!r} is less than a step of {clock.steps_per_epoch} steps an epoch", "every")
+        start, end, every = clock.steps(self.start), self.time_of(clock, "end"), self.interval_of(clock, "every")
         last_dense = every if self.last_dense is None else clock.steps(self.last_dense)
         last_sparse = every if self.last_sparse is None else clock.steps(self.last_sparse)
         pairs, _ = divmod(end - start - every - last_dense - last_sparse, 2 * every)
@@ -58,7 +56,7 @@ class Acdc(MaskingModifier):
         phases: dict[int, Phase] = {step: "dense" if number % 2 else "sparse" for number, step in enumerate(starts)}
         return {**phases, starts[-1] + last_dense: "sparse"}
 
-    def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
+    def timeline(self, clock: Clock) -> Iterable[Row]:
         for step, phase in self.phases(clock).items():
             yield step, "sparsity", self.describe(self.sparsity) if phase == "sparse" else f"dense ({self.name})"
 
@@ -71,7 +69,7 @@ class Acdc(MaskingModifier):
 
     def claims(self, run: Run) -> Iterable[Claim]:
         for slot in self._slots:
-            yield Claim(f"the mask of {slot.name}", min(self._phases), run.clock.steps(self.end))
+            yield Claim("mask", slot.name, min(self._phases), run.clock.steps(self.end))
         yield from self.gate_claims(run, 0)  # its sparsity is of all weights
 
     def detach(self, run: Run) -> None:

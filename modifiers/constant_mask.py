@@ -1,26 +1,27 @@
 """Hold the zeros that a checkpoint already has, as when a sparse model is fine-tuned or quantized."""
 
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import Field, PrivateAttr
 from torch import Tensor
 
-from ovit_engine.core.modifier import Claim, Modifier, Run
+from ovit_engine.bases.pruner import Targets, check_gates
+from ovit_engine.core.capabilities import Claim, Coordinated, Exclusive, Patterned, Row, Scheduled
+from ovit_engine.core.modifier import Modifier
 from ovit_engine.core.registry import register
+from ovit_engine.core.run import Run
 from ovit_engine.core.schedule import Clock
 from ovit_engine.masking.parameters import Slot, parameter_slots
 from ovit_engine.masking.targets import find_slots
-from ovit_engine.modifiers._pruning import Targets
-from ovit_engine.pruning.patterns import NM
-from ovit_engine.structured.groups import FREE, common_tile, tile_of
+from ovit_engine.pruning.patterns import NM, Pattern
+from ovit_engine.utils.warn import warn
 
 _PATTERN = NM(2, 4)  # what hardware reads: units beside it leave by fours
 
 
 @register("constant_mask")
-class ConstantMask(Modifier):
+class ConstantMask(Scheduled, Exclusive, Patterned, Coordinated):
     """Keeps zeros zero. They are read when training starts (ATTACH): load the sparse checkpoint before."""
 
     targets: Targets | None = Field(
@@ -31,9 +32,10 @@ class ConstantMask(Modifier):
     )
 
     _named: list[Slot] = PrivateAttr(default_factory=list)
+    _patterns: dict[str, Pattern] = PrivateAttr(default_factory=dict)
     _held: bool = PrivateAttr(default=False)
 
-    def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
+    def timeline(self, clock: Clock) -> Iterable[Row]:
         yield 0, "mask", f"present zeros are held ({self.name})"
 
     def prepare(self, run: Run) -> None:
@@ -42,13 +44,18 @@ class ConstantMask(Modifier):
                 self._named = find_slots(run.model, self.targets)
             except ValueError as error:
                 raise self.error(str(error), "targets") from None
-        for slot in self._named or _sparse(run):
-            if not slot.tensor.is_meta and _is_2_4(slot.gather() != 0):
-                run.tiles[slot.name] = common_tile(run.tiles.get(slot.name, FREE), tile_of(_PATTERN))
+        slots = [slot for slot in self._named or _sparse(run) if not slot.tensor.is_meta]
+        self._patterns = {slot.name: _PATTERN for slot in slots if _is_2_4(slot.gather() != 0)}
+
+    def patterns(self) -> Mapping[str, Pattern]:
+        return self._patterns
+
+    def coordinate(self, run: Run, modifiers: Sequence[Modifier]) -> None:
+        check_gates(self, run, self._named or _sparse(run), modifiers)
 
     def claims(self, run: Run) -> Iterable[Claim]:
         for slot in self._named or _sparse(run):
-            yield Claim(f"the mask of {slot.name}", 0, run.total_steps)
+            yield Claim("mask", slot.name, 0, run.total_steps)
 
     def attach(self, run: Run) -> None:
         if self._held:
@@ -58,7 +65,7 @@ class ConstantMask(Modifier):
             if bool(mask.all()):
                 raise self.error(f"{slot.name!r} has no zeros: load the sparse checkpoint before attach", "targets")
             gated = getattr(slot.module, "input_gate", None) is not None
-            if gated and slot.name not in run.tiles and _is_2_4(mask):
+            if gated and slot.name not in self._patterns and _is_2_4(mask):
                 raise self.error(
                     f"{slot.name!r} is 2:4, which its gate was not told: load the sparse checkpoint before prepare"
                 )
@@ -77,10 +84,9 @@ class ConstantMask(Modifier):
         slots = _sparse(run)
         empty = [slot for slot in slots if not bool(slot.gather().any())]
         if empty:
-            warnings.warn(
+            warn(
                 f"{self.name}: {empty[0].name!r} is all zeros, which looks like a fresh layer: it stays free "
-                "(name it in 'targets' to hold it)",
-                stacklevel=4,
+                "(name it in 'targets' to hold it)"
             )
         slots = [slot for slot in slots if slot not in empty]
         if not slots:

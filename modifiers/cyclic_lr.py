@@ -1,6 +1,5 @@
 """The cyclic learning rate of oViT: back to its maximum on the first step after each pruning step."""
 
-import warnings
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
@@ -8,13 +7,16 @@ from typing import Any
 from pydantic import Field, PositiveFloat, PrivateAttr, model_validator
 from torch import Tensor
 
-from ovit_engine.core.modifier import Claim, Modifier, Run, Time
+from ovit_engine.core.capabilities import Claim, Exclusive, LearningRate, Row, Scheduled
 from ovit_engine.core.registry import register
-from ovit_engine.core.schedule import Clock, CurveName, Cyclic, Schedule
+from ovit_engine.core.run import Run
+from ovit_engine.core.schedule import Clock, CurveName, Cyclic, Schedule, Time
+from ovit_engine.core.training_length import is_nearly_done
+from ovit_engine.utils.warn import warn
 
 
 @register("cyclic_lr")
-class CyclicLR(Modifier):
+class CyclicLR(LearningRate, Scheduled, Exclusive):
     """Writes the learning rate: from `max` towards `min` in each period (eq. 8), never zero.
 
     Parameter groups keep the ratios that they had when the optimizer was attached: `max` and `min` are the learning
@@ -45,13 +47,10 @@ class CyclicLR(Modifier):
         return self
 
     def _resolve(self, clock: Clock) -> tuple[Cyclic, int, int]:
-        start, end = clock.steps(self.start), clock.steps(self.end)
-        self.check_end(clock, end, "end")
+        start, end = clock.steps(self.start), self.time_of(clock, "end")
         if end <= start:
             raise self.error(f"{self.end!r} does not come after the start at {self.start!r}", "end")
-        period = end - start if self.period is None else clock.steps(self.period)
-        if period < 1:
-            raise self.error(f"{self.period!r} is less than a step of {clock.steps_per_epoch} steps an epoch", "period")
+        period = end - start if self.period is None else self.interval_of(clock, "period")
         warmup = 0 if self.warmup is None else clock.steps(self.warmup)
         if warmup >= min(period, end - start):
             raise self.error(
@@ -60,7 +59,7 @@ class CyclicLR(Modifier):
         final, curve = (self.max, "linear") if self.curve == "constant" else (self.min, self.curve)
         return Cyclic(Schedule(self.max, final, curve), period, warmup), start, end
 
-    def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
+    def timeline(self, clock: Clock) -> Iterable[Row]:
         cyclic, start, end = self._resolve(clock)
         if cyclic.warmup:
             risen = cyclic.value(cyclic.warmup - 1)
@@ -76,7 +75,7 @@ class CyclicLR(Modifier):
         self._span = (span[0], span[1])
 
     def claims(self, run: Run) -> Iterable[Claim]:
-        yield Claim("the learning rate", self._span[0], self._span[1] - 1)
+        yield Claim("learning rate", "", self._span[0], self._span[1] - 1)
 
     def attach(self, run: Run) -> None:
         if not self._ratios:
@@ -93,7 +92,7 @@ class CyclicLR(Modifier):
                 f"the state that was loaded is of optimizers with {saved} parameter groups, here they have {present}"
             )
 
-    def pre_step(self, run: Run) -> None:
+    def write_rates(self, run: Run) -> None:
         if not self._span[0] <= run.step < self._span[1]:
             return
         assert self._cyclic is not None
@@ -118,7 +117,7 @@ class CyclicLR(Modifier):
                 self._written[index] += added
 
     def detach(self, run: Run) -> None:
-        if run.step < self._span[1] and not run.nearly_done:
+        if run.step < self._span[1] and not is_nearly_done(run):
             self.finish_late(run, "the end of the learning-rate schedule")
 
     def _check_rival(self, run: Run) -> None:
@@ -128,10 +127,9 @@ class CyclicLR(Modifier):
         pairs = zip(chain.from_iterable(self._written), found, strict=True)
         before, now = next(((before, now) for before, now in pairs if before != now), (0.0, 0.0))
         if before != now:
-            warnings.warn(
+            warn(
                 f"{self.name}: something else changed the learning rate from {before:g} to {now:g} (a scheduler?); "
-                "the recipe's value is used at every step",
-                stacklevel=7,
+                "the recipe's value is used at every step"
             )
             self._warned = True
 

@@ -5,9 +5,10 @@ from collections.abc import Iterable
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PrivateAttr, model_validator
 from torch import Tensor
 
-from ovit_engine.core.modifier import Modifier, Run, Time
+from ovit_engine.core.capabilities import Distillation, Row, Scheduled
 from ovit_engine.core.registry import register
-from ovit_engine.core.schedule import Clock
+from ovit_engine.core.run import Run
+from ovit_engine.core.schedule import Clock, Time
 from ovit_engine.distillation.losses import hard_loss, soft_loss, token_loss
 from ovit_engine.distillation.teacher import Lesson, Teacher, logits_of
 from ovit_engine.distributed.comm import world
@@ -15,7 +16,7 @@ from ovit_engine.tokens import hooks_of
 
 
 @register("distill")
-class Distill(Modifier):
+class Distill(Distillation, Scheduled):
     """Adds to the training loss how far the model is from a teacher on the same inputs.
 
     The teacher is the model as training begins, before it is pruned or quantized, or `Engine(..., teacher=...)`. The
@@ -37,8 +38,7 @@ class Distill(Modifier):
     end: Time | None = Field(None, description="time until which it has; to the end of training if left out")
 
     _times: tuple[int, int] = PrivateAttr(default=(0, 0))
-    _term: Tensor | None = PrivateAttr(default=None)  # the last one since the last step
-    _learned_at: int | None = PrivateAttr(default=None)  # steps skipped by then, as it was made
+    _term: Tensor | None = PrivateAttr(default=None)  # the last one
 
     @model_validator(mode="after")
     def _consistent(self) -> "Distill":
@@ -51,16 +51,9 @@ class Distill(Modifier):
             raise ValueError(f"'temperature' {self.temperature:g} softens probabilities, and 'hard' uses none")
         return self
 
-    def needs_teacher(self) -> bool:
-        return True
-
     def _resolve(self, clock: Clock) -> tuple[int, int]:
-        start = clock.steps(self.start)
-        self.check_end(clock, start, "start")
-        end = clock.total_steps
-        if self.end is not None:
-            end = clock.steps(self.end)
-            self.check_end(clock, end, "end")
+        start = self.time_of(clock, "start")
+        end = clock.total_steps if self.end is None else self.time_of(clock, "end")
         if end <= start:
             after = f"the start at {self.start!r}"
             if self.end is None:
@@ -68,7 +61,7 @@ class Distill(Modifier):
             raise self.error(f"{self.end!r} does not come after {after}", "end")
         return start, end
 
-    def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
+    def timeline(self, clock: Clock) -> Iterable[Row]:
         start, end = self._resolve(clock)
         kind = "teacher's classes" if self.hard else f"teacher's logits at temperature {self.temperature:g}"
         terms = [(self.logits, kind), (self.tokens, "teacher's tokens")]
@@ -89,11 +82,9 @@ class Distill(Modifier):
         return start <= step < end
 
     def loss_term(self, run: Run) -> Tensor | None:
-        is_taught = self.has_loss_term(run.step) and run.teacher is not None  # there is none after DETACH
-        lesson = _teacher(run).lesson() if is_taught else None
+        lesson = _teacher(run).lesson()
         if lesson is None:
             return None
-        self._learned_at = run.skipped
         terms = []
         if self.logits:
             terms.append(self.logits * self._of_logits(lesson))
@@ -104,14 +95,7 @@ class Distill(Modifier):
         return term
 
     def step_end(self, run: Run) -> None:
-        term = self._term if self._learned_at == run.skipped else None  # that of a skipped step is gone
-        self._term = self._learned_at = None
-        if self.has_loss_term(run.step - 1) and term is None:
-            raise RuntimeError(
-                f"{self.name}: a step was made, and no forward pass of the model was seen: the loop must call the "
-                "model itself, not parts of it, in training mode and with gradients (reentrant checkpointing of all "
-                "of it has none)"
-            )
+        term, self._term = self._term, None
         if term is not None and run.step % run.steps_per_epoch == 0:
             of_ranks = world().gather(float(term))
             run.log(f"{self.name}/loss", sum(of_ranks) / len(of_ranks))

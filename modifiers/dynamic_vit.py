@@ -7,9 +7,10 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PrivateAttr
 from torch import Tensor
 
 from ovit_engine import tokens
-from ovit_engine.core.modifier import Run, Time
+from ovit_engine.core.capabilities import LossTerm, Row
 from ovit_engine.core.registry import register
-from ovit_engine.core.schedule import Clock
+from ovit_engine.core.run import Run
+from ovit_engine.core.schedule import Clock, Time
 from ovit_engine.distributed.comm import world
 from ovit_engine.masking.parameters import SCORER
 from ovit_engine.modifiers._tokens import TokenPruning, check_blocks
@@ -20,7 +21,7 @@ from ovit_engine.tokens.selector import SelectorHooks, Stage
 
 
 @register("dynamic_vit")
-class DynamicViT(TokenPruning):
+class DynamicViT(TokenPruning, LossTerm):
     """Drops tokens before some blocks; a predictor there learns which (sections 3.2 to 3.4 of the paper).
 
     In training each predictor decides by Gumbel-softmax, dropped tokens are masked in attention, and the loss gets a
@@ -46,10 +47,9 @@ class DynamicViT(TokenPruning):
     _targets: list[float] = PrivateAttr(default_factory=list)  # share of all patches kept after each stage
     _frozen_until: int = PrivateAttr(default=0)
     _backbone: list[dict[str, Any]] = PrivateAttr(default_factory=list)  # groups of the optimizers
-    _told_at: int | None = PrivateAttr(default=None)  # steps skipped by then, of the loss with the term since the last
     _rates: ScaledRates = PrivateAttr(default_factory=ScaledRates)
 
-    def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
+    def timeline(self, clock: Clock) -> Iterable[Row]:
         yield from super().timeline(clock)
         thaw = self._thaw(clock)
         if thaw:
@@ -58,8 +58,7 @@ class DynamicViT(TokenPruning):
             yield thaw, "backbone rate", f"x {self.backbone_lr_scale:g} but for the predictors ({self.name})"
 
     def _thaw(self, clock: Clock) -> int:
-        thaw = clock.steps(self.freeze)
-        self.check_end(clock, thaw, "freeze")
+        thaw = self.time_of(clock, "freeze")
         if thaw == clock.total_steps:
             raise self.too_short(
                 f"{self.freeze!r} is the end of training: no step is left in which more than the predictors learns",
@@ -92,10 +91,7 @@ class DynamicViT(TokenPruning):
 
     def loss_term(self, run: Run) -> Tensor | None:
         decisions = self.selector.take_decisions()
-        if decisions is None:
-            return None
-        self._told_at = run.skipped
-        return self.ratio_weight * ratio_loss(decisions, self._targets)
+        return None if decisions is None else self.ratio_weight * ratio_loss(decisions, self._targets)
 
     @property
     def selector(self) -> SelectorHooks:
@@ -105,7 +101,7 @@ class DynamicViT(TokenPruning):
         return hooks
 
     def step_begin(self, run: Run) -> None:
-        # not in pre_step: a modifier that writes learning rates does it there
+        # after `write_rates` of a modifier that writes learning rates
         self._rates.scale(self._backbone, 0.0 if run.step < self._frozen_until else self.backbone_lr_scale)
 
     def abandon(self, run: Run) -> None:
@@ -118,12 +114,6 @@ class DynamicViT(TokenPruning):
 
     def step_end(self, run: Run) -> None:
         self._rates.restore()
-        told, self._told_at = self._told_at == run.skipped, None
-        if not told:
-            raise RuntimeError(
-                f"{self.name}: a step was made, and its loss had no term for the share of tokens kept: no forward pass "
-                "in training mode, with gradients, came before engine.loss(loss)"
-            )
         if run.step % run.steps_per_epoch == 0:
             of_ranks = world().gather(self.selector.kept_shares())
             for number, kept in enumerate(zip(*of_ranks, strict=True), 1):

@@ -5,9 +5,10 @@ from collections.abc import Iterable
 from pydantic import Field, NonNegativeInt
 
 from ovit_engine import tokens
-from ovit_engine.core.modifier import Run, Time
+from ovit_engine.core.capabilities import Row
 from ovit_engine.core.registry import register
-from ovit_engine.core.schedule import Clock
+from ovit_engine.core.run import Run
+from ovit_engine.core.schedule import Clock, Time
 from ovit_engine.modifiers._tokens import TokenPruning, check_blocks
 from ovit_engine.tokens.attended import AttendedHooks, ceil_counts, shares_of
 from ovit_engine.tokens.between import check_blocks_open
@@ -34,7 +35,7 @@ class EViT(TokenPruning):
         None, description="time from which it keeps as few as inference, after half a cosine; at once if left out"
     )
 
-    def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
+    def timeline(self, clock: Clock) -> Iterable[Row]:
         start, end = self._resolve(clock)
         (_, what, spelled), *_ = super().timeline(clock)
         if start:
@@ -44,12 +45,8 @@ class EViT(TokenPruning):
         yield end, what, spelled
 
     def _resolve(self, clock: Clock) -> tuple[int, int]:
-        start = clock.steps(self.start)
-        self.check_end(clock, start, "start")
-        if self.end is None:
-            return start, start
-        end = clock.steps(self.end)
-        self.check_end(clock, end, "end")
+        start = self.time_of(clock, "start")
+        end = start if self.end is None else self.time_of(clock, "end")
         if end < start:
             raise self.error(f"{self.end!r} comes before the start at {self.start!r}", "end")
         return start, end

@@ -16,14 +16,16 @@ import torch
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 
-from ovit_engine.core.modifier import Claim, Run, Time
+from ovit_engine.bases.amounts import Sparsity
+from ovit_engine.core.capabilities import Claim, Row
+from ovit_engine.core.modifier import Modifier
 from ovit_engine.core.registry import register
-from ovit_engine.core.schedule import Clock
+from ovit_engine.core.run import Run
+from ovit_engine.core.schedule import Clock, Time
 from ovit_engine.distributed.comm import world
 from ovit_engine.distributed.sharding import whole_model
 from ovit_engine.modifiers._gates import GateModifier, count_parameters
 from ovit_engine.modifiers._gohsp_options import BATCH, Penalty, Ranking
-from ovit_engine.modifiers._schedule import Sparsity
 from ovit_engine.modifiers._soft_phase import SoftPhase
 from ovit_engine.structured.gates import GateSite, Kind
 from ovit_engine.structured.ranking import Statistics, find_ranker
@@ -66,6 +68,7 @@ class Gohsp(GateModifier):
     _times: _Times = PrivateAttr(default=_Times(0, 0, 1))
     _soft: int = PrivateAttr(default=0)  # the step at which soft pruning begins: after heads are ranked
     _phase: SoftPhase | None = PrivateAttr(default=None)
+    _planned_at: int = PrivateAttr(default=-1)  # the step at which the phase last chose what goes
 
     @model_validator(mode="after")
     def _consistent(self) -> "Gohsp":
@@ -89,10 +92,7 @@ class Gohsp(GateModifier):
 
     def times(self, clock: Clock) -> _Times:
         """The steps of ranking and hard pruning, and the steps between updates."""
-        start, end, every = clock.steps(self.start), clock.steps(self.end), clock.steps(self.every)
-        self.check_end(clock, end, "end")
-        if every < 1:
-            raise self.error(f"{self.every!r} is less than a step of {clock.steps_per_epoch} steps an epoch", "every")
+        start, end, every = clock.steps(self.start), self.time_of(clock, "end"), self.interval_of(clock, "every")
         ranked = start + self._window_steps(calibrated=True)
         if ranked >= end:
             what = f"the start at {self.start!r}" + f" and {ranked - start} steps of ranking" * (ranked > start)
@@ -104,7 +104,7 @@ class Gohsp(GateModifier):
         needs = find_ranker(self.rank.score).needs if "heads" in self.kinds() else "nothing"
         return self.rank.steps if needs == "gradients" or (needs == "outputs" and not calibrated) else 0
 
-    def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
+    def timeline(self, clock: Clock) -> Iterable[Row]:
         start, end, _ = self.times(clock)
         by = f" by {self.rank.score}" if "heads" in self.kinds() else ""
         yield start, "gohsp", f"ranking{by}, then soft pruning"
@@ -121,8 +121,8 @@ class Gohsp(GateModifier):
         self._times = self.times(run.clock)
         super().prepare(run)
 
-    def settle(self, run: Run) -> None:
-        super().settle(run)
+    def coordinate(self, run: Run, modifiers: Sequence[Modifier]) -> None:
+        super().coordinate(run, modifiers)
         kept = dict(zip((site.name for site in self._sites), self._counts(run), strict=True))
         self._phase = SoftPhase(self._sites, self._groups, kept, self.penalty)
 
@@ -154,7 +154,7 @@ class Gohsp(GateModifier):
 
     def claims(self, run: Run) -> Iterable[Claim]:
         for site in self._sites:
-            yield Claim(f"the gate of {site.name}", self._times.start, self._times.end)
+            yield Claim("gate", site.name, self._times.start, self._times.end)
 
     def recorded(self) -> Sequence[GateSite]:
         return self.sites("heads")
@@ -207,14 +207,13 @@ class Gohsp(GateModifier):
         """Say which heads and units go, and begin to draw them to zero."""
         phase = self._soft_phase
         phase.begin(self._head_scores(run))
-        self._share_plan(run)
+        self._planned_at = run.step
         self._log(run, "residual", phase.residuals())
         self._sums, self._done = {}, self._soft
 
-    def _share_plan(self, run: Run) -> None:
-        """It must be the same in all processes."""
-        for name, keep in self._soft_phase.plan.items():
-            run.shared[f"which of {name!r} stay"] = keep
+    def synchronized(self, run: Run) -> Mapping[str, Tensor]:
+        plan = self._soft_phase.plan if self._planned_at == run.step else {}
+        return {**super().synchronized(run), **{f"which of {name!r} stay": keep for name, keep in plan.items()}}
 
     def _log(self, run: Run, what: str, values: Mapping[Kind, float]) -> None:
         for kind, value in values.items():
@@ -272,7 +271,7 @@ class Gohsp(GateModifier):
     def _update(self, run: Run) -> None:
         self._log(run, "residual", self._soft_phase.update())
         self._log(run, "penalty", self._soft_phase.rates)
-        self._share_plan(run)
+        self._planned_at = run.step
 
     # --- hard
 

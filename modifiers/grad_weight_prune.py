@@ -2,13 +2,13 @@
 
 from typing import ClassVar
 
+from ovit_engine.bases.gradient_pruner import SecondOrderPruner
 from ovit_engine.core.registry import register
-from ovit_engine.modifiers._gradient_pruning import GradientPruningModifier
 from ovit_engine.pruning import PruneOptions
 
 
 @register("grad_weight_prune")
-class GradWeightPrune(GradientPruningModifier):
+class GradWeightPrune(SecondOrderPruner):
     """Prunes by the sum of |weight x gradient| over mini-batches; what stays is not moved."""
 
     method: ClassVar[str] = "grad_weight"

@@ -4,13 +4,13 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from ovit_engine.bases.gradient_pruner import BrainSurgeon
 from ovit_engine.core.registry import register
-from ovit_engine.modifiers._gradient_pruning import BrainSurgeonModifier
 from ovit_engine.pruning import LARGEST_BLOCK
 
 
 @register("mfac_prune")
-class MfacPrune(BrainSurgeonModifier):
+class MfacPrune(BrainSurgeon):
     """Prunes as obert_prune does, from all gradients kept in memory instead of an inverse Fisher matrix."""
 
     method: ClassVar[str] = "mfac"

@@ -6,24 +6,25 @@ as SparseML has it: scores are not learned through the mask, and what is pruned 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import PrivateAttr
 from torch import Tensor
 
-from ovit_engine.core.modifier import Run
+from ovit_engine.bases.amounts import SparsitySteps
+from ovit_engine.bases.pruner import Pruner
 from ovit_engine.core.registry import register
+from ovit_engine.core.run import Run
 from ovit_engine.core.schedule import Clock
 from ovit_engine.masking.parameters import Slot
-from ovit_engine.modifiers._pruning import PruningModifier
-from ovit_engine.modifiers._schedule import SparsitySteps
-from ovit_engine.pruning import prune_by_scores
 
 
 @register("movement_prune")
-class MovementPrune(PruningModifier):
+class MovementPrune(Pruner):
     """Prunes the weights that moved least away from zero since training began; what stays is not moved."""
+
+    needs_training: ClassVar[bool] = True
 
     _scores: dict[str, Tensor] = PrivateAttr(default_factory=dict)
 
@@ -47,17 +48,8 @@ class MovementPrune(PruningModifier):
                 self._scores[slot.name] = torch.zeros_like(gradient, dtype=torch.float32)
             self._scores[slot.name].addcmul_(slot.gather().float(), gradient.float(), value=-1)
 
-    def solve(self, run: Run, slots: Sequence[Slot], sparsity: float | None) -> tuple[list[Tensor], list[Tensor]]:
-        pruned = prune_by_scores(
-            [slot.gather() for slot in slots],
-            [self._scores[slot.name] for slot in slots],
-            names=[slot.name for slot in slots],
-            masks=self.present_masks(run),
-            sparsity=sparsity,
-            scope=self.scope,
-            pattern=self.pattern,
-        )
-        return pruned.masks, pruned.weights
+    def scores(self, run: Run, slots: Sequence[Slot]) -> list[Tensor]:
+        return [self._scores[slot.name] for slot in slots]
 
     def state_dict(self) -> dict[str, Any]:
         scores = {

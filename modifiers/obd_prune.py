@@ -4,13 +4,13 @@ from typing import ClassVar
 
 from pydantic import Field, PositiveFloat
 
+from ovit_engine.bases.gradient_pruner import SecondOrderPruner
 from ovit_engine.core.registry import register
-from ovit_engine.modifiers._gradient_pruning import GradientPruningModifier
 from ovit_engine.pruning import PruneOptions
 
 
 @register("obd_prune")
-class ObdPrune(GradientPruningModifier):
+class ObdPrune(SecondOrderPruner):
     """Prunes by squared weight times mean squared gradient; what stays is not moved."""
 
     method: ClassVar[str] = "obd"

@@ -2,12 +2,12 @@
 
 from typing import ClassVar
 
+from ovit_engine.bases.gradient_pruner import BrainSurgeon
 from ovit_engine.core.registry import register
-from ovit_engine.modifiers._gradient_pruning import BrainSurgeonModifier
 
 
 @register("obert_prune")
-class ObertPrune(BrainSurgeonModifier):
+class ObertPrune(BrainSurgeon):
     """Prunes by second-order scores of single weights, or of the tiles of a block pattern, and updates what stays."""
 
     method: ClassVar[str] = "obert"

@@ -4,13 +4,13 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, PositiveFloat
 
+from ovit_engine.bases.gradient_pruner import SecondOrderPruner
 from ovit_engine.core.registry import register
-from ovit_engine.modifiers._gradient_pruning import GradientPruningModifier
 from ovit_engine.pruning import LARGEST_BLOCK, PruneOptions
 
 
 @register("ovit_prune")
-class OvitPrune(GradientPruningModifier):
+class OvitPrune(SecondOrderPruner):
     """Prunes by the greedy solver of oViT on a block-diagonal empirical Fisher, and updates the weights that stay."""
 
     method: ClassVar[str] = "ovit"

@@ -1,19 +1,19 @@
 """Int8 in training (quantization-aware) and after it."""
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field, PrivateAttr
-from torch import nn
+from torch import Tensor, nn
 
 from ovit_engine import quant
-from ovit_engine.core.modifier import Claim, Modifier, Run, Time
+from ovit_engine.bases.pruner import Targets
+from ovit_engine.core.capabilities import Claim, Deployable, Exclusive, Row, Scheduled, Surgical, Synchronized
 from ovit_engine.core.registry import register
-from ovit_engine.core.schedule import Clock
+from ovit_engine.core.run import Run
+from ovit_engine.core.schedule import Clock, Time
 from ovit_engine.distributed.comm import world
-from ovit_engine.modifiers._pruning import Targets
 from ovit_engine.modifiers._quantize_options import (
     DEFAULT_GROUPS,
     Activations,
@@ -26,6 +26,7 @@ from ovit_engine.modifiers._quantize_options import (
     choose,
     scheme,
 )
+from ovit_engine.utils.warn import warn
 
 
 class _Times(NamedTuple):
@@ -38,7 +39,7 @@ class _Times(NamedTuple):
 
 
 @register("quantize")
-class Quantize(Modifier):
+class Quantize(Scheduled, Surgical, Deployable, Exclusive, Synchronized):
     """Trains with fake-quantized weights and inputs; export turns them into int8. `ovit ptq` does so without training.
 
     Unless `targets` say otherwise these are all Linear and Conv2d layers but those under the name `patch_embed` and the
@@ -46,8 +47,6 @@ class Quantize(Modifier):
     of attention and the outputs of LayerNorm are `groups` to ask for. Softmax, GELU and residual adds stay float:
     rounding them costs vision transformers ten points and gains no time (specs/peers.md §4).
     """
-
-    surgery = True
 
     start: Time = Field("0ep", description="time from which the model trains with fake-quantized layers")
     start_observers: Time | None = Field(
@@ -80,11 +79,12 @@ class Quantize(Modifier):
     _done: int = PrivateAttr(default=-1)  # the last step whose phase is in force
     _reloaded: bool = PrivateAttr(default=False)  # whether the loop loaded a state since the last step
     _frozen: set[str] = PrivateAttr(default_factory=set)  # quantizers that round by a range that is frozen
+    _moved: bool = PrivateAttr(default=False)  # whether ranges may have moved in the last event
+    _frozen_at: int = PrivateAttr(default=-1)  # the step at which ranges froze
     _times: _Times = PrivateAttr(default=_Times(0, 0, 0, None))
 
     def _resolve(self, clock: Clock) -> _Times:
-        start = clock.steps(self.start)
-        self.check_end(clock, start, "start")
+        start = self.time_of(clock, "start")
         if start == clock.total_steps:
             raise self.too_short(
                 f"{self.start!r} is the end of training: no step is left to train with quantization", "start"
@@ -97,19 +97,16 @@ class Quantize(Modifier):
             )
         freeze = (start + clock.total_steps + 1) // 2
         if self.freeze_observers is not None:
-            freeze = clock.steps(self.freeze_observers)
-            self.check_end(clock, freeze, "freeze_observers")
+            freeze = self.time_of(clock, "freeze_observers")
         if freeze <= start:
             raise self.error(
                 f"{self.freeze_observers!r} does not come after the start at {self.start!r}: observers see nothing",
                 "freeze_observers",
             )
-        norm = None if self.freeze_batch_norm is None else clock.steps(self.freeze_batch_norm)
-        if norm is not None:
-            self.check_end(clock, norm, "freeze_batch_norm")
+        norm = None if self.freeze_batch_norm is None else self.time_of(clock, "freeze_batch_norm")
         return _Times(observe, start, freeze, norm)
 
-    def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
+    def timeline(self, clock: Clock) -> Iterable[Row]:
         observe, start, freeze, norm = self._resolve(clock)
         if observe < start:
             yield observe, "quantization", "observers start"
@@ -128,7 +125,7 @@ class Quantize(Modifier):
 
     def claims(self, run: Run) -> Iterable[Claim]:
         for name in self._layers:
-            yield Claim(f"the quantization of {name}", self._times.observe, run.total_steps)
+            yield Claim("quantization", name, self._times.observe, run.total_steps)
 
     def attach(self, run: Run) -> None:
         if self.ptq is not None:
@@ -179,7 +176,7 @@ class Quantize(Modifier):
     def _rounding(model: nn.Module) -> set[str]:
         return {name for name, quantizer in quant.quantizers(model) if bool(quantizer.enabled)}
 
-    def pre_step(self, run: Run) -> None:
+    def step_begin(self, run: Run) -> None:
         self._check_reloaded(run)
 
     def step_end(self, run: Run) -> None:
@@ -289,11 +286,19 @@ class Quantize(Modifier):
         # 0: ranges are watched, 1: values are rounded besides, 2: ranges are frozen
         phases = [phase for phase, step in enumerate((observe, start, freeze)) if step in due]
         if phases:
-            run.tell({f"{self.name}/phase": float(phases[-1])})
-        if start <= run.step and self._done < freeze:
-            # copies of the model follow at every step: an average of ranges that begins before they were seen is none
-            run.copies_behind = True
+            run.report({f"{self.name}/phase": float(phases[-1])})
+        self._moved = start <= run.step and self._done < freeze
         self._done = run.step
+
+    def copies_are_behind(self, run: Run) -> bool:
+        # at every step while ranges move: an average of ranges that begins before they were seen is none
+        return self._moved
+
+    def synchronized(self, run: Run) -> Mapping[str, Tensor]:
+        if self._frozen_at != run.step:
+            return {}
+        ranges = quant.quantizers(run.model)
+        return {f"the range of {name!r}": torch.stack((each.minimum, each.maximum)) for name, each in ranges}
 
     def _share_ranges(self, run: Run) -> None:
         """Every process watched its share of the batch; a weight's range needs no more than the weight."""
@@ -306,15 +311,13 @@ class Quantize(Modifier):
         if not any(layer.get_submodule("input_quantizer").observed for layer in layers):
             raise self.error("no layer was called in training mode, where ranges are watched: call model.train()")
         quant.set_observing(run.model, False)
-        for name, quantizer in quant.quantizers(run.model):
-            run.shared[f"the range of {name!r}"] = torch.stack((quantizer.minimum, quantizer.maximum))
+        self._frozen_at = run.step
         unseen = quant.leave_unseen(run.model)
         self._frozen = self._rounding(run.model)
         if unseen:
-            warnings.warn(
+            warn(
                 f"{self.name}: {', '.join(unseen)} stayed float, since training never called "
-                f"{'it' if len(unseen) == 1 else 'them'}: name such layers in 'exclude'",
-                stacklevel=10,
+                f"{'it' if len(unseen) == 1 else 'them'}: name such layers in 'exclude'"
             )
 
     def _choose(self, model: nn.Module) -> Chosen:

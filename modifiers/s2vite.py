@@ -12,12 +12,14 @@ import torch
 from pydantic import Field, NonNegativeInt, PrivateAttr, model_validator
 from torch import Tensor
 
-from ovit_engine.core.modifier import Claim, Run
+from ovit_engine.bases.amounts import Sparsity
+from ovit_engine.core.capabilities import Claim, Row
+from ovit_engine.core.modifier import Modifier
 from ovit_engine.core.registry import register
+from ovit_engine.core.run import Run
 from ovit_engine.core.schedule import Clock
 from ovit_engine.distributed.sharding import gathered
 from ovit_engine.modifiers._gates import GateModifier
-from ovit_engine.modifiers._schedule import Sparsity
 from ovit_engine.modifiers._updates import UpdatingModifier
 from ovit_engine.structured.gates import GateSite, Kind
 from ovit_engine.structured.ranking import Statistics, find_ranker
@@ -61,7 +63,7 @@ class S2Vite(UpdatingModifier, GateModifier):
         shares: dict[Kind, float | None] = {"heads": self.head_sparsity, "units": self.unit_sparsity}
         return [kind for kind, share in shares.items() if share is not None]
 
-    def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
+    def timeline(self, clock: Clock) -> Iterable[Row]:
         updates = self.updates(clock)
         for kind in self.kinds():
             yield 0, kind, f"{self._sparsity(kind):.2%} off ({self.name}), at random"
@@ -76,8 +78,8 @@ class S2Vite(UpdatingModifier, GateModifier):
         self._scored, self._window = list(self._updates), self.gradients
         super().prepare(run)
 
-    def settle(self, run: Run) -> None:
-        super().settle(run)
+    def coordinate(self, run: Run, modifiers: Sequence[Modifier]) -> None:
+        super().coordinate(run, modifiers)
         for site in self._sites:
             self.check_reach([site], self._sparsity(site.kind), f"{site.kind[:-1]}_sparsity")
 
@@ -88,7 +90,7 @@ class S2Vite(UpdatingModifier, GateModifier):
 
     def claims(self, run: Run) -> Iterable[Claim]:
         for site in self._sites:
-            yield Claim(f"the gate of {site.name}", 0, self._updates[-1])
+            yield Claim("gate", site.name, 0, self._updates[-1])
 
     def step_begin(self, run: Run) -> None:
         if run.step + 1 in self._updates and self.mlp_growth == "official":

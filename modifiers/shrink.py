@@ -2,14 +2,15 @@
 
 from collections.abc import Iterable
 
-from ovit_engine.core.modifier import Modifier, Run
+from ovit_engine.core.capabilities import Deployable, Row, Scheduled
 from ovit_engine.core.registry import register
+from ovit_engine.core.run import Run
 from ovit_engine.core.schedule import Clock
 from ovit_engine.structured.shrink_model import known_sites
 
 
 @register("shrink")
-class Shrink(Modifier):
+class Shrink(Scheduled, Deployable):
     """Export removes the attention heads and MLP units that weight pruning left without effect.
 
     At 90 % sparsity whole rows and columns are zero: such a unit only costs time. Constants that it added move into a
@@ -25,5 +26,5 @@ class Shrink(Modifier):
         except ValueError as error:
             raise self.error(str(error)) from None
 
-    def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
+    def timeline(self, clock: Clock) -> Iterable[Row]:
         yield clock.total_steps, "export", "heads and units without effect are removed"

@@ -11,11 +11,13 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, PositiveInt, PrivateAttr, model_validator
 from torch import Tensor
 
-from ovit_engine.core.modifier import Claim, Run
+from ovit_engine.bases.amounts import Amount, Given, PruningSchedule, SparsitySteps, spelled
+from ovit_engine.core.capabilities import Claim, Row
+from ovit_engine.core.modifier import Modifier
 from ovit_engine.core.registry import register
+from ovit_engine.core.run import Run
 from ovit_engine.core.schedule import Clock
 from ovit_engine.modifiers._gates import GateModifier, count_parameters
-from ovit_engine.modifiers._schedule import Amount, Given, ScheduledModifier, SparsitySteps, spelled
 from ovit_engine.structured.gates import GateSite, Kind
 from ovit_engine.structured.ranking import Statistics, find_ranker
 from ovit_engine.structured.selection import keep_best, keep_within, kept_count
@@ -30,7 +32,7 @@ _OPTIONS: dict[Budget, str] = {
 
 
 @register("structured_prune")
-class StructuredPrune(ScheduledModifier, GateModifier):
+class StructuredPrune(PruningSchedule, GateModifier):
     """Switches off the heads and MLP units of lowest score, for good; export removes them.
 
     Each block keeps at least one head and one unit. Scores by gradient are means over the samples of the last training
@@ -116,7 +118,7 @@ class StructuredPrune(ScheduledModifier, GateModifier):
                 "gradients",
             )
 
-    def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
+    def timeline(self, clock: Clock) -> Iterable[Row]:
         for budget, steps in self.events(clock).items():
             for step, share in steps.items():
                 yield step, budget, f"{share:.2%} off ({self.name}, {self.score})"
@@ -131,8 +133,8 @@ class StructuredPrune(ScheduledModifier, GateModifier):
         super().prepare(run)
         self._total = count_parameters(run.model)
 
-    def settle(self, run: Run) -> None:
-        super().settle(run)
+    def coordinate(self, run: Run, modifiers: Sequence[Modifier]) -> None:
+        super().coordinate(run, modifiers)
         for budget, amount in self._amounts().items():
             for share in spelled(amount):
                 if budget == "parameters":
@@ -174,7 +176,7 @@ class StructuredPrune(ScheduledModifier, GateModifier):
 
     def claims(self, run: Run) -> Iterable[Claim]:
         for site in self._sites:
-            yield Claim(f"the gate of {site.name}", self.window_start(self._steps[0]), self._steps[-1])
+            yield Claim("gate", site.name, self.window_start(self._steps[0]), self._steps[-1])
 
     def detach(self, run: Run) -> None:
         super().detach(run)

@@ -12,20 +12,22 @@ from typing import Any, Literal
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 
-from ovit_engine.core.modifier import Claim, Run
+from ovit_engine.bases.amounts import Sparsity
+from ovit_engine.bases.pruner import Masking
+from ovit_engine.core.capabilities import Claim, Row
 from ovit_engine.core.registry import register
+from ovit_engine.core.run import Run
 from ovit_engine.core.schedule import Clock
+from ovit_engine.core.training_length import is_nearly_done
 from ovit_engine.masking.masks import check_packed, pack, unpack
 from ovit_engine.masking.parameters import Slot
-from ovit_engine.modifiers._pruning import MaskingModifier
-from ovit_engine.modifiers._schedule import Sparsity
 from ovit_engine.modifiers._updates import UpdatingModifier, forget
 from ovit_engine.pruning import prune_by_scores
 from ovit_engine.pruning.rewire import random_scores, rewire
 
 
 @register("svite")
-class Svite(UpdatingModifier, MaskingModifier):
+class Svite(UpdatingModifier, Masking):
     """Trains a sparse model whose connections move: the smallest weights go, others come where the gradient is large.
 
     Each tensor keeps as many weights as it started with. New connections start from zero, and the optimizer has no past
@@ -61,7 +63,7 @@ class Svite(UpdatingModifier, MaskingModifier):
             raise ValueError("'seed' does not go with 'init: magnitude' and 'grow: gradient': nothing is random then")
         return self
 
-    def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
+    def timeline(self, clock: Clock) -> Iterable[Row]:
         updates = self.updates(clock)
         if self.init == "magnitude":
             yield 0, "sparsity", self.describe(self.sparsity)
@@ -81,8 +83,8 @@ class Svite(UpdatingModifier, MaskingModifier):
     def claims(self, run: Run) -> Iterable[Claim]:
         reason = "what is rounded must be what is deployed, so quantize after the last update, or end those earlier"
         for slot in self._slots:
-            yield Claim(f"the mask of {slot.name}", 0, self._last)
-            yield Claim(f"the quantization of {slot.name.removesuffix('.weight')}", 0, self._last, reason)
+            yield Claim("mask", slot.name, 0, self._last)
+            yield Claim("quantization", slot.name.removesuffix(".weight"), 0, self._last, reason)
         yield from self.gate_claims(run, 0)  # its sparsity is of all weights
 
     def attach(self, run: Run) -> None:
@@ -101,7 +103,7 @@ class Svite(UpdatingModifier, MaskingModifier):
             self._gains[slot.name] = size if before is None else before.to(size.device).add_(size)
 
     def detach(self, run: Run) -> None:
-        if self._done < self._last and not run.nearly_done:  # weights that came in the last steps would stay zero
+        if self._done < self._last and not is_nearly_done(run):  # weights that came in the last steps would stay zero
             self.finish_late(run, f"the last update at step {self._last}")
 
     def _act(self, run: Run) -> None:
@@ -115,7 +117,7 @@ class Svite(UpdatingModifier, MaskingModifier):
             self._update(run, step)
         self._done = step
         run.log(f"{self.name}/ever_active", self._ever_active())
-        run.tell({f"{self.name}/seconds": perf_counter() - begin})
+        run.report({f"{self.name}/seconds": perf_counter() - begin})
 
     def _start(self, run: Run) -> None:
         weights = [slot.gather() for slot in self._slots]

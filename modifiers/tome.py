@@ -7,8 +7,9 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from ovit_engine import tokens
-from ovit_engine.core.modifier import Run
+from ovit_engine.core.capabilities import Row
 from ovit_engine.core.registry import register
+from ovit_engine.core.run import Run
 from ovit_engine.core.schedule import Clock
 from ovit_engine.modifiers._tokens import TokenReduction
 from ovit_engine.tokens.between import check_blocks_open
@@ -43,7 +44,7 @@ class ToMe(TokenReduction):
             raise ValueError(f"'curve' {self.curve} says how r falls, and 'r' lists it for each block")
         return self
 
-    def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
+    def timeline(self, clock: Clock) -> Iterable[Row]:
         falls = isinstance(self.r, int) and self.curve == "decreasing"
         spelled = f"{2 * self.r} merged in the first block, falling to 0" if falls else f"{self.r} merged a block"
         yield 0, "tokens", f"{spelled} ({self.name})"

@@ -13,34 +13,44 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ovit_engine.core.agreement import Agreement
+from ovit_engine.core.capabilities import (
+    Coordinated,
+    Deployable,
+    Distillation,
+    LearningRate,
+    Scheduled,
+    Surgical,
+    having,
+    timeline_rows,
+)
 from ovit_engine.core.checks import (
     check_arguments,
     check_claims,
     check_copy,
     check_device,
-    check_gates,
     check_made,
     check_parameters,
     check_supported,
     check_surgery,
     check_teacher,
     forget_compiled,
-    warn_of_a_late_end,
-    warn_of_an_early_end,
 )
 from ovit_engine.core.hooks import Attachment, StepHooks
 from ovit_engine.core.loggers import Log, RateLogs, sparsities
 from ovit_engine.core.loss import AddTerms, LossTerms
-from ovit_engine.core.modifier import Event, Modifier, Run, anew
+from ovit_engine.core.modifier import Event, Modifier
 from ovit_engine.core.optimizers import layers_of
 from ovit_engine.core.recipe import Recipe
+from ovit_engine.core.run import Run
 from ovit_engine.core.schedule import make_clock
 from ovit_engine.core.state import check_state, make_state, restore_state, whole_state_dict
+from ovit_engine.core.training_length import warn_of_a_late_end, warn_of_an_early_end
 from ovit_engine.core.watch import StepWatch
 from ovit_engine.distillation.teacher import Teacher
 from ovit_engine.distributed.sharding import reshard, sharded_modules
 from ovit_engine.gradients.calibration import Calibration
 from ovit_engine.masking.parameters import Slot, parameter_slots, unwrapped
+from ovit_engine.structured.shrink_model import warn_of_old_parameters
 from ovit_engine.sweep.sweep import Evaluate, find_sweep
 
 if TYPE_CHECKING:
@@ -78,7 +88,7 @@ class Engine:
     ) -> None:
         check_made(model, recipe)
         self.recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-        self.modifiers: tuple[Modifier, ...] = tuple(map(anew, self.recipe.modifiers))
+        self.modifiers: tuple[Modifier, ...] = tuple(modifier.fresh_copy() for modifier in self.recipe.modifiers)
         check_teacher(teacher, model, self.modifiers)
         self._teacher = teacher
         self.run = Run(model, make_clock(steps_per_epoch, epochs, total_steps))
@@ -91,9 +101,7 @@ class Engine:
         self._watch: StepWatch | None = None
         self._sharded: list[nn.Module] = []  # what fully_shard was called on
         self._device: torch.device | None = None
-        for modifier in self.modifiers:
-            for _ in modifier.timeline(self.run.clock):  # times past the end are errors before anything is done
-                pass
+        timeline_rows(self.modifiers, self.run.clock)  # times past the end are errors before anything is done
         self.sweep = find_sweep(self.modifiers, self.recipe, self.run, None if output is None else Path(output))
         self._agreement = Agreement(self.recipe, self.modifiers, self.run)
         self._terms = LossTerms(self.modifiers, self.run)
@@ -123,18 +131,17 @@ class Engine:
             raise RuntimeError("engine.prepare() was called before: once is enough")
         check_surgery(self.model, self.modifiers)
         forget_compiled(self.modifiers)
-        if any(modifier.needs_teacher() for modifier in self.modifiers):
+        if having(self.modifiers, Distillation):
             self.run.teacher = Teacher(self.model, self._teacher)
         before = {id(parameter) for parameter in self.model.parameters()}
         self._fire(Event.PREPARE)
-        for modifier in self.modifiers:
-            modifier.settle(self.run)
+        for modifier in having(self.modifiers, Coordinated):
+            modifier.coordinate(self.run, self.modifiers)
         self._new = [slot for slot in parameter_slots(self.model) if id(slot.tensor) not in before]
-        check_claims([(m, claim) for m in self.modifiers for claim in m.claims(self.run)])
-        check_gates(self.run, self.modifiers)
-        for modifier in self.modifiers:
-            for line in modifier.outcome(self.run):
-                log.info("%s: %s", modifier.name, line)
+        check_claims(self.modifiers, self.run)
+        for scheduled in having(self.modifiers, Scheduled):
+            for line in scheduled.outcome(self.run):
+                log.info("%s: %s", scheduled.name, line)
         self._stage = Event.PREPARE
         return self
 
@@ -162,7 +169,9 @@ class Engine:
             TypeError: not an Optimizer (a scheduler, or a wrapper that is none: give what is inside), or a wrong kind.
             ValueError: no optimizer trains this model.
         """
-        check_arguments((optimizer, *others), calibration, criterion, ema, evaluate)
+        check_arguments((optimizer, *others), criterion, ema, evaluate)
+        if calibration is not None and not isinstance(calibration, Calibration):
+            raise TypeError(f"calibration must be Calibration(loader, loss_fn), not {type(calibration).__name__}")
         if self._stage not in (None, Event.PREPARE):
             raise RuntimeError("the engine is attached already, or was detached: make a new Engine for a new training")
         check_supported(self.model)
@@ -175,7 +184,9 @@ class Engine:
         if self._stage is None:
             self.prepare()
         if self.modifiers:
-            check_parameters(self.model, optimizers, self._new)
+            held = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
+            check_parameters(self.model, held, self._new)
+            warn_of_old_parameters(self.model, held)
         self._agreement.begin()
         if self.run.teacher is not None:
             self.run.teacher.check_student()
@@ -232,8 +243,19 @@ class Engine:
                 self.detach()
             else:  # training failed by itself: leave the user's optimizer clean and let the error through
                 self._remove_hooks()
-                for modifier in self.modifiers:
+                for modifier in having(self.modifiers, Surgical):
                     modifier.abandon(self.run)
+
+    def skip_step(self, total: int | None = None) -> None:
+        """Count a step that the loop tried and its gradient scaler left out, which the engine does not see.
+
+        It does see those of fused optimizers, which are counted once all the same. `total` sets the
+        number of all skipped steps instead, for a loop that counts them itself.
+        """
+        if total is None:
+            self.run.skip_step()
+        else:
+            self.run.skipped = total
 
     def keep(self, handle: RemovableHandle) -> None:
         """Remove this hook of an integration's where those of the engine are removed."""
@@ -266,7 +288,7 @@ class Engine:
     def apply_to(self, model: nn.Module) -> None:
         """Bring another copy of the model, such as an EMA copy, to the same masks and phases."""
         self.run.masks.apply_to(model)
-        for modifier in self.modifiers:
+        for modifier in having(self.modifiers, Deployable):
             modifier.apply_to(model)
 
     def state_dict(self) -> dict[str, Any]:
@@ -366,11 +388,11 @@ class Engine:
         if self._watch is not None:
             self._watch.begin_step()
         check_device(self.model, self._device)
-        for modifier in self.modifiers:
-            modifier.pre_step(self.run)
+        for modifier in having(self.modifiers, LearningRate):
+            modifier.write_rates(self.run)
 
     def _end_step(self) -> None:
-        self.run.step += 1
+        self.run.count_step()
         self._terms.check_step()
         if self._watch is not None:
             self._watch.end_step()
@@ -382,12 +404,16 @@ class Engine:
 
     def _follow(self) -> None:
         """Bring the EMA copy up where masks or ranges changed: it averages what was before otherwise."""
-        behind = self.run.masks.changed or self.run.copies_behind or self._stage is Event.DETACH
-        if self._ema is not None and behind:
+        run = self.run
+        if self._ema is not None and (
+            run.masks.changed
+            or self._stage is Event.DETACH
+            or any(modifier.copies_are_behind(run) for modifier in having(self.modifiers, Deployable))
+        ):
             self.apply_to(self._ema)
-        if self.run.masks.changed and self.run.logs:
-            self.run.tell(sparsities(self.run.masks))
-        self.run.masks.changed = self.run.copies_behind = False
+        if run.masks.changed and run.logs:
+            run.report(sparsities(run.masks))
+        run.masks.changed = False
 
     def _remove_hooks(self) -> None:
         for handle in self._handles:

@@ -8,7 +8,7 @@ from pydantic import PrivateAttr
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ovit_engine import Engine, Modifier, Recipe, Run, Slot
+from ovit_engine import Engine, LearningRate, Recipe, Run, Slot
 
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.randn(64, 1, generator=torch.Generator().manual_seed(1))
@@ -81,7 +81,7 @@ def hooks_on(optimizer: Any) -> int:
     return len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
 
 
-class Spy(Modifier):
+class Spy(LearningRate):
     """Writes down its events, with the clock."""
 
     name: ClassVar[str] = "spy"
@@ -94,8 +94,8 @@ class Spy(Modifier):
     def attach(self, run: Run) -> None:
         self._seen.append(("attach", run.step))
 
-    def pre_step(self, run: Run) -> None:
-        self._seen.append(("pre_step", run.step))
+    def write_rates(self, run: Run) -> None:
+        self._seen.append(("write_rates", run.step))
 
     def step_begin(self, run: Run) -> None:
         self._seen.append(("step_begin", run.step))

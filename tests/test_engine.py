@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ovit_engine import Calibration, Engine, Recipe, RecipeError
+from ovit_engine import Calibration, Engine, LossTerm, Recipe, RecipeError
 from tests.loops import PRUNE, Spy, X, Y, hooks_on, loss_of, mlp, plain, recipe, started, zeros, zeros_at
 
 LR = "cyclic_lr: {max: 0.1, min: 0.01}"
@@ -225,7 +225,7 @@ def test_metrics_stand_beside_the_step() -> None:
     assert engine.run.history == [(1, "accuracy", 0.5)]
 
 
-class Term(Spy):
+class Term(Spy, LossTerm):
     """Adds the mean square of the weights to the loss."""
 
     def loss_term(self, run: Any) -> torch.Tensor:

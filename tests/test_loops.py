@@ -80,13 +80,13 @@ def test_events_of_a_plain_loop_in_order() -> None:
     assert engine.modifiers[0]._seen == [  # type: ignore[attr-defined]
         ("prepare", 0),
         ("attach", 0),
-        *[("pre_step", 0), ("step_begin", 0), ("step_end", 1)],
-        *[("pre_step", 1), ("step_begin", 1), ("step_end", 2)],
+        *[("write_rates", 0), ("step_begin", 0), ("step_end", 1)],
+        *[("write_rates", 1), ("step_begin", 1), ("step_end", 2)],
         ("detach", 2),
     ]
 
 
-def test_a_closure_runs_after_pre_step_and_before_step_begin_which_sees_dense_gradients() -> None:
+def test_a_closure_runs_after_the_rates_and_before_step_begin_which_sees_dense_gradients() -> None:
     model = mlp()
     optimizer = torch.optim.LBFGS(model.parameters(), 0.1, max_iter=3)
     both = Recipe("spied", (*recipe("magnitude_prune: {sparsity: 0.5, targets: [0.weight]}").modifiers, Spy()))
@@ -103,9 +103,9 @@ def test_a_closure_runs_after_pre_step_and_before_step_begin_which_sees_dense_gr
     for _ in range(2):
         optimizer.step(evaluate)
     steps = [kind for kind, _ in order if kind != "closure"]
-    assert steps == ["prepare", "attach"] + 2 * ["pre_step", "step_begin", "step_end"]
-    first = order.index(("pre_step", 0))
-    assert order[first : first + 4] == [("pre_step", 0), ("closure", 0), ("step_begin", 0), ("closure", 0)]
+    assert steps == ["prepare", "attach"] + 2 * ["write_rates", "step_begin", "step_end"]
+    first = order.index(("write_rates", 0))
+    assert order[first : first + 4] == [("write_rates", 0), ("closure", 0), ("step_begin", 0), ("closure", 0)]
     assert all(bool((g[model[0].weight == 0] != 0).all()) for g in engine.modifiers[1]._gradients)  # type: ignore[attr-defined]
 
 
@@ -183,7 +183,7 @@ def test_a_skipped_step_does_not_move_the_clock(fused: bool, unscaled: bool) -> 
     engine.detach()
     assert zeros(model[0]) == 64
     steps = [kind for kind, _ in engine.modifiers[1]._seen]  # type: ignore[attr-defined]
-    assert [steps.count(kind) for kind in ("pre_step", "step_begin", "step_end")] == [36, 36, 36]
+    assert [steps.count(kind) for kind in ("write_rates", "step_begin", "step_end")] == [36, 36, 36]
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["foreach", "fused"])

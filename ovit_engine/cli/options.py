@@ -43,7 +43,7 @@ epochs = click.option("--epochs", type=click.IntRange(min=1), help="Length of tr
 @contextmanager
 def assuming(epochs: int | None) -> Iterator[None]:
     """Where training is too short for a recipe only because its length is assumed, say so (None: it was given)."""
-    from ovit_engine.core.modifier import TooShortError
+    from ovit_engine.core.errors import TooShortError
 
     try:
         yield

@@ -26,6 +26,7 @@ def show(recipe: str, epochs: int | None, steps_per_epoch: int | None, variables
     from rich.table import Table
 
     from ovit_engine.cli.validate import check_schedule
+    from ovit_engine.core.capabilities import LearningRate, having, timeline_rows
     from ovit_engine.core.recipe import Recipe
     from ovit_engine.core.schedule import Clock
     from ovit_engine.utils.console import table_console
@@ -44,8 +45,8 @@ def show(recipe: str, epochs: int | None, steps_per_epoch: int | None, variables
         table.add_column(column, justify="right", no_wrap=True)
     for column in ("what", "value"):
         table.add_column(column)
-    rows = [row for modifier in read.modifiers for row in modifier.timeline(clock)]
-    if trained and not any(what == "learning rate" for _, what, _ in rows):
+    rows = timeline_rows(read.modifiers, clock)
+    if trained and not having(read.modifiers, LearningRate):
         rows.insert(
             0,
             (

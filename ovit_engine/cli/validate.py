@@ -51,27 +51,25 @@ def validate(
             check_schedule(read, clock)
         console.print(f"{read.name}: ok; --model NAME checks its targets")
         return
-    from ovit_engine.training.schedulers import check_scheduler, rate_writers
+    from ovit_engine.training.schedulers import check_scheduler
 
     with options.assuming(assumed):
         engine = prepared(read, model, model_args, epochs=epochs, steps_per_epoch=steps_per_epoch)
-    check_scheduler(engine.recipe.training, rate_writers(engine))
+    check_scheduler(engine.recipe.training, engine.modifiers)
     _print_matches(console, engine)
     console.print(f"{read.name}: ok on {engine.recipe.training.model}")
 
 
 def check_schedule(recipe: "Recipe", clock: "Clock") -> None:
     """Raise RecipeError where the recipe's times or the schedule of its training section don't fit, without a model."""
-    writers = []
-    for modifier in recipe.modifiers:
-        rows = list(modifier.timeline(clock))  # raises for times past the end
-        if any(what == "learning rate" for _, what, _ in rows):
-            writers.append(modifier)
+    from ovit_engine.core.capabilities import timeline_rows
+
+    timeline_rows(recipe.modifiers, clock)
     if recipe.training.scheduler is not None:
         from ovit_engine.training.schedulers import check_scheduler
 
         epochs = clock.total_steps // clock.steps_per_epoch
-        check_scheduler(recipe.training.model_copy(update={"epochs": epochs}), writers)
+        check_scheduler(recipe.training.model_copy(update={"epochs": epochs}), recipe.modifiers)
 
 
 def prepared(
@@ -112,6 +110,8 @@ def empty_model(training: "Training") -> "nn.Module":
 def _print_matches(console: Any, engine: "Engine") -> None:
     from rich.table import Table
 
+    from ovit_engine.core.capabilities import Scheduled, having
+
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("modifier", no_wrap=True)
     table.add_column("targets")
@@ -121,13 +121,14 @@ def _print_matches(console: Any, engine: "Engine") -> None:
         table.add_row(*row)
     if table.row_count:
         console.print(table)
-    for modifier in engine.modifiers:
+    for modifier in having(engine.modifiers, Scheduled):
         for line in modifier.outcome(engine.run):
             console.print(f"{modifier.name}: {line}")
 
 
 def match_rows(engine: "Engine") -> Iterable[tuple[str, str, str, str]]:
     """(modifier, target, tensors, weights) for each target of each modifier, from what the modifiers claim."""
+    from ovit_engine.core.capabilities import Exclusive
     from ovit_engine.masking.parameters import parameter_slots
     from ovit_engine.masking.presets import is_preset
     from ovit_engine.masking.targets import match_targets, matches
@@ -135,8 +136,8 @@ def match_rows(engine: "Engine") -> Iterable[tuple[str, str, str, str]]:
     sizes = {slot.name: slot.tensor.numel() for slot in parameter_slots(engine.model)}
     sizes |= {name.removesuffix(".weight"): size for name, size in sizes.items() if name.endswith(".weight")}
     for modifier in engine.modifiers:
-        claims = [claim.what for claim in modifier.claims(engine.run)]
-        claimed = [what.rpartition(" ")[2] for what in claims if not what.startswith("the gate of ")]  # of no weights
+        claims = modifier.claims(engine.run) if isinstance(modifier, Exclusive) else ()
+        claimed = [claim.name for claim in claims if claim.resource in ("mask", "quantization")]
         # a layer and its weight are the same numbers
         claimed = [name for name in dict.fromkeys(claimed) if name in sizes and f"{name}.weight" not in claimed]
         targets = getattr(modifier, "targets", None) or []

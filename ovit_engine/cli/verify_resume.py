@@ -100,7 +100,8 @@ def steps_per_epoch(recipe: "Recipe", least: int) -> int:
     Raises:
         RecipeError: the recipe's times do not go together in trainings that we would wait for.
     """
-    from ovit_engine.core.modifier import RecipeError
+    from ovit_engine.core.capabilities import timeline_rows
+    from ovit_engine.core.errors import RecipeError
     from ovit_engine.core.schedule import Clock
 
     epochs = recipe.training.epochs
@@ -108,8 +109,7 @@ def steps_per_epoch(recipe: "Recipe", least: int) -> int:
     while True:
         clock = Clock(number, number * epochs)
         try:
-            for modifier in recipe.modifiers:
-                list(modifier.timeline(clock))
+            timeline_rows(recipe.modifiers, clock)
             return number
         except RecipeError:
             number += 1

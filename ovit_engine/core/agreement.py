@@ -3,20 +3,24 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
-from ovit_engine.core.modifier import Event, Modifier, Run
+from torch import Tensor
+
+from ovit_engine.core.capabilities import Scheduled, Synchronized, having
+from ovit_engine.core.modifier import Event, Modifier
 from ovit_engine.core.recipe import Recipe
+from ovit_engine.core.run import Run
 from ovit_engine.distributed.comm import world
 
 
 class Agreement:
-    """Compares masks, and what modifiers put into `Run.shared`, after each event that changes them; not at each step.
+    """Compares masks, and what `Synchronized` modifiers changed, after each event that changes them; not at each step.
 
     A single process pays nothing.
     """
 
     def __init__(self, recipe: Recipe, modifiers: Sequence[Modifier], run: Run) -> None:
         self._recipe, self._modifiers, self._run = recipe, modifiers, run
-        self._changes = {step for modifier in modifiers for step in modifier.changes(run.clock)}
+        self._changes = {step for modifier in having(modifiers, Scheduled) for step in modifier.changes(run.clock)}
 
     def begin(self) -> None:
         """Raise RuntimeError in every process where they would not act at the same steps."""
@@ -46,7 +50,11 @@ class Agreement:
             comm.assert_equal(lambda: {"the number of applied steps": run.step}, when)
         with comm.fail_together() if due else nullcontext():
             yield
-        shared, run.shared = run.shared, {}
+        if comm.count == 1:
+            return
+        shared: dict[str, Tensor] = {}
+        for modifier in having(self._modifiers, Synchronized):
+            shared |= modifier.synchronized(run)
         if due or run.masks.changed or shared:
             masks = {f"the mask of {name!r}": run.masks.get(name) for name in run.masks.names()}
             comm.assert_equal(lambda: {**masks, **shared}, when)

@@ -11,8 +11,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ovit_engine.core.modifier import Modifier, Run
+from ovit_engine.core.capabilities import Surgical, having
+from ovit_engine.core.modifier import Modifier
 from ovit_engine.core.optimizers import nests
+from ovit_engine.core.run import Run
 from ovit_engine.masking.parameters import Mark, unwrapped
 
 _WRAPPER = inspect.getsourcefile(Optimizer)  # where torch wraps `step`
@@ -61,7 +63,7 @@ class _Reload:
         if self._run is not None and (module is self._called or module is self._whole):
             self._called = None
             self._run.masks.project()
-            for modifier in self._modifiers:
+            for modifier in having(self._modifiers, Surgical):
                 modifier.reloaded(self._run)
 
 
@@ -113,7 +115,7 @@ class StepHooks:
         scale = getattr(optimizer, "grad_scale", None)
         self._run.grad_scale = 1.0 if scale is None else scale
         if self._skipped:
-            self._run.skipped += 1
+            self._run.skip_step(seen=True)
             return None
         self._write()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")

@@ -13,7 +13,8 @@ from pydantic import (
     ValidationError,
 )
 
-from ovit_engine.core.modifier import Modifier, Origin, RecipeError
+from ovit_engine.core.errors import Origin, RecipeError
+from ovit_engine.core.modifier import Modifier
 from ovit_engine.core.registry import modifiers
 from ovit_engine.core.training_options import Training
 from ovit_engine.core.yaml_reader import Located, read_yaml

@@ -4,7 +4,9 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
 
 _TIME = re.compile(r"(\d+(?:\.\d+)?)(st|ep|%)")
 
@@ -24,6 +26,9 @@ def check_time(value: object) -> str:
     if found[2] == "%" and float(found[1]) > 100:
         raise ValueError(f"{value!r} is no time: a share of training is at most 100%")
     return value.strip()
+
+
+Time = Annotated[str, BeforeValidator(check_time)]
 
 
 @dataclass(frozen=True)

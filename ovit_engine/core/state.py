@@ -7,8 +7,9 @@ from typing import Any
 import yaml
 from torch import Tensor, nn
 
-from ovit_engine.core.modifier import Modifier, Run
+from ovit_engine.core.modifier import Modifier
 from ovit_engine.core.recipe import Recipe
+from ovit_engine.core.run import Run
 from ovit_engine.core.schedule import Clock
 from ovit_engine.distributed.sharding import gathered
 from ovit_engine.masking.parameters import clean_name, parameter_slots, unwrapped

@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from ovit_engine.core.modifier import Origin, RecipeError
+from ovit_engine.core.errors import Origin, RecipeError
 from ovit_engine.utils.suggest import suggest
 
 Augmentation = Literal[

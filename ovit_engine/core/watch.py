@@ -1,12 +1,11 @@
 """Notices that training goes on and the attached optimizer's `step` is not called, or not called any more."""
 
-import warnings
-
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ovit_engine.distributed.sharding import local_part
+from ovit_engine.utils.warn import warn
 
 CHANGES = 3  # of weights without a step of ours: loading a checkpoint after attach is one
 
@@ -75,10 +74,9 @@ class StepWatch:
                 "and make no copy after engine.attach(optimizer)"
             )
         if self._passes == self._usual + self._patience:
-            warnings.warn(
+            warn(
                 f"{self._patience} backward passes and no step of the {self._optimizer} that the engine is attached "
-                "to: does the loop step another one, such as a deep copy, whose parameters are not this model's?",
-                stacklevel=2,
+                "to: does the loop step another one, such as a deep copy, whose parameters are not this model's?"
             )
 
 

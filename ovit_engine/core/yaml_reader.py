@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ovit_engine.core.modifier import Origin, RecipeError
+from ovit_engine.core.errors import Origin, RecipeError
 from ovit_engine.utils.suggest import suggest
 
 _SEXAGESIMAL = re.compile(r"[-+]?\d+(:\d+)+")

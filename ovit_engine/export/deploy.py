@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ovit_engine.certificate import Certificate, Promise, PromisedLayer
+from ovit_engine.core.capabilities import Deployable, having
 from ovit_engine.core.modifier import Modifier
 from ovit_engine.core.recipe import Recipe
 from ovit_engine.distillation.teacher import forget_teacher
@@ -55,7 +56,7 @@ def deploy(
     reference = copy.deepcopy(unwrapped(engine.model if model is None else model))
     if model is not None:
         engine.apply_to(reference)
-    for modifier in engine.modifiers:
+    for modifier in having(engine.modifiers, Deployable):
         modifier.check(reference)
     if "_original_forward" in vars(reference):  # Accelerate put one on the object that computes in half precision
         del reference.forward, reference._original_forward
@@ -90,12 +91,12 @@ def write(
         ExportError: the file is not what `masks` and the quantized layers promise.
         RuntimeError: heads or units can't be removed without changing what the model computes.
     """
-    modifiers = tuple(modifiers)
+    deployable = having(modifiers, Deployable)
     forget_teacher(reference.eval())
     baked = copy.deepcopy(reference)
-    promise = smaller(baked, masks, dead=any(modifier.removes_dead for modifier in modifiers))
+    promise = smaller(baked, masks, dead=any(modifier.removes_dead for modifier in deployable))
     manifest = manifest_of(baked)
-    for modifier in modifiers:
+    for modifier in deployable:
         modifier.bake(baked)
     return export_model(
         baked,

@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ovit_engine.core.modifier import Modifier, Origin
+from ovit_engine.core.errors import Origin
+from ovit_engine.core.modifier import Modifier
 from ovit_engine.core.recipe import Recipe
 from ovit_engine.core.registry import modifiers
 from ovit_engine.pruning.patterns import NM, parse_pattern

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from ovit_engine.certificate import Certificate, ExportError
 from ovit_engine.certificate.kernels import open_session, run_outputs
 from ovit_engine.certificate.model import Parity
 from ovit_engine.certificate.parity import Sample, compare, take_sample
-from ovit_engine.core.modifier import Modifier, anew
+from ovit_engine.core.modifier import Modifier
 from ovit_engine.core.recipe import Recipe
 from ovit_engine.core.registry import modifiers
 from ovit_engine.export.deploy import write
@@ -67,7 +67,7 @@ def quantize_of(recipe: Recipe) -> Quantize:
     found = [modifier for modifier in recipe.modifiers if isinstance(modifier, Quantize)]
     if len(found) != 1:
         raise ValueError(f"recipe {recipe.name!r} has {len(found)} 'quantize' modifiers; ovit ptq takes one")
-    return cast(Quantize, anew(found[0]))
+    return found[0].fresh_copy()
 
 
 def calibration_batches(images: Dataset[Any], count: int, *, seed: int = 0) -> list[tuple[Tensor, ...]]:

@@ -9,6 +9,7 @@ from typing import Any
 from ovit_engine.analysis.bench_report import BenchReport
 from ovit_engine.analysis.break_even import spell
 from ovit_engine.certificate.render import fact_rows
+from ovit_engine.core.capabilities import timeline_rows
 from ovit_engine.report.advice import advise
 from ovit_engine.report.figures import draw_scatter, draw_timeline
 from ovit_engine.report.run_folder import OnnxFile, RunFolder
@@ -127,9 +128,7 @@ def _plan(run: RunFolder) -> list[tuple[str, ...]]:
     if run.recipe is None or run.training is None:
         return []
     clock = run.training.clock
-    rows = sorted(
-        (row for modifier in run.recipe.modifiers for row in modifier.timeline(clock)), key=lambda row: row[0]
-    )
+    rows = timeline_rows(run.recipe.modifiers, clock)
     shown: list[tuple[str, ...]] = [
         (f"{clock.epochs(step):g}", str(step), what, value) for step, what, value in rows[:_MOST_ROWS]
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ovit_engine.core.capabilities import Scheduled, having
 from ovit_engine.core.modifier import Modifier
 from ovit_engine.core.schedule import Clock
 from ovit_engine.report.run_folder import RunFolder
@@ -54,7 +55,7 @@ class Timeline:
 def lanes(modifiers: Sequence[Modifier], clock: Clock) -> tuple[Lane, ...]:
     """What the recipe says, a lane a modifier; those without a time of their own are left out."""
     found = []
-    for modifier in modifiers:
+    for modifier in having(modifiers, Scheduled):
         rows = list(modifier.timeline(clock))
         if not rows:
             continue
@@ -63,7 +64,7 @@ def lanes(modifiers: Sequence[Modifier], clock: Clock) -> tuple[Lane, ...]:
         ends = getattr(modifier, "end", None)
         if isinstance(ends, str):
             last = clock.steps(ends)
-        elif rows[0][1] != "sparsity":  # what begins without an end lasts
+        elif last not in modifier.changes(clock):  # what does not end with a change lasts
             last = clock.total_steps
         found.append(Lane(name=modifier.name, start=events[0][0], end=clock.epochs(last), events=events))
     return tuple(found)

@@ -5,7 +5,7 @@ units are chosen in fours, and every disabled unit can really be removed.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +26,14 @@ def tile_of(pattern: Pattern) -> Tile:
     return (1, pattern.group) if isinstance(pattern, NM) else FREE
 
 
-def common_tile(one: Tile, other: Tile) -> Tile:
-    """Return the tile of a weight that follows two patterns."""
-    return math.lcm(one[0], other[0]), math.lcm(one[1], other[1])
+def tiles_of(patterns: Iterable[Mapping[str, Pattern]]) -> dict[str, Tile]:
+    """Return the tile of each weight by name, which may follow several patterns."""
+    tiles: dict[str, Tile] = {}
+    for each in patterns:
+        for name, pattern in each.items():
+            (rows, columns), (more_rows, more_columns) = tiles.get(name, FREE), tile_of(pattern)
+            tiles[name] = math.lcm(rows, more_rows), math.lcm(columns, more_columns)
+    return tiles
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ first cut in a float64 copy, which must compute what it did; only then is the mo
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -17,10 +17,11 @@ from ovit_engine import quant
 from ovit_engine.certificate.manifest import Manifest, Part
 from ovit_engine.distributed.sharding import is_sharded
 from ovit_engine.masking.masks import Masks
-from ovit_engine.masking.parameters import clean_name, is_attached, unwrapped
+from ovit_engine.masking.parameters import clean_name, is_attached, parameter_slots, unwrapped
 from ovit_engine.structured.gates import KINDS, GateSite, find_sites, installed, uninstall
 from ovit_engine.structured.optimizer_state import Cut, check_optimizer, cut_optimizer
 from ovit_engine.structured.removal import Removal, copied, prove, removal_by_gate, removal_of_dead
+from ovit_engine.utils.warn import warn
 
 log = logging.getLogger(__name__)
 
@@ -211,3 +212,16 @@ def _record(site: GateSite, keep: Tensor) -> None:
             vars(site.owner)["attn_dim"] = len(kept) * site.width
     part = Part(name=site.owner_name, kind=site.kind, of=of, width=site.width, kept=tuple(numbers[i] for i in kept))
     vars(site.owner)[_PART] = part
+
+
+def warn_of_old_parameters(model: nn.Module, held: Collection[int]) -> None:
+    """Warn where the model was shrunk and an optimizer that holds `held` (ids), made before, steps the old weights."""
+    cut = {name for part in manifest_of(model).parts for name in part.axes()}
+    lost = [
+        s.name for s in parameter_slots(model) if s.name in cut and s.tensor.requires_grad and id(s.tensor) not in held
+    ]
+    if lost and set(held) - {id(parameter) for parameter in model.parameters()}:
+        warn(
+            f"the optimizer does not train {lost[0]!r}, and holds parameters that are not the model's: was it made "
+            "before shrink(model)? Give it, shrink(model, optimizer=optimizer), or make a new one"
+        )

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ovit_engine.core.modifier import Modifier, Run, SweepPlan
+from ovit_engine.core.capabilities import Exclusive, Scheduled, SweepPlan, having
+from ovit_engine.core.modifier import Modifier
 from ovit_engine.core.recipe import Recipe
+from ovit_engine.core.run import Run
 from ovit_engine.distributed.comm import world
 from ovit_engine.masking.masks import Masks
 from ovit_engine.quant import dense_state_dict
@@ -38,13 +40,14 @@ def find_sweep(modifiers: Sequence[Modifier], recipe: Recipe, run: Run, output: 
     Raises:
         RecipeError: two modifiers ask for one, or a sparsity that no pruning step reaches.
     """
-    found = [(modifier, plan) for modifier in modifiers if (plan := modifier.sweep_plan(run.clock)) is not None]
+    scheduled = having(modifiers, Scheduled)
+    found = [(modifier, plan) for modifier in scheduled if (plan := modifier.sweep_plan(run.clock)) is not None]
     if not found:
         return None
     if len(found) > 1:
         first, second = found[0][0], found[1][0]
         raise second.error(f"{first.name} ({first._origins.get('', 'same recipe')}) sweeps already: one may", "sweep")
-    changes = sorted({step for modifier in modifiers for step in modifier.changes(run.clock)})
+    changes = sorted({step for modifier in scheduled for step in modifier.changes(run.clock)})
     return Sweep(*found[0], changes, recipe, run, output)
 
 
@@ -203,7 +206,8 @@ class Sweep:
     def _describe(self, sparsity: float, metric: float | None, weights: Mapping[str, torch.Tensor]) -> Point:
         run = self._run
         pruned = {name: int((~mask).sum()) for name in run.masks.names() if (mask := run.masks.get(name)) is not None}
-        claimed = [claim.what.removeprefix("the mask of ") for claim in self._modifier.claims(run)]
+        claims = self._modifier.claims(run) if isinstance(self._modifier, Exclusive) else ()
+        claimed = [claim.name for claim in claims if claim.resource == "mask"]
         zeros = [(pruned[name], weights[name].numel()) for name in claimed if name in pruned]
         parameters = sum(parameter.numel() for parameter in run.model.parameters())
         raw, packed = weigh(weights.values()) if world().is_main else (0, 0)

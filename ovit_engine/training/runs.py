@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from ovit_engine.bases.pruner import Masking
+from ovit_engine.core.capabilities import having
 from ovit_engine.core.recipe import Recipe
 from ovit_engine.core.schedule import Clock
 from ovit_engine.engine import Engine
@@ -84,5 +86,4 @@ def begin(trainer: Trainer, checkpoint: str | Path | None, pretrained: bool, res
 def _prunes_at_once(recipe: Recipe) -> bool:
     """Whether weights become zero before the first step."""
     clock = Clock(100, 100 * recipe.training.epochs)
-    rows = (row for modifier in recipe.modifiers for row in modifier.timeline(clock))
-    return any(step == 0 and what == "sparsity" for step, what, _ in rows)
+    return any(0 in modifier.changes(clock) for modifier in having(recipe.modifiers, Masking))

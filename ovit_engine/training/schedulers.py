@@ -1,7 +1,7 @@
 """timm's learning-rate schedules, for recipes that have none of their own."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from timm.scheduler import create_scheduler_v2  # type: ignore[attr-defined]  # public, though not re-exported by "as"
@@ -9,6 +9,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import Optimizer
 
+from ovit_engine.core.capabilities import LearningRate, having
 from ovit_engine.core.modifier import Modifier
 from ovit_engine.core.training_options import Training
 from ovit_engine.engine import Engine
@@ -23,15 +24,15 @@ def make_scheduler(engine: Engine, optimizer: Optimizer, training: Training) -> 
     Raises:
         RecipeError: what `check_scheduler` finds.
     """
-    check_scheduler(training, rate_writers(engine))
+    check_scheduler(training, engine.modifiers)
     return None if training.scheduler is None else _make(training, optimizer, engine.run.steps_per_epoch)
 
 
-def check_scheduler(training: Training, writers: Sequence[Modifier]) -> None:
+def check_scheduler(training: Training, modifiers: Iterable[Modifier]) -> None:
     """Check the schedule of `training` before there is an optimizer.
 
     Args:
-        writers: modifiers of the recipe that write the learning rate.
+        modifiers: those of the recipe.
 
     Raises:
         RecipeError: a modifier writes the learning rate too; arguments that timm's create_scheduler_v2 does not take; a
@@ -39,21 +40,12 @@ def check_scheduler(training: Training, writers: Sequence[Modifier]) -> None:
     """
     if training.scheduler is None:
         return
-    for modifier in writers:
+    for modifier in having(modifiers, LearningRate):
         raise modifier.error(
             f"writes the learning rate, as scheduler {training.scheduler!r} of training does: keep one"
         )
     _check_arguments(training)
     _make(training, torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=training.lr), 1)
-
-
-def rate_writers(engine: Engine) -> list[Modifier]:
-    """Modifiers of a prepared engine that write the learning rate."""
-    return [
-        modifier
-        for modifier in engine.modifiers
-        if any(claim.what == "the learning rate" for claim in modifier.claims(engine.run))
-    ]
 
 
 def _make(training: Training, optimizer: Optimizer, steps_per_epoch: int) -> Scheduler:

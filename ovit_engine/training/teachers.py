@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ovit_engine.core.capabilities import Distillation, having
 from ovit_engine.core.recipe import Recipe
 from ovit_engine.core.state import whole_state_dict
 from ovit_engine.core.training_options import Training
@@ -25,7 +26,7 @@ class Teachers:
     @property
     def is_needed(self) -> bool:
         """Whether a modifier learns from one, or the recipe's training names one."""
-        return self.recipe.training.teacher is not None or any(m.needs_teacher() for m in self.recipe.modifiers)
+        return self.recipe.training.teacher is not None or bool(having(self.recipe.modifiers, Distillation))
 
     def make(self) -> nn.Module | None:
         """A teacher that the recipe's training names; None for a copy of the model that training starts from.

@@ -8,6 +8,7 @@ from pydantic import PrivateAttr
 from torch import Tensor, nn
 
 from ovit_engine import Engine, Modifier, Recipe, Run
+from ovit_engine.core.capabilities import Distillation
 from ovit_engine.distillation.teacher import logits_of
 
 IMAGES = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -20,16 +21,13 @@ def vit(name: str = "vit_tiny_patch16_224", **options: Any) -> Any:
     return timm.create_model(name, **{**SIZES, **options})
 
 
-class Learner(Modifier):
+class Learner(Distillation):
     """A term: mean square of what student and teacher differ in, logits and perhaps tokens."""
 
     name: ClassVar[str] = "learner"
     tokens: bool = False
     _terms: list[Tensor] = PrivateAttr(default_factory=list)
     _asked: int = PrivateAttr(default=0)
-
-    def needs_teacher(self) -> bool:
-        return True
 
     def prepare(self, run: Run) -> None:
         assert run.teacher is not None

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from ovit_engine import Engine, Modifier, Recipe, Run
+from ovit_engine import Engine, Recipe, Run
 from ovit_engine.certificate import ExportError
 from ovit_engine.certificate.manifest import Manifest
 from ovit_engine.certificate.measure import Provenance
@@ -22,6 +22,7 @@ from ovit_engine.certificate.model import PromisedLayer, reference_path
 from ovit_engine.certificate.parity import Reference, random_sample
 from ovit_engine.certificate.render import fact_rows
 from ovit_engine.certificate.verify import verify_file
+from ovit_engine.core.capabilities import Deployable, Scheduled, Surgical
 from ovit_engine.core.schedule import Clock
 from ovit_engine.export.deploy import smaller
 from ovit_engine.export.exporter import publish
@@ -38,11 +39,11 @@ QUANTIZE = "quantize: {start: 1st, freeze_observers: 4st}"
 SHRINK = "shrink: {}"
 
 
-class Closing(Modifier):
+class Closing(Scheduled, Surgical, Deployable):
     """Gates that close at step 3."""
 
     name = "closing"
-    surgery = removes_units = True
+    removes_units = True
 
     def prepare(self, run: Run) -> None:
         install(find_sites(run.model))

@@ -168,13 +168,13 @@ def test_a_step_is_counted_once_whoever_counts_it() -> None:
     skips = SkippedSteps(run)
     assert not skips.end()  # none was begun
     skips.begin()
-    run.step += 1
+    run.count_step()
     assert not skips.end()
     skips.begin()
     assert skips.end()
     assert not skips.end()
     skips.begin()
-    run.skipped += 1  # the engine saw it, as of a fused optimizer
+    run.skip_step(seen=True)  # the engine saw it, as of a fused optimizer
     assert skips.end()
     skips.begin()
     skips.begin()  # the one before came to no end of its own

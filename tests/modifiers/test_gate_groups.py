@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ovit_engine import Calibration, Engine, RecipeError
-from ovit_engine.pruning.patterns import parse_pattern
+from ovit_engine.core.capabilities import having
+from ovit_engine.modifiers._gates import GateModifier
+from ovit_engine.pruning.patterns import NM, Block, parse_pattern
 from ovit_engine.structured.gates import GateSite, find_sites, install, installed, set_gate
-from ovit_engine.structured.groups import Groups, common_tile, tile_of
+from ovit_engine.structured.groups import Groups, tile_of, tiles_of
 from ovit_engine.structured.ranking import RANKERS, register_ranker
 from ovit_engine.structured.shrink_model import shrink
 from tests.loops import recipe
@@ -218,14 +220,16 @@ def test_what_groups_put_out_of_reach_is_told_at_prepare(gates: str) -> None:
 def test_tiles_of_patterns() -> None:
     spelled = ["unstructured", "2:4", "1:8", {"block": [2, 3]}]
     assert [tile_of(parse_pattern(each)) for each in spelled] == [(1, 1), (1, 4), (1, 8), (2, 3)]
-    assert common_tile((1, 4), (2, 6)) == (2, 12)
+    both = tiles_of([{"fc2.weight": NM(2, 4)}, {"fc2.weight": Block(2, 6)}])
+    assert both == {"fc2.weight": (2, 12)}
 
 
 def test_two_patterns_of_one_weight_hold_groups_of_both() -> None:
     blocks = "magnitude_prune: {start: 5st, pattern: {block: [1, 6]}, sparsity: 0.75, targets: ['re:.*fc2.weight']}"
     for lines in ((pattern(), blocks), (blocks, pattern())):
         engine = Engine(vit(), recipe(GATES[1], *lines), steps_per_epoch=6, epochs=1).prepare()
-        assert engine.run.tiles["blocks.0.mlp.fc2.weight"] == (1, 12)
+        gates = next(iter(having(engine.modifiers, GateModifier)))
+        assert gates.groups(next(site for site in gates.sites("units"))).size == 12
 
 
 def test_groups_by_hand() -> None:

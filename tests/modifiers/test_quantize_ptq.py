@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ovit_engine import Engine, Recipe, RecipeError
-from ovit_engine.core.modifier import anew
 from ovit_engine.modifiers.quantize import Quantize
 from ovit_engine.quant import QuantAttention, QuantConv2d, QuantLinear, quantizers
 from ovit_engine.quant.observers import CurrentLeastError, LeastError, MinMax, MovingAverageMinMax, Percentile
@@ -38,7 +37,7 @@ def vit() -> nn.Module:
 
 def quantize(options: str) -> Quantize:
     recipe = Recipe.parse(f"modifiers:\n  - quantize: {options}\n", file="r.yaml")
-    found = anew(recipe.modifiers[0])
+    found = recipe.modifiers[0].fresh_copy()
     assert isinstance(found, Quantize)
     return found
 

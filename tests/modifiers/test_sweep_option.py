@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ovit_engine import Clock, Engine, Recipe, RecipeError
-from ovit_engine.modifiers._schedule import place_targets
+from ovit_engine.bases.amounts import place_targets
 from tests.loops import PRUNE, mlp, recipe
 
 CLOCK = Clock(steps_per_epoch=10, total_steps=100)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ovit_engine import Clock, Engine, Recipe
 from ovit_engine.cli.validate import empty_model
+from ovit_engine.core.capabilities import Exclusive, having, timeline_rows
 from ovit_engine.core.recipe import shipped_recipes
 from ovit_engine.modifiers.cyclic_lr import CyclicLR
 from ovit_engine.training.api import Trained, train, with_training
@@ -29,7 +30,7 @@ def sparsities(name: str, **variables: Any) -> dict[float, float]:
     """Sparsity in percent by epoch."""
     recipe = Recipe.load(f"paper/{name}", **variables)
     clock = Clock(1251, 1251 * recipe.training.epochs)  # ImageNet in batches of 1024
-    rows = [row for modifier in recipe.modifiers for row in modifier.timeline(clock)]
+    rows = timeline_rows(recipe.modifiers, clock)
     return {
         clock.epochs(step): 0.0 if value.startswith("dense") else float(value.partition("%")[0])
         for step, what, value in rows
@@ -58,8 +59,8 @@ CONVNETS = ["table6_resnet50d", "table6_efficientnetv2_tiny"]
 @pytest.mark.parametrize("name", [*GRADUAL, *CONVNETS])
 def test_a_run_leaves_every_row_of_its_table(name: str) -> None:
     clock = Clock(2, 600)
-    rows = [value for each in Recipe.load(f"paper/{name}").modifiers for _, what, value in each.timeline(clock)]
-    kept = [row.split("%")[0] for row in rows if "sweep point" in row]
+    values = [value for _, _, value in timeline_rows(Recipe.load(f"paper/{name}").modifiers, clock)]
+    kept = [value.split("%")[0] for value in values if "sweep point" in value]
     assert kept == ["50.00", "60.00", "75.00", *["80.00"] * name.startswith("table2"), "90.00"]
 
 
@@ -206,10 +207,8 @@ def test_on_the_model_it_names(name: str, variables: dict[str, Any], tmp_path: P
     recipe = Recipe.load(name, **variables)
     model = empty_model(recipe.training)
     engine = Engine(model, recipe, steps_per_epoch=2, epochs=recipe.training.epochs, output=tmp_path).prepare()
-    masked = {
-        claim.what for modifier in engine.modifiers for claim in modifier.claims(engine.run) if "mask of" in claim.what
-    }
-    names = [what.removeprefix("the mask of ") for what in masked]
+    claims = [claim for modifier in having(engine.modifiers, Exclusive) for claim in modifier.claims(engine.run)]
+    names = {claim.name for claim in claims if claim.resource == "mask"}
     if "constant_mask" not in {modifier.name for modifier in recipe.modifiers}:  # its weights are found at attach
         millions = sum(model.get_parameter(name).numel() for name in names) / 1e6
         assert millions == pytest.approx(PRUNABLE[str(recipe.training.model)], abs=0.0051)

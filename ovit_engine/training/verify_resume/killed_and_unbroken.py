@@ -9,6 +9,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from unittest.mock import patch
 
+from ovit_engine.core.capabilities import timeline_rows
 from ovit_engine.core.recipe import Recipe
 from ovit_engine.core.schedule import Clock
 from ovit_engine.sweep.folder import FOLDER
@@ -77,9 +78,7 @@ def event_steps(job: Job) -> list[int]:
     """Steps after which the recipe does something, 0 for attach; the first of a phase of learning rates among them."""
     clock = Clock(job.steps_per_epoch, job.total_steps)
     modifiers = Recipe.parse(job.recipe).modifiers
-    return sorted(
-        {step for modifier in modifiers for step, _, _ in modifier.timeline(clock) if step <= job.total_steps}
-    )
+    return sorted({step for step, _, _ in timeline_rows(modifiers, clock) if step <= job.total_steps})
 
 
 def start_training(job: Job, folder: Path, kill: ScheduledKill | None) -> None:

@@ -1,7 +1,6 @@
 """What pruners share that need gradients: where they come from, the check of memory, steps in several parts."""
 
 import logging
-import warnings
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,13 +9,14 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, PrivateAttr, model_validator
 from torch import Tensor
 
-from ovit_engine.core.modifier import Run
+from ovit_engine.bases.pruner import Pruner
+from ovit_engine.core.run import Run
 from ovit_engine.distributed.comm import world
 from ovit_engine.distributed.sharding import gathered, whole_model
 from ovit_engine.masking.parameters import Slot
-from ovit_engine.modifiers._pruning import PruningModifier
 from ovit_engine.pruning import LARGEST_BLOCK, GradientSource, Pruned, PruneOptions, plan_pruning, prune_streamed
 from ovit_engine.pruning.patterns import NM
+from ovit_engine.utils.warn import warn
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 FEWEST, MOST, ENTRIES = 16, 64, 2**24
 
 
-class GradientPruningModifier(PruningModifier):
+class SecondOrderPruner(Pruner):
     """Prunes by a method of `prune_streamed`. A subclass names the method and states its options."""
 
     method: ClassVar[str]
@@ -43,7 +43,7 @@ class GradientPruningModifier(PruningModifier):
     _checked: bool = PrivateAttr(default=False)  # whether its need of memory is in the history
 
     @model_validator(mode="after")
-    def _block_holds_a_group(self) -> "GradientPruningModifier":
+    def _block_holds_a_group(self) -> "SecondOrderPruner":
         block = self.options().get("block", LARGEST_BLOCK)
         if block < self.pattern.group:
             raise ValueError(f"a Fisher block of {block} can't hold the {self.pattern.group} weights of {self.pattern}")
@@ -67,11 +67,10 @@ class GradientPruningModifier(PruningModifier):
                     f"pruning at step {run.step} needs gradients: attach(optimizer, calibration=Calibration(loader, "
                     "loss_fn))"
                 )
-            warnings.warn(
+            warn(
                 f"{self.name}: no calibration was given, so the gradients of at most {self.window} training steps "
                 "before each pruning step are used: larger batches at moving weights, with dropout. The published "
-                "method is attach(optimizer, calibration=Calibration(loader, loss_fn))",
-                stacklevel=5,
+                "method is attach(optimizer, calibration=Calibration(loader, loss_fn))"
             )
         if ahead:
             self.check_memory(run)
@@ -82,10 +81,9 @@ class GradientPruningModifier(PruningModifier):
         """Warn where one gradient takes all images there are: without augmentation all gradients are then the same."""
         images = None if run.calibration is None else run.calibration.images
         if images is not None and images <= self.images_per_gradient:
-            warnings.warn(
+            warn(
                 f"{self.name}: there are {images} calibration images, and images_per_gradient is "
-                f"{self.images_per_gradient}: every gradient takes all of them, so they are alike",
-                stacklevel=5,
+                f"{self.images_per_gradient}: every gradient takes all of them, so they are alike"
             )
 
     def check_memory(self, run: Run) -> None:
@@ -113,10 +111,9 @@ class GradientPruningModifier(PruningModifier):
             limit = (
                 "more than is available" if self.memory_limit is None else f"memory_limit is {self.memory_limit:g} GiB"
             )
-            warnings.warn(
+            warn(
                 f"{self.name}: a pruning step needs {needed:.2f} GiB, {limit}: its targets are taken in "
-                f"{len(plan.rounds)} groups, and gradients {plan.passes} times",
-                stacklevel=5,
+                f"{len(plan.rounds)} groups, and gradients {plan.passes} times"
             )
 
     @property
@@ -208,8 +205,7 @@ class GradientPruningModifier(PruningModifier):
             )
         for stage, seconds in pruned.timings.items():
             name = f"{self.name}/{stage}"
-            run.timings[name] = run.timings.get(name, 0.0) + seconds
-            run.tell({f"{name}_seconds": seconds})
+            run.report({f"{name}_seconds": seconds})
         if pruned.passes:
             spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in pruned.timings.items())
             log.info("%s: gradients came %d times; %s", what, pruned.passes, spent)
@@ -223,9 +219,7 @@ class GradientPruningModifier(PruningModifier):
             recent = list(self._recent)
             before = max((step for step in self._events if step < run.step), default=0)
             if len(recent) < min(self.window, run.step - before):  # it went on without its calibration
-                warnings.warn(
-                    f"{self.name}: only {len(recent)} training gradients were seen before this step", stacklevel=6
-                )
+                warn(f"{self.name}: only {len(recent)} training gradients were seen before this step")
             # every rank has the same ones, averaged; shards become whole on all ranks at once
             mine = [
                 g for i, grads in enumerate(recent) if (g := list(map(gathered, grads))) and i % comm.count == comm.rank
@@ -252,7 +246,7 @@ def chunk_size(weights: int, count: int) -> int:
     return min(count, max(FEWEST, min(MOST, ENTRIES // weights, count // 16)))
 
 
-class BrainSurgeonModifier(GradientPruningModifier):
+class BrainSurgeon(SecondOrderPruner):
     """Scores by the inverse Fisher every unit as if it went alone: oBERT, and M-FAC."""
 
     block: int = Field(192, ge=1, le=LARGEST_BLOCK, description="size of a Fisher block")

@@ -1,23 +1,36 @@
-"""What every pruner shares: on what it acts, when, how much."""
+"""Base classes of modifiers that set weights to zero: their targets, pattern and schedule."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from time import perf_counter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BeforeValidator, Field, PlainSerializer, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
 
-from ovit_engine.core.modifier import Claim, Modifier, Run, SweepPlan
+from ovit_engine.bases.amounts import Amount, PruningSchedule, SparsityRange, Sweep, place_targets, spelled
+from ovit_engine.core.capabilities import (
+    Claim,
+    Coordinated,
+    Deployable,
+    Exclusive,
+    Patterned,
+    Row,
+    Scheduled,
+    SweepPlan,
+    having,
+)
+from ovit_engine.core.modifier import Modifier
+from ovit_engine.core.run import Run
 from ovit_engine.core.schedule import Clock
 from ovit_engine.distributed.sharding import gathered
 from ovit_engine.masking.parameters import Slot
 from ovit_engine.masking.targets import check_target, find_slots
-from ovit_engine.modifiers._schedule import Amount, ScheduledModifier, SparsityRange, Sweep, place_targets, spelled
-from ovit_engine.pruning.patterns import NM, Block, Unstructured, parse_pattern
+from ovit_engine.pruning import prune_by_scores
+from ovit_engine.pruning.patterns import NM, Block, Pattern, Unstructured, parse_pattern
 from ovit_engine.structured.gates import GateSite, installed, live_mask
-from ovit_engine.structured.groups import FREE, Groups, common_tile, tile_of
+from ovit_engine.structured.groups import Groups, tiles_of
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # weights [in, out, ...]
 
@@ -31,7 +44,7 @@ PatternField = Annotated[
 ]
 
 
-class MaskingModifier(Modifier):
+class Masking(Scheduled, Exclusive, Patterned, Coordinated):
     """Makes weights of its targets zero. A subclass states when, and which."""
 
     targets: Targets = Field(
@@ -70,7 +83,14 @@ class MaskingModifier(Modifier):
                 raise self.error(
                     f"{slot.name}: {self.pattern} in a {kind}, whose axes no sparse kernel reads", "pattern"
                 )
-            run.tiles[slot.name] = common_tile(run.tiles.get(slot.name, FREE), tile_of(self.pattern))
+
+    def patterns(self) -> Mapping[str, Pattern]:
+        return dict.fromkeys((slot.name for slot in self._slots), self.pattern)
+
+    def coordinate(self, run: Run, modifiers: Sequence[Modifier]) -> None:
+        for site, groups in gates_beside(run, self._slots, modifiers):
+            self._check_whole(site, groups)
+        check_gates(self, run, self._slots, modifiers)
 
     def attach(self, run: Run) -> None:
         lost = [slot.name for slot in self._slots if self._done >= 0 and run.masks.get(slot.name) is None]
@@ -126,12 +146,9 @@ class MaskingModifier(Modifier):
 
     def gate_claims(self, run: Run, start: int) -> Iterable[Claim]:
         """From `start` on no gate beside a target may change: what it switches off counts for no sparsity."""
-        targets = {slot.name for slot in self._slots}
         reason = "sparsity is a share of the weights that gates leave, so gates come first and stay: prune after them"
-        for site in installed(run.model):
-            if targets & {f"{site.name}.weight", f"{site.source_name}.weight"}:
-                self._check_whole(site, Groups.of(site, run.tiles))
-                yield Claim(f"the gate of {site.name}", start, run.total_steps, reason)
+        for site, _ in gates_beside(run, self._slots):
+            yield Claim("gate", site.name, start, run.total_steps, reason)
 
     def _check_whole(self, site: GateSite, groups: Groups) -> None:
         """A block of which gates take a part is neither removed nor zero: its sparsity could not be had."""
@@ -149,8 +166,14 @@ class MaskingModifier(Modifier):
         return f"{self.pattern.resolve(sparsity):.2%} {self.pattern} ({self.name})"
 
 
-class PruningModifier(ScheduledModifier, MaskingModifier):
-    """Prunes targets step by step. A subclass states how masks and weights are found: `solve`."""
+class Pruner(PruningSchedule, Masking):
+    """Prunes targets step by step. A subclass overrides `scores`, or `solve` if it moves the weights that stay.
+
+    The base has the options of every pruner (`sparsity`, `start`, `end`, `every`, `targets`, `scope`, `pattern`,
+    `sweep`), keeps to patterns and exact counts, and holds the masks.
+    """
+
+    needs_training: ClassVar[bool] = False  # whether it can't prune a model at once
 
     sparsity: Amount | None = Field(
         None, description="share of zeros: a number, {from, to, curve}, or {time: number, ...}; N:M implies its own"
@@ -163,15 +186,31 @@ class PruningModifier(ScheduledModifier, MaskingModifier):
     _events: dict[int, float | None] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
-    def _consistent(self) -> "PruningModifier":
+    def _consistent(self) -> "Pruner":
         for amount in spelled(self.sparsity):
             self.pattern.resolve(amount)
         self.check_times([self.sparsity])
         return self
 
-    @abstractmethod
+    def scores(self, run: Run, slots: Sequence[Slot]) -> Sequence[Tensor]:
+        """Return a score of each weight, whole and shaped as `slot.gather()`: the lowest go."""
+        raise NotImplementedError(f"{type(self).__name__} has neither 'scores' nor 'solve'")
+
     def solve(self, run: Run, slots: Sequence[Slot], sparsity: float | None) -> tuple[list[Tensor], list[Tensor]]:
-        """Masks (True = kept) and new weights of `slots` for a sparsity; what is pruned already stays so."""
+        """Return masks (True = kept) and new weights of `slots`, whole, for a sparsity (None: that of the pattern).
+
+        What is pruned already, the False of `present_masks`, stays so.
+        """
+        pruned = prune_by_scores(
+            [slot.gather() for slot in slots],
+            self.scores(run, slots),
+            names=[slot.name for slot in slots],
+            masks=self.present_masks(run),
+            sparsity=sparsity,
+            scope=self.scope,
+            pattern=self.pattern,
+        )
+        return pruned.masks, pruned.weights
 
     def events(self, clock: Clock) -> dict[int, float | None]:
         """Pruning steps and the sparsity after each (None = what the pattern implies), in the order of time."""
@@ -192,7 +231,7 @@ class PruningModifier(ScheduledModifier, MaskingModifier):
         except ValueError as error:
             raise self.error(str(error), "sweep") from None
 
-    def timeline(self, clock: Clock) -> Iterable[tuple[int, str, str]]:
+    def timeline(self, clock: Clock) -> Iterable[Row]:
         points = self._points(self.scheduled(clock, self.sparsity, "sparsity"))
         for step, sparsity in self.events(clock).items():
             yield step, "sparsity", self.describe(sparsity) + ", sweep point" * (step in points)
@@ -212,11 +251,16 @@ class PruningModifier(ScheduledModifier, MaskingModifier):
 
     def claims(self, run: Run) -> Iterable[Claim]:
         for slot in self._slots:
-            yield Claim(f"the mask of {slot.name}", min(self._events), max(self._events))
-        gated = list(self.gate_claims(run, min(self._events)))
+            yield Claim("mask", slot.name, min(self._events), max(self._events))
+        yield from self.gate_claims(run, min(self._events))
+
+    def coordinate(self, run: Run, modifiers: Sequence[Modifier]) -> None:
+        super().coordinate(run, modifiers)
+        gated = [site.name for site, _ in gates_beside(run, self._slots)]
         if gated and self.scope != "global" and not isinstance(self.pattern, NM):
-            raise self.error(f"{gated[0].what} leaves some weights of each tensor: share out by scope: global", "scope")
-        yield from gated
+            raise self.error(
+                f"the gate of {gated[0]} leaves some weights of each tensor: share out by scope: global", "scope"
+            )
 
     def detach(self, run: Run) -> None:
         late = [step for step in self._events if step > self._done]
@@ -242,7 +286,34 @@ class PruningModifier(ScheduledModifier, MaskingModifier):
         masks, weights = self.solve(run, self._slots, self._of_all(run, self._events[event]))
         self.write(run, masks, weights)
         self._done = event
-        run.tell({f"{self.name}/seconds": perf_counter() - begin})
+        run.report({f"{self.name}/seconds": perf_counter() - begin})
+
+
+def gates_beside(
+    run: Run, slots: Iterable[Slot], modifiers: Iterable[Modifier] = ()
+) -> Iterable[tuple[GateSite, Groups]]:
+    """Yield the gates whose layers hold a slot, and which of their heads or units patterns hold together."""
+    names = {slot.name for slot in slots}
+    tiles = tiles_of(modifier.patterns() for modifier in having(modifiers, Patterned))
+    for site in installed(run.model):
+        if names & {f"{site.name}.weight", f"{site.source_name}.weight"}:
+            yield site, Groups.of(site, tiles)
+
+
+def check_gates(modifier: Modifier, run: Run, slots: Iterable[Slot], modifiers: Iterable[Modifier]) -> None:
+    """Raise where `modifier` masks slots beside gates that are off from before, and so could not export its result.
+
+    An earlier recipe left them, or they were set by hand. Export removes what is off, which must be asked for.
+    """
+    if any(each.removes_units for each in having(modifiers, Deployable)):
+        return
+    for site, groups in gates_beside(run, slots, modifiers):
+        if not site.gate.is_meta and not groups.of_gate(site.gate).all():
+            raise modifier.error(
+                f"{int((~site.gate).sum())} of {site.count} {site.kind} of {site.owner_name} are off already, and "
+                "export would remove them, which this recipe doesn't ask for: shrink(model) first "
+                "(ovit_engine.structured.shrink_model)"
+            )
 
 
 def _all_true(slot: Slot) -> Tensor:

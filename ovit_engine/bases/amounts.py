@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
-from ovit_engine.core.modifier import Modifier, Time
-from ovit_engine.core.schedule import Clock, CurveName, Schedule
+from ovit_engine.core.capabilities import Scheduled
+from ovit_engine.core.schedule import Clock, CurveName, Schedule, Time
 
 _SAME = 1e-9  # sparsities that differ by less were written as the same number
 
@@ -132,8 +132,8 @@ def place_targets(scheduled: Mapping[int, float], targets: Sequence[float], *, m
 Given = float | SparsityRange | SparsitySteps | None
 
 
-class ScheduledModifier(Modifier):
-    """Acts at steps that its times and amounts spell."""
+class PruningSchedule(Scheduled):
+    """Prunes at steps that times and amounts spell."""
 
     start: Time = Field("0ep", description="time of the first pruning step")
     end: Time | None = Field(None, description="time of the last one, with a sparsity range")
@@ -158,18 +158,12 @@ class ScheduledModifier(Modifier):
         """Pruning steps of an amount, and the sparsity after each (None = what the pattern implies), in order."""
         if isinstance(amount, SparsitySteps):
             return self._listed(clock, amount.steps, option)
-        start = clock.steps(self.start)
-        self.check_end(clock, start, "start")
+        start = self.time_of(clock, "start")
         if not isinstance(amount, SparsityRange):
             return {start: amount}
-        assert self.end is not None
-        assert self.every is not None
-        end, every = clock.steps(self.end), clock.steps(self.every)
-        self.check_end(clock, end, "end")
+        end, every = self.time_of(clock, "end"), self.interval_of(clock, "every")
         if end < start:
             raise self.error(f"{self.end!r} comes before the start at {self.start!r}", "end")
-        if every < 1:
-            raise self.error(f"{self.every!r} is less than a step of {clock.steps_per_epoch} steps an epoch", "every")
         schedule = Schedule(amount.initial, amount.final, amount.curve)
         times = [*range(start, end, every), end]
         return {step: schedule.value((step - start) / (end - start) if end > start else 1.0) for step in times}

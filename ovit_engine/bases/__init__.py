@@ -1,0 +1,1 @@
+"""Public base classes of modifiers."""
