@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ovit_engine.bases.gradient_pruner import GradientPruner as GradientPruner
     from ovit_engine.bases.pruner import Pruner as Pruner
     from ovit_engine.bases.pruner import Targets as Targets
     from ovit_engine.core.capabilities import Claim as Claim
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "GradientPruner": "bases.gradient_pruner",
     "Pruner": "bases.pruner",
     "Targets": "bases.pruner",
     "Claim": "core.capabilities",

@@ -22,6 +22,7 @@ def test_public_names() -> None:
         "Engine",
         "Event",
         "Exclusive",
+        "GradientPruner",
         "LearningRate",
         "LossTerm",
         "Masks",

@@ -1,11 +1,12 @@
-"""What pruners share that need gradients: where they come from, the check of memory, steps in several parts."""
+"""Base classes of pruners that need gradients: where these come from, the check of memory, steps in several parts."""
 
 import logging
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import Field, PositiveFloat, PositiveInt, PrivateAttr, model_validator
 from torch import Tensor
 
@@ -25,13 +26,135 @@ log = logging.getLogger(__name__)
 FEWEST, MOST, ENTRIES = 16, 64, 2**24
 
 
-class SecondOrderPruner(Pruner):
+class GradientPruner(Pruner):
+    """Prunes by gradients: of `attach(calibration=...)`, or of the training steps before a pruning step without one.
+
+    A subclass overrides `scores` with the help of `mean_over_gradients`.
+    """
+
+    gradients: PositiveInt = Field(4096, description="gradients that a pruning step takes")
+    images_per_gradient: PositiveInt = Field(16, description="images each of them is a mean over; damp goes with it")
+
+    _recent: deque[list[Tensor]] = PrivateAttr(default_factory=deque)
+
+    @property
+    def window(self) -> int:
+        """How many gradients of training are kept where no calibration was given."""
+        return min(self.gradients, 64)
+
+    @property
+    def _ahead(self) -> list[int]:
+        """The pruning steps that are not done, where a run goes on."""
+        return [step for step in self._events if step > self._done]
+
+    def attach(self, run: Run) -> None:
+        ahead = self._ahead
+        if run.calibration is None and ahead:
+            if ahead[0] <= run.step and not self._recent:
+                raise self.error(
+                    f"pruning at step {run.step} needs gradients: attach(optimizer, calibration=Calibration(loader, "
+                    "loss_fn))"
+                )
+            warn(
+                f"{self.name}: no calibration was given, so the gradients of at most {self.window} training steps "
+                "before each pruning step are used: larger batches at moving weights, with dropout. The published "
+                "method is attach(optimizer, calibration=Calibration(loader, loss_fn))"
+            )
+        if ahead:
+            self._check_images(run)
+        super().attach(run)
+
+    def _check_images(self, run: Run) -> None:
+        """Warn where one gradient takes all images there are: without augmentation all gradients are then the same."""
+        images = None if run.calibration is None else run.calibration.images
+        if images is not None and images <= self.images_per_gradient:
+            warn(
+                f"{self.name}: there are {images} calibration images, and images_per_gradient is "
+                f"{self.images_per_gradient}: every gradient takes all of them, so they are alike"
+            )
+
+    def step_begin(self, run: Run) -> None:
+        following = min((step for step in self._events if step > run.step), default=None)
+        if run.calibration is not None or following is None or following - run.step > self.window:
+            return
+        self._recent.append([grad.detach().clone() for grad in self.training_gradients(run)])
+
+    def state_dict(self) -> dict[str, Any]:
+        # without them a run that goes on would prune by fewer gradients: another model
+        return {**super().state_dict(), "recent": [list(grads) for grads in self._recent]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        shapes = [slot.tensor.shape for slot in self._slots]
+        for grads in state["recent"]:
+            if [grad.shape for grad in grads] != shapes:
+                raise ValueError(f"{self.name}: the checkpoint's training gradients are not those of the targets here")
+        devices = [slot.tensor.device for slot in self._slots]
+        self._recent = deque(
+            [grad.to(device, copy=True) for grad, device in zip(grads, devices, strict=True)]
+            for grads in state["recent"]
+        )
+
+    def mean_over_gradients(
+        self, run: Run, slots: Sequence[Slot], function: Callable[[Tensor], Tensor]
+    ) -> list[Tensor]:
+        """Return for each slot the mean of `function` over its gradients, those of all processes, in float64.
+
+        Args:
+            function: maps gradients [k, *shape] to values of the same shape, element by element or sample by sample.
+        """
+        with whole_model(run.model):
+            chunks, count = self._chunks(run, slots, run.step)
+            sums = [torch.zeros(slot.tensor.shape, dtype=torch.float64, device=slot.tensor.device) for slot in slots]
+            for chunk in chunks(list(range(len(slots)))):
+                for total, gradients in zip(sums, chunk, strict=True):
+                    total += function(gradients.to(total.device, torch.float64)).sum(0)
+        return [world().sum(total) / count for total in sums]
+
+    def _prune(self, run: Run, event: int) -> None:
+        super()._prune(run, event)
+        self._recent.clear()
+
+    def _chunks(self, run: Run, slots: Sequence[Slot], draw: int) -> tuple[GradientSource, int]:
+        """Gradients of slots by index, those of this rank, and how many there are on all ranks."""
+        comm = world()
+        calibration = run.calibration
+        if calibration is None:
+            recent = list(self._recent)
+            before = max((step for step in self._events if step < run.step), default=0)
+            if len(recent) < min(self.window, run.step - before):  # it went on without its calibration
+                warn(f"{self.name}: only {len(recent)} training gradients were seen before this step")
+            # every rank has the same ones, averaged; shards become whole on all ranks at once
+            mine = [
+                g for i, grads in enumerate(recent) if (g := list(map(gathered, grads))) and i % comm.count == comm.rank
+            ]
+            return lambda indices: ([grads[i].unsqueeze(0) for i in indices] for grads in mine), len(recent)
+
+        def gradients(indices: list[int]) -> Iterable[Sequence[Tensor]]:
+            return calibration.gradients(
+                run.model,
+                [slots[index] for index in indices],
+                count=self.gradients,
+                images_per_gradient=self.images_per_gradient,
+                chunk=chunk_size(sum(slot.tensor.numel() for slot in slots), self.gradients),
+                draw=draw,
+                share=(comm.rank, comm.count),
+                among=slots,
+            )
+
+        return gradients, self.gradients
+
+
+def chunk_size(weights: int, count: int) -> int:
+    """How many of `count` gradients of so many weights to hold at a time; at least sixteen chunks for ranks."""
+    return min(count, max(FEWEST, min(MOST, ENTRIES // weights, count // 16)))
+
+
+class SecondOrderPruner(GradientPruner):
     """Prunes by a method of `prune_streamed`. A subclass names the method and states its options."""
 
     method: ClassVar[str]
 
-    gradients: PositiveInt = Field(4096, description="gradients that a pruning step takes")
-    images_per_gradient: PositiveInt = Field(16, description="images each of them is a mean over; damp goes with it")
     recomputations: PositiveInt = Field(1, description="a pruning step in as many parts, each with fresh gradients")
     memory_limit: PositiveFloat | None = Field(
         None,
@@ -39,7 +162,6 @@ class SecondOrderPruner(Pruner):
         "are taken several times, for a group of targets each",
     )
 
-    _recent: deque[list[Tensor]] = PrivateAttr(default_factory=deque)
     _checked: bool = PrivateAttr(default=False)  # whether its need of memory is in the history
 
     @model_validator(mode="after")
@@ -60,31 +182,9 @@ class SecondOrderPruner(Pruner):
         return min(self.gradients, self.options().get("block", 64))
 
     def attach(self, run: Run) -> None:
-        ahead = [step for step in self._events if step > self._done]  # what is done is no more where a run goes on
-        if run.calibration is None and ahead:
-            if ahead[0] <= run.step and not self._recent:
-                raise self.error(
-                    f"pruning at step {run.step} needs gradients: attach(optimizer, calibration=Calibration(loader, "
-                    "loss_fn))"
-                )
-            warn(
-                f"{self.name}: no calibration was given, so the gradients of at most {self.window} training steps "
-                "before each pruning step are used: larger batches at moving weights, with dropout. The published "
-                "method is attach(optimizer, calibration=Calibration(loader, loss_fn))"
-            )
-        if ahead:
+        if self._ahead:
             self.check_memory(run)
-            self._check_images(run)
         super().attach(run)
-
-    def _check_images(self, run: Run) -> None:
-        """Warn where one gradient takes all images there are: without augmentation all gradients are then the same."""
-        images = None if run.calibration is None else run.calibration.images
-        if images is not None and images <= self.images_per_gradient:
-            warn(
-                f"{self.name}: there are {images} calibration images, and images_per_gradient is "
-                f"{self.images_per_gradient}: every gradient takes all of them, so they are alike"
-            )
 
     def check_memory(self, run: Run) -> None:
         """Say what a pruning step needs, in log and history, and raise MemoryError now rather than hours later."""
@@ -128,32 +228,12 @@ class SecondOrderPruner(Pruner):
         """The sparsity after a part (1, 2, ...) of a pruning step in `recomputations` parts."""
         return present + (final - present) * part / self.recomputations
 
-    def step_begin(self, run: Run) -> None:
-        following = min((step for step in self._events if step > run.step), default=None)
-        if run.calibration is not None or following is None or following - run.step > self.window:
-            return
-        self._recent.append([grad.detach().clone() for grad in self.training_gradients(run)])
-
     def state_dict(self) -> dict[str, Any]:
-        # without them a run that goes on would prune by fewer gradients: another model
-        return {
-            **super().state_dict(),
-            "checked": self._checked,
-            "recent": [list(grads) for grads in self._recent],
-        }
+        return {**super().state_dict(), "checked": self._checked}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self._checked = state["checked"]
-        shapes = [slot.tensor.shape for slot in self._slots]
-        for grads in state["recent"]:
-            if [grad.shape for grad in grads] != shapes:
-                raise ValueError(f"{self.name}: the checkpoint's training gradients are not those of the targets here")
-        devices = [slot.tensor.device for slot in self._slots]
-        self._recent = deque(
-            [grad.to(device, copy=True) for grad, device in zip(grads, devices, strict=True)]
-            for grads in state["recent"]
-        )
 
     def solve(self, run: Run, slots: Sequence[Slot], sparsity: float | None) -> tuple[list[Tensor], list[Tensor]]:
         # the sparsity of N:M has no parts
@@ -176,7 +256,6 @@ class SecondOrderPruner(Pruner):
             for slot, weight in zip(slots, before, strict=True):
                 slot.write(weight)  # all of a pruning step or nothing
             raise
-        self._recent.clear()
         return masks, weights
 
     def _solve_once(
@@ -204,46 +283,11 @@ class SecondOrderPruner(Pruner):
                 **self._options(sparsity),
             )
         for stage, seconds in pruned.timings.items():
-            name = f"{self.name}/{stage}"
-            run.report({f"{name}_seconds": seconds})
+            run.report({f"{self.name}/{stage}_seconds": seconds})
         if pruned.passes:
             spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in pruned.timings.items())
             log.info("%s: gradients came %d times; %s", what, pruned.passes, spent)
         return pruned
-
-    def _chunks(self, run: Run, slots: Sequence[Slot], draw: int) -> tuple[GradientSource, int]:
-        """Gradients of slots by index, those of this rank, and how many there are on all ranks."""
-        comm = world()
-        calibration = run.calibration
-        if calibration is None:
-            recent = list(self._recent)
-            before = max((step for step in self._events if step < run.step), default=0)
-            if len(recent) < min(self.window, run.step - before):  # it went on without its calibration
-                warn(f"{self.name}: only {len(recent)} training gradients were seen before this step")
-            # every rank has the same ones, averaged; shards become whole on all ranks at once
-            mine = [
-                g for i, grads in enumerate(recent) if (g := list(map(gathered, grads))) and i % comm.count == comm.rank
-            ]
-            return lambda indices: ([grads[i].unsqueeze(0) for i in indices] for grads in mine), len(recent)
-
-        def gradients(indices: list[int]) -> Iterable[Sequence[Tensor]]:
-            return calibration.gradients(
-                run.model,
-                [slots[index] for index in indices],
-                count=self.gradients,
-                images_per_gradient=self.images_per_gradient,
-                chunk=chunk_size(sum(slot.tensor.numel() for slot in slots), self.gradients),
-                draw=draw,
-                share=(comm.rank, comm.count),
-                among=slots,
-            )
-
-        return gradients, self.gradients
-
-
-def chunk_size(weights: int, count: int) -> int:
-    """How many of `count` gradients of so many weights to hold at a time; at least sixteen chunks for ranks."""
-    return min(count, max(FEWEST, min(MOST, ENTRIES // weights, count // 16)))
 
 
 class BrainSurgeon(SecondOrderPruner):

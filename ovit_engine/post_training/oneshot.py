@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ovit_engine.bases.gradient_pruner import SecondOrderPruner
+from ovit_engine.core.capabilities import having
 from ovit_engine.core.modifier import Modifier
 from ovit_engine.core.recipe import Recipe
 from ovit_engine.engine import Engine
 from ovit_engine.flops import count_flops
 from ovit_engine.gradients.calibration import Calibration
 from ovit_engine.post_training.oneshot_report import OneShot, Point
-from ovit_engine.post_training.pruners import Pruner, choose_pruners
+from ovit_engine.post_training.pruners import Candidate, choose_pruners
 
 EVALUATION = 64  # gradients that take about as long as an evaluation: for the estimate of the time left only
 
@@ -80,7 +82,7 @@ def oneshot(
     return found
 
 
-def _grid(pruners: Sequence[Pruner], sparsities: list[float]) -> Iterator[tuple[Pruner, float | None, Modifier]]:
+def _grid(pruners: Sequence[Candidate], sparsities: list[float]) -> Iterator[tuple[Candidate, float | None, Modifier]]:
     for pruner in pruners:
         pruner.check_sparsities(sparsities)
         amounts: Sequence[float | None] = sparsities or [None]
@@ -135,9 +137,8 @@ def check_on(model: nn.Module, modifier: Modifier, calibration: Calibration | No
     """Raise RecipeError where targets or pattern do not fit the model, MemoryError where memory is too small."""
     engine = _engine(model, modifier)
     engine.run.calibration = calibration
-    check_memory = getattr(engine.modifiers[0], "check_memory", None)
-    if check_memory is not None:
-        check_memory(engine.run)
+    for pruner in having(engine.modifiers, SecondOrderPruner):
+        pruner.check_memory(engine.run)
 
 
 def cost(modifier: Modifier) -> int:

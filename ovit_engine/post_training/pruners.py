@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ovit_engine.bases.pruner import Pruner
 from ovit_engine.core.errors import Origin
-from ovit_engine.core.modifier import Modifier
 from ovit_engine.core.recipe import Recipe
 from ovit_engine.core.registry import modifiers
 from ovit_engine.pruning.patterns import NM, parse_pattern
@@ -21,9 +21,6 @@ SHARED = ("targets", "scope", "pattern", "gradients", "images_per_gradient", "re
 # When and how much: a one-shot run sets these itself.
 SCHEDULE = ("start", "end", "every", "sparsity", "sweep")
 
-# Pruners that need training first.
-TRAINED = ("movement_prune",)
-
 # Names for --compare beside those of the modifiers: a modifier with options of its own.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "obert_independent": ("obert", {"update": "independent"}),  # WoodFisher and oBERT as published
@@ -31,15 +28,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pruner:
-    """A pruner of a recipe without its schedule."""
+class Candidate:
+    """A pruner of a comparison: its options without a schedule."""
 
     label: str
-    kind: type[Modifier]
+    kind: type[Pruner]
     options: Mapping[str, Any]  # those that were given; the others are the modifier's defaults
     origins: Mapping[str, Origin]  # where in a recipe they stand
 
-    def at(self, sparsity: float | None, **options: Any) -> Modifier:
+    def at(self, sparsity: float | None, **options: Any) -> Pruner:
         """The modifier that prunes at once to `sparsity` (None: what an N:M pattern implies).
 
         Raises:
@@ -70,7 +67,7 @@ class Pruner:
             self.at(sparsity)
 
 
-def choose_pruners(recipe: Recipe, compare: Sequence[str] = ()) -> list[Pruner]:
+def choose_pruners(recipe: Recipe, compare: Sequence[str] = ()) -> list[Candidate]:
     """The recipe's one pruner, or those that `compare` names ("ovit", "obert", "magnitude" ...), in that order.
 
     One that is in the recipe has the recipe's options; another takes from the recipe's first pruner what all have in
@@ -79,7 +76,7 @@ def choose_pruners(recipe: Recipe, compare: Sequence[str] = ()) -> list[Pruner]:
     Raises:
         ValueError: no pruner in the recipe, several with nothing to choose between them, or an unknown name.
     """
-    own = [modifier for modifier in recipe.modifiers if _prunes_weights(type(modifier))]
+    own = [modifier for modifier in recipe.modifiers if isinstance(modifier, Pruner)]
     if not own:
         others = ", ".join(modifier.name for modifier in recipe.modifiers) or "no modifier at all"
         raise ValueError(f"recipe {recipe.name!r} has no pruner to run one-shot; it has {others}")
@@ -89,14 +86,12 @@ def choose_pruners(recipe: Recipe, compare: Sequence[str] = ()) -> list[Pruner]:
 
 def pruner_names() -> list[str]:
     """What can be compared."""
-    kinds = [kind for kind in modifiers().values() if _prunes_weights(kind) and kind.name not in TRAINED]
-    registered = [kind.name.removesuffix(SUFFIX) for kind in kinds]
-    return sorted([*registered, *VARIANTS])
+    return sorted([*(name for name, kind in _pruners().items() if not kind.needs_training), *VARIANTS])
 
 
-def _prunes_weights(kind: type[Modifier]) -> bool:
-    """Whether a modifier is a pruner of single weights, and not of heads and units."""
-    return kind.name.endswith(SUFFIX) and "targets" in kind.model_fields
+def _pruners() -> dict[str, type[Pruner]]:
+    """Return the pruners of single weights by their names without a suffix."""
+    return {name.removesuffix(SUFFIX): kind for name, kind in modifiers().items() if issubclass(kind, Pruner)}
 
 
 def _known(name: str) -> str:
@@ -107,7 +102,7 @@ def _known(name: str) -> str:
     raise ValueError(f"no pruner {name!r} to compare{suggest(short, known, cutoff=0.6)}")
 
 
-def _only(recipe: Recipe, own: Sequence[Modifier]) -> str:
+def _only(recipe: Recipe, own: Sequence[Pruner]) -> str:
     names = list(dict.fromkeys(modifier.name.removesuffix(SUFFIX) for modifier in own))
     if len(names) > 1:
         raise ValueError(
@@ -116,9 +111,9 @@ def _only(recipe: Recipe, own: Sequence[Modifier]) -> str:
     return names[0]
 
 
-def _pruner(recipe: Recipe, own: Sequence[Modifier], label: str) -> Pruner:
+def _pruner(recipe: Recipe, own: Sequence[Pruner], label: str) -> Candidate:
     short, more = VARIANTS.get(label, (label, {}))
-    kind = modifiers()[short + SUFFIX]
+    kind = _pruners()[short]
     same = [modifier for modifier in own if type(modifier) is kind]
     if len(same) > 1:
         raise ValueError(f"recipe {recipe.name!r} has {kind.name} {len(same)} times: leave one for a one-shot run")
@@ -126,4 +121,4 @@ def _pruner(recipe: Recipe, own: Sequence[Modifier], label: str) -> Pruner:
     given = source.model_dump(mode="json", by_alias=True, exclude_unset=True)
     wanted = set(kind.model_fields) - set(SCHEDULE) if same else set(SHARED) & set(kind.model_fields)
     options = {key: value for key, value in given.items() if key in wanted}
-    return Pruner(label=label, kind=kind, options={**options, **more}, origins=source._origins)
+    return Candidate(label=label, kind=kind, options={**options, **more}, origins=source._origins)

@@ -16,7 +16,7 @@ from ovit_engine.core.recipe import Recipe
 from ovit_engine.gradients.calibration import Calibration
 from ovit_engine.post_training.oneshot import EVALUATION, accuracy_of, check_on, cost, prune_copy
 from ovit_engine.post_training.oneshot_report import as_csv, as_json, as_text, plain_table, write_texts
-from ovit_engine.post_training.pruners import Pruner, choose_pruners
+from ovit_engine.post_training.pruners import Candidate, choose_pruners
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,7 +48,7 @@ class Tuned:
     """A grid and its best setting. Accuracies are on the validation images, which took no part in the choice."""
 
     recipe: Recipe
-    pruner: Pruner
+    pruner: Candidate
     asked: float | None  # the sparsity; None where the pattern implies it
     own: Mapping[str, float]  # the recipe's setting
     dense_loss: float  # before pruning, on the held-out training images
@@ -213,7 +213,7 @@ def tune(
     return found
 
 
-def settings(pruner: Pruner, sparsity: float | None) -> tuple[dict[str, float], list[dict[str, float]]]:
+def settings(pruner: Candidate, sparsity: float | None) -> tuple[dict[str, float], list[dict[str, float]]]:
     """The pruner's own damp, gradients and block (those that it has), and the grid around them.
 
     Damp takes `DAMPS` and its own value, gradients and block a quarter of their value and all of it.
