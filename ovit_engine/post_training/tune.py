@@ -225,7 +225,7 @@ def settings(pruner: Candidate, sparsity: float | None) -> tuple[dict[str, float
     own = {name: getattr(modifier, name) for name in ("damp", "gradients", "block") if hasattr(modifier, name)}
     if not own:
         raise ValueError(f"{pruner.label} has no damp, gradients or block to tune")
-    smallest = {"gradients": 1, "block": modifier.pattern.group}  # type: ignore[attr-defined]
+    smallest = {"gradients": 1, "block": modifier.pattern.group}
     axes: list[list[float]] = []
     for name, value in own.items():
         if name == "damp":
