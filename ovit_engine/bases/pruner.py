@@ -157,7 +157,7 @@ class Masking(Scheduled, Exclusive, Patterned, Coordinated):
             raise self.error(
                 f"{int(split.sum())} of {site.count} {site.kind} of {site.owner_name} are off in groups of "
                 f"{groups.size} that {self.pattern} holds together, and others of their groups are on: switch whole "
-                "groups, or shrink(model) first (ovit_engine.structured.shrink_model)",
+                "groups, or shrink(model) first (ovit_engine.structured)",
                 "pattern",
             )
 
@@ -312,7 +312,7 @@ def check_gates(modifier: Modifier, run: Run, slots: Iterable[Slot], modifiers: 
             raise modifier.error(
                 f"{int((~site.gate).sum())} of {site.count} {site.kind} of {site.owner_name} are off already, and "
                 "export would remove them, which this recipe doesn't ask for: shrink(model) first "
-                "(ovit_engine.structured.shrink_model)"
+                "(ovit_engine.structured)"
             )
 
 

@@ -102,20 +102,20 @@ def name_round(store: Any, rank: int, count: int, timeout: timedelta) -> str:
     own, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     if rank == 0:
         store.set("leader", own)
-        names = [_read(store, f"{own}/{other}", end) for other in range(1, count)]
+        names = [_wait_for(store, f"{own}/{other}", end) for other in range(1, count)]
         store.set(f"{own}/all", " ".join(names))
         return own
     pause = 0.01
     while True:
         # what the process 0 of an earlier round left does not hold the name that this process has now
-        leader = _read(store, "leader", end)
+        leader = _wait_for(store, "leader", end)
         store.set(f"{leader}/{rank}", own)
-        if store.check([f"{leader}/all"]) and own in _read(store, f"{leader}/all", end).split():
+        if store.check([f"{leader}/all"]) and own in _wait_for(store, f"{leader}/all", end).split():
             return leader
         pause = _pause(pause, end)
 
 
-def _read(store: Any, key: str, end: float) -> str:
+def _wait_for(store: Any, key: str, end: float) -> str:
     pause = 0.01
     while not store.check([key]):  # `get` would wait, and print a stack trace when its time is over
         pause = _pause(pause, end)

@@ -29,7 +29,7 @@ class Statistics:
     seed: int = 0
 
 
-Score = Callable[[GateSite, Statistics], Tensor]
+ScoreFunction = Callable[[GateSite, Statistics], Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Ranker:
     """One way to rank what a gate switches."""
 
     name: str
-    score: Score  # scores [count] of a site; the lowest go first, and ties by index
+    score: ScoreFunction  # scores [count] of a site; the lowest go first, and ties by index
     needs: Needs
     kinds: tuple[Kind, ...]  # what it can rank
     additive: bool  # whether a score grows with the parameters that it stands for
@@ -60,7 +60,7 @@ RANKERS: dict[str, Ranker] = {}
 
 def register_ranker(
     name: str, *, needs: Needs, kinds: Iterable[Kind] = KINDS, additive: bool = True, seeded: bool = True
-) -> Callable[[Score], Score]:
+) -> Callable[[ScoreFunction], ScoreFunction]:
     """Register a function that scores heads or units as a ranker called `name`.
 
     Where heads and units compete for one budget, `additive` scores are compared per parameter. Of a ranker that is not
@@ -74,7 +74,7 @@ def register_ranker(
         if word not in known:
             raise ValueError(f"ranker {name!r}: there is no {word!r}{suggest(str(word), known)}")
 
-    def add(score: Score) -> Score:
+    def add(score: ScoreFunction) -> ScoreFunction:
         if name in RANKERS:
             raise ValueError(f"ranker {name!r} is registered twice: by {RANKERS[name].score!r} and {score!r}")
         RANKERS[name] = Ranker(name, score, needs, kinds, additive, seeded)

@@ -66,7 +66,7 @@ def removal_of_dead(site: GateSite, masks: Masks | None) -> Removal:
     attention weights sum to one, whatever query and key are (specs/structured-and-tokens.md §9.1). Where that layer has
     no bias only what is always zero is removed.
     """
-    copy, width, count = copied(site), site.width, site.count
+    copy, width, count = float64_copy(site), site.width, site.count
     unread = (copy.linear.weight == 0).all(dim=0).view(count, width).all(dim=1)
     writes = (copy.source.weight == 0).all(dim=1)[-count * width :].view(count, width).all(dim=1)
     value = _input_of(copy).flatten(0, -2)
@@ -88,19 +88,17 @@ def _input_of(site: GateSite) -> Tensor:
     """Return what `proj` or `fc2` reads."""
     seen: list[Tensor] = []
     with site.linear.register_forward_pre_hook(lambda module, args: seen.append(args[0])):
-        site.owner(probe(site))
+        site.owner(probe_inputs(site))
     return seen[0]
 
 
 # of the largest output; float64 rounds at 1e-16, and a wrong row or column shows as 1e-3 and more
-TOLERANCE = 1e-9
-
-_SEED = 20090
+_TOLERANCE = 1e-9
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
-def copied(site: GateSite) -> GateSite:
+def float64_copy(site: GateSite) -> GateSite:
     """Return the same site in a copy of its owner: float64, on the CPU, in eval mode, with fixed ranges.
 
     Hooks that are methods stay behind: they belong to objects that watch the training model.
@@ -120,17 +118,17 @@ def hold_ranges(model: nn.Module) -> None:
     quant.set_observing(model, False)
 
 
-def probe(site: GateSite) -> Tensor:
+def probe_inputs(site: GateSite) -> Tensor:
     """Return inputs of the owner, float64 [2, 7, features], always the same."""
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = torch.Generator().manual_seed(20090)
     shape = 2, 7, site.source.in_features
     return torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu")
 
 
 @torch.no_grad()
-def prove(before: GateSite, after: GateSite) -> None:
+def check_same_outputs(before: GateSite, after: GateSite) -> None:
     """Raise RuntimeError unless two copies of an owner, before and after removal, compute the same."""
-    inputs = probe(before)
+    inputs = probe_inputs(before)
     wanted = before.owner(inputs)
     try:
         found = after.owner(inputs)
@@ -139,7 +137,7 @@ def prove(before: GateSite, after: GateSite) -> None:
             f"{before.owner_name}: its {before.kind} can't be removed, since not only {before.name!r} reads them"
         ) from mismatch
     error, size = float((found - wanted).abs().max()), float(wanted.abs().max())
-    if not error <= TOLERANCE * size:
+    if not error <= _TOLERANCE * size:
         raise RuntimeError(
             f"{before.owner_name}: without its removed {before.kind} it computes something else (largest difference "
             f"{error:.3g} of {size:.3g} in float64): the model stays as it was"

@@ -20,7 +20,7 @@ from ovit_engine.masking.masks import Masks
 from ovit_engine.masking.parameters import clean_name, is_attached, parameter_slots, unwrapped
 from ovit_engine.structured.gates import KINDS, GateSite, find_sites, installed, uninstall
 from ovit_engine.structured.optimizer_state import Cut, check_optimizer, cut_optimizer
-from ovit_engine.structured.removal import Removal, copied, prove, removal_by_gate, removal_of_dead
+from ovit_engine.structured.removal import Removal, check_same_outputs, float64_copy, removal_by_gate, removal_of_dead
 from ovit_engine.utils.warn import warn
 
 log = logging.getLogger(__name__)
@@ -147,10 +147,10 @@ def _remove(model: nn.Module, removals: Sequence[Removal], optimizer: Optimizer 
     for removal in removals:
         if not removal.is_nothing:
             _check_ties(model, removal)
-            before, after = copied(removal.site), copied(removal.site)
+            before, after = float64_copy(removal.site), float64_copy(removal.site)
             _apply(replace(removal, site=after))
             uninstall(after.owner)
-            prove(before, after)
+            check_same_outputs(before, after)
     cuts = [cut for removal in removals for cut in _cuts(removal)]
     if optimizer is not None and cuts:
         check_optimizer(optimizer, cuts)
