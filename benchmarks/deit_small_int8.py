@@ -13,7 +13,7 @@ import timm
 import torch
 
 from ovit_engine import Engine, Recipe
-from ovit_engine.analysis.bench import bench
+from ovit_engine.analysis.file_bench import bench_files
 from ovit_engine.certificate import Promise
 from ovit_engine.export.exporter import export_model
 
@@ -44,7 +44,7 @@ def main() -> None:
             f"size: {dense.stat().st_size / int8.stat().st_size:.2f} x smaller ({int8.stat().st_size / 2**20:.1f} MiB)"
         )
         print(f"runtime operators: {certificate.runtime_ops}")
-        bench(
+        bench_files(
             [int8],
             baseline=dense,
             batch_sizes=[arguments.batch_size],

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ovit_engine.analysis.bench import bench
+from ovit_engine.analysis.file_bench import bench_files
 
 
 def arguments(description: str | None) -> argparse.Namespace:
@@ -27,7 +27,7 @@ def compare(files: Mapping[Path, float], settings: argparse.Namespace) -> None:
     difference.
     """
     dense = next(iter(files))
-    report = bench(
+    report = bench_files(
         list(files),
         baseline=dense,
         batch_sizes=settings.batch_sizes,
@@ -39,4 +39,4 @@ def compare(files: Mapping[Path, float], settings: argparse.Namespace) -> None:
         if row.ratio is not None:
             fewer = files[dense] / files[row.path]
             reached = f"{(row.ratio.median - 1) / (fewer - 1):.0%} of what operations give"
-            print(f"{row.path.stem} at batch {row.batch_size}: {fewer:.2f} x fewer, {row.ratio.verdict}, {reached}")
+            print(f"{row.path.stem} at batch {row.batch_size}: {fewer:.2f} x fewer, {row.ratio.describe()}, {reached}")

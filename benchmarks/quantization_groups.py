@@ -18,7 +18,7 @@ import timm
 import torch
 
 from ovit_engine import Recipe
-from ovit_engine.analysis.bench import bench
+from ovit_engine.analysis.file_bench import bench_files
 from ovit_engine.certificate.kernels import INTEGER_KERNELS, open_session, run_outputs, runtime_ops
 from ovit_engine.certificate.parity import compare, take_sample
 from ovit_engine.export.writer import write_onnx
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def speed(files: dict[str, Path], dense: Path, arguments: Any) -> None:
-    report = bench(
+    report = bench_files(
         list(files.values()),
         baseline=dense,
         batch_sizes=[arguments.batch_size],
@@ -98,7 +98,7 @@ def speed(files: dict[str, Path], dense: Path, arguments: Any) -> None:
     )
     names = {path: name for name, path in files.items()} | {dense: "float"}
     for row in report.rows:
-        verdict = "" if row.ratio is None else row.ratio.verdict
+        verdict = "" if row.ratio is None else row.ratio.describe()
         print(f"{names[row.path]:28} {row.median * 1e3:9.3f} ms  {verdict}")
     print(f"{report.machine.cpu}, int8: {' '.join(report.machine.int8)}, {report.threads} thread(s), "
           f"batch {arguments.batch_size}, {report.repeats} paired rounds")  # fmt: skip

@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from ovit_engine import Calibration, Engine, Recipe
-from ovit_engine.analysis.bench import bench
 from ovit_engine.analysis.bench_report import BenchReport
+from ovit_engine.analysis.file_bench import bench_files
 from ovit_engine.certificate import Certificate, Promise
 from ovit_engine.certificate.render import print_certificate
 from ovit_engine.export.deploy import promise_of
@@ -127,7 +127,7 @@ def compress(output: Path, *, seed: int, say: Callable[[str], None]) -> Result:
 
     say("4/4  measure latency, file against file in turn")
     files = [output / name for name in ("sparse.onnx", "model.onnx")]
-    report = bench(files, baseline=output / "dense.onnx", batch_sizes=(1, 64), threads=1)
+    report = bench_files(files, baseline=output / "dense.onnx", batch_sizes=(1, 64), threads=1)
     return Result(dense, floats, int8, report)
 
 

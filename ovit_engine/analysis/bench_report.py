@@ -1,4 +1,4 @@
-"""What a bench of ONNX files found, and how it reads."""
+"""What a bench of ONNX files found, and how it is printed and saved."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import TypeAdapter
 
-from ovit_engine.analysis.paired import Ratio
+from ovit_engine.analysis.paired_timing import Ratio
 from ovit_engine.certificate.machine import Conditions
 from ovit_engine.utils.console import table_console
 from ovit_engine.utils.files import atomic_write
@@ -21,6 +21,11 @@ from ovit_engine.utils.files import atomic_write
 if TYPE_CHECKING:
     from rich.console import Console
 
+KIND = "ovit bench, ONNX Runtime on the CPU"
+
+STEM = "bench"
+
+_FORMAT = 2
 
 # half of the rounds lie further apart than this share of the median: on a quiet machine it is 1 to 4 %
 _NOISY = 0.10
@@ -67,6 +72,22 @@ class BenchReport:
         return {path: path.name if names[path.name] == 1 else str(path) for path in paths}
 
     @property
+    def headings(self) -> tuple[str, ...]:
+        """Of the columns of `cells`."""
+        against = "" if self.baseline is None else f"against {self.labels[self.baseline]}"
+        return "file", "batch", "ms", "quartiles", "images/s", against
+
+    @property
+    def cells(self) -> list[tuple[str, ...]]:
+        """The table as text, a row a file and batch size."""
+        found: list[tuple[str, ...]] = []
+        for row in self.rows:
+            times = f"{row.median * 1e3:.3f}", "-".join(f"{value * 1e3:.3f}" for value in row.quartiles)
+            verdict = "" if row.ratio is None else row.ratio.describe()
+            found.append((self.labels[row.path], str(row.batch_size), *times, f"{row.throughput:.0f}", verdict))
+        return found
+
+    @property
     def where(self) -> str:
         """The line below a table."""
         rounds = f"{self.threads} thread{'s' * (self.threads > 1)}, {self.repeats} paired rounds"
@@ -84,19 +105,15 @@ class BenchReport:
         )
 
     def render(self, console: Console | None = None) -> None:
-        """Print a table: in colour on a terminal, plain elsewhere."""
+        """Print a table: in color on a terminal, plain elsewhere."""
         from rich.table import Table
 
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-        table.add_column("file")
-        for column in ("batch", "ms", "quartiles", "images/s"):
-            table.add_column(column, justify="right", no_wrap=True)
-        table.add_column("" if self.baseline is None else f"against {self.labels[self.baseline]}")
-        for row in self.rows:
-            low, high = (value * 1e3 for value in row.quartiles)
-            cells = (f"{row.median * 1e3:.3f}", f"{low:.3f}-{high:.3f}", f"{row.throughput:.0f}")
-            verdict = "" if row.ratio is None else row.ratio.verdict
-            table.add_row(self.labels[row.path], str(row.batch_size), *cells, verdict)
+        for heading in self.headings:
+            is_number = heading in self.headings[1:-1]
+            table.add_column(heading, justify="right" if is_number else "left", no_wrap=is_number)
+        for cells in self.cells:
+            table.add_row(*cells)
         console = console or table_console()
         console.print(table)
         console.print(self.where, highlight=False)
@@ -104,36 +121,24 @@ class BenchReport:
             console.print(f"note: {note}", style="yellow", highlight=False)
 
 
-KIND = "ovit bench, ONNX Runtime on the CPU"
-
-STEM = "bench"
-
-_FORMAT = 1
-
 Result = TypeVar("Result")
 
 
-def to_json(report: BenchReport) -> str:
-    """Everything measured, with the verdict beside each ratio."""
-    content = {"kind": KIND, "format": _FORMAT, **asdict(report), "notes": report.notes}
-    content["conditions"]["machine"] = report.conditions.machine.model_dump()
-    for row, known in zip(report.rows, content["rows"], strict=True):
-        known |= {"images_per_second": row.throughput, "verdict": None if row.ratio is None else row.ratio.verdict}
-    return json.dumps(content, indent=2, default=str) + "\n"
-
-
-def read_bench(path: Path) -> BenchReport:
-    """Read what `to_json` wrote.
-
-    Raises:
-        FileNotFoundError: nothing there.
-        ValueError: something else, or damaged; it names the file.
-    """
-    return read_kind(path, KIND, BenchReport, "JSON of ovit bench")
+def with_kind(kind: str, report: Any, rows: Sequence[Any]) -> dict[str, Any]:
+    """A report as what JSON holds: its kind and format, and a verdict in each row."""
+    content = {"kind": kind, "format": _FORMAT, **TypeAdapter(type(report)).dump_python(report, mode="json")}
+    for row, known in zip(rows, content["rows"], strict=True):
+        known["verdict"] = None if row.ratio is None else row.ratio.verdict
+    return content
 
 
 def read_kind(path: Path, kind: str, result: type[Result], what: str) -> Result:
-    """Read JSON that says of which kind it is, as a dataclass; raises as `read_bench` does, which calls it `what`."""
+    """Read JSON of `with_kind` as a dataclass; errors call it `what`.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it is something else, or damaged; the message names the file.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
@@ -142,15 +147,23 @@ def read_kind(path: Path, kind: str, result: type[Result], what: str) -> Result:
             raise ValueError(f"it does not say {kind!r}")
         return TypeAdapter(result).validate_python(content)
     except ValueError as error:
-        raise ValueError(f"{str(path)!r} is damaged, or no {what}: {_first_reason(error)}") from error
+        errors: list[Any] = error.errors() if hasattr(error, "errors") else []
+        where = "".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in errors[:1])
+        reason = where or str(error).splitlines()[0]
+        raise ValueError(f"{str(path)!r} is damaged, or no {what}: {reason}") from error
 
 
-def _first_reason(error: ValueError) -> str:
-    """The first thing that is wrong, in one line."""
-    found: list[Any] = error.errors() if hasattr(error, "errors") else []
-    if not found:
-        return str(error).splitlines()[0]
-    return f"{'.'.join(map(str, found[0]['loc']))}: {found[0]['msg']}"
+def read_bench(path: Path) -> BenchReport:
+    """Read what `to_json` wrote; raises as `read_kind`."""
+    return read_kind(path, KIND, BenchReport, "JSON of ovit bench")
+
+
+def to_json(report: BenchReport) -> str:
+    """Everything measured, with the verdict of each ratio."""
+    content = with_kind(KIND, report, report.rows) | {"notes": report.notes}
+    for row, known in zip(report.rows, content["rows"], strict=True):
+        known["images_per_second"] = row.throughput
+    return json.dumps(content, indent=2) + "\n"
 
 
 def to_csv(report: BenchReport) -> str:
@@ -160,24 +173,27 @@ def to_csv(report: BenchReport) -> str:
     measured = ["file", "batch_size", "ms_median", "ms_q25", "ms_q75", "images_per_second"]
     writer.writerow([*measured, "baseline", "ratio", "ratio_low", "ratio_high", "verdict"])
     for row in report.rows:
-        times = [f"{value * 1e3:.6g}" for value in (row.median, *row.quartiles)]
+        numbers = [f"{value:.6g}" for value in (*(t * 1e3 for t in (row.median, *row.quartiles)), row.throughput)]
         ratio: list[Any] = [""] * 5
         if row.ratio is not None:
             bounds = [f"{value:.6g}" for value in (row.ratio.median, row.ratio.low, row.ratio.high)]
             ratio = [report.baseline, *bounds, row.ratio.verdict]
-        writer.writerow([row.path, row.batch_size, *times, f"{row.throughput:.6g}", *ratio])
+        writer.writerow([row.path, row.batch_size, *numbers, *ratio])
     return table.getvalue()
 
 
 def to_markdown(report: BenchReport) -> str:
     """A table and the conditions below it."""
-    against = "" if report.baseline is None else f"against {_cell(report.labels[report.baseline])}"
-    lines = [f"| file | batch | ms (quartiles) | images/s | {against} |", "|---|---:|---:|---:|---|"]
-    lines += [_line(report, row) for row in report.rows]
+    rows = [tuple(cell.replace("|", "\\|") for cell in cells) for cells in (report.headings, *report.cells)]
+    lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    lines.insert(1, "|---|---:|---:|---:|---:|---|")
     packages = ", ".join(f"{name} {version}" for name, version in report.conditions.versions.items())
     lines += ["", f"{report.where}. {packages}. {report.conditions.date}."]
     lines += [line for note in report.notes for line in ("", f"Note: {note}.")]
     return "\n".join(lines) + "\n"
+
+
+_FORMATS: dict[str, Callable[[BenchReport], str]] = {".json": to_json, ".csv": to_csv, ".md": to_markdown}
 
 
 def write_bench(report: BenchReport, path: Path) -> list[Path]:
@@ -187,11 +203,11 @@ def write_bench(report: BenchReport, path: Path) -> list[Path]:
         What was written.
 
     Raises:
-        ValueError: a suffix of no format.
+        ValueError: the suffix is of no known format.
         OSError: the disk is full, or the place can't be written.
     """
-    files = [path] if path.suffix else [path / f"{STEM}{suffix}" for suffix in _FORMATS]
     check_output(path)
+    files = [path] if path.suffix else [path / f"{STEM}{suffix}" for suffix in _FORMATS]
     files[0].parent.mkdir(parents=True, exist_ok=True)
     for file in files:
         atomic_write(file, _FORMATS[file.suffix](report))
@@ -199,21 +215,7 @@ def write_bench(report: BenchReport, path: Path) -> list[Path]:
 
 
 def check_output(path: Path) -> None:
-    """Raise ValueError where `write_bench` could not tell the format: before minutes of measuring, not after."""
+    """Raise ValueError if `write_bench` does not know the format: before minutes of measuring, not after."""
     if path.suffix not in ("", *_FORMATS):
         known = ", ".join(_FORMATS)
         raise ValueError(f"{path.name!r} ends in {path.suffix!r}: write a folder, or a file in {known}")
-
-
-def _line(report: BenchReport, row: BenchRow) -> str:
-    low, high = (value * 1e3 for value in row.quartiles)
-    times = f"{row.median * 1e3:.3f} ({low:.3f}-{high:.3f})"
-    verdict = "" if row.ratio is None else row.ratio.verdict
-    return f"| {_cell(report.labels[row.path])} | {row.batch_size} | {times} | {row.throughput:.0f} | {verdict} |"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
-_FORMATS: dict[str, Callable[[BenchReport], str]] = {".json": to_json, ".csv": to_csv, ".md": to_markdown}

@@ -49,7 +49,7 @@ def export(
         preprocessing=run.preprocessing,
     )
     if baselines:
-        from ovit_engine.analysis.latency import add_latency
+        from ovit_engine.analysis.certified_latency import add_latency
 
         certificate = add_latency(output, baselines)
     print_certificate(certificate)

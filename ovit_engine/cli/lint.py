@@ -9,6 +9,7 @@ import click
 from ovit_engine.cli import options
 
 if TYPE_CHECKING:
+    from ovit_engine.analysis.sparse_table import SparseTable
     from ovit_engine.certificate.sparse_cores import SparseLayer, TensorRTChoice
     from ovit_engine.engine import Engine
 
@@ -41,7 +42,7 @@ def lint(
     For a file also the trtexec line that builds it, and with --trt-log what TensorRT chose. Rules of shape, type and
     pattern decide what can run sparse; whether it is faster for it only a measurement tells, which --measured reads.
     """
-    from ovit_engine.analysis.break_even import measured_pay, read_table
+    from ovit_engine.analysis.sparse_table import read_table
     from ovit_engine.certificate.render import readiness_table
     from ovit_engine.certificate.sparse_cores import total_line, trtexec_line
     from ovit_engine.utils.console import table_console
@@ -65,10 +66,16 @@ def lint(
         choice = _choice(trt_log)
         columns["TensorRT"] = lambda layer: choice.of(layer.node)
     if table is not None:
-        columns[f"measured on {table.device}"] = lambda layer: measured_pay(layer, table)
+        columns[f"measured on {table.device}"] = lambda layer: _measured(layer, table)
     console.print(readiness_table(layers, columns))
     for line in (total_line(layers), *lines):
         console.print(line, soft_wrap=True)
+
+
+def _measured(layer: "SparseLayer", table: "SparseTable") -> str:
+    """Whether 2:4 was faster for a weight of this shape and type; nothing is guessed of other shapes."""
+    even = table.find(layer.out, layer.k, "int8" if layer.weight in ("INT8", "UINT8") else "float16")
+    return "-" if even is None else even.describe()
 
 
 def _choice(log: Path) -> "TensorRTChoice":

@@ -235,10 +235,10 @@ def _no_gain(run: RunFolder) -> list[Advice]:
     for bench in run.benches:
         for row in bench.rows:
             file = run.file_of(row)
-            if row.ratio is None or file is None or row.ratio.word == "faster":
+            if row.ratio is None or file is None or row.ratio.verdict == "faster":
                 continue
             if file.certificate.sparsity > 0:
-                return [_zeros_alone(run, file, row.ratio.verdict)]
+                return [_zeros_alone(run, file, row.ratio.describe())]
     return []
 
 

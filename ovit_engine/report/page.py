@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ovit_engine.analysis.bench_report import BenchReport
-from ovit_engine.analysis.break_even import spell
 from ovit_engine.certificate.render import fact_rows
 from ovit_engine.core.capabilities import timeline_rows
 from ovit_engine.report.advice import advise
@@ -61,7 +60,6 @@ def render_page(run: RunFolder) -> str:
         folder=str(run.path),
         version=metadata.version("ovit-engine"),
         percent=percent,
-        spell=spell,
     )
 
 
@@ -105,7 +103,7 @@ def _bench(bench: BenchReport) -> dict[str, Any]:
     rows = []
     for row in bench.rows:
         low, high = (value * 1e3 for value in row.quartiles)
-        verdict = "" if row.ratio is None else row.ratio.verdict
+        verdict = "" if row.ratio is None else row.ratio.describe()
         spread = (f"{low:.3f}-{high:.3f}", f"{row.throughput:,.0f}")
         rows.append((bench.labels[row.path], str(row.batch_size), f"{row.median * 1e3:.3f}", verdict, *spread))
     against = "" if bench.baseline is None else f"against {bench.labels[bench.baseline]}"

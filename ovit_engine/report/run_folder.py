@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from ovit_engine.analysis.bench_report import KIND as BENCH
 from ovit_engine.analysis.bench_report import BenchReport, BenchRow, read_bench
-from ovit_engine.analysis.break_even import KIND as BREAK_EVEN
-from ovit_engine.analysis.break_even import SparseTable, read_table
+from ovit_engine.analysis.sparse_table import KIND as BREAK_EVEN
+from ovit_engine.analysis.sparse_table import SparseTable, read_table
 from ovit_engine.certificate.model import Certificate, certificate_path
 from ovit_engine.core.recipe import Recipe
 from ovit_engine.core.schedule import Clock

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from ovit_engine.analysis.break_even import ProductRow, SparseTable, write_table
-from ovit_engine.analysis.paired import Ratio
+from ovit_engine.analysis.paired_timing import Ratio
+from ovit_engine.analysis.sparse_table import ProductRow, SparseTable, write_table
 from ovit_engine.certificate.sparse_cores import (
     SparseLayer,
     blockers,
@@ -276,4 +276,4 @@ def test_the_certificate_shows_it(vit):
     assert "100.0% of groups no: activation uint8 is not" in table_of(vit.certificate)
     page = Path(vit.path.with_name("model.certificate.html")).read_text()
     assert "2:4 on sparse tensor cores" in page
-    assert "only a measurement on a GPU says" in page
+    assert "Only a measurement on a GPU shows" in page

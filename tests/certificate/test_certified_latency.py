@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from ovit_engine.analysis.latency import add_latency
+from ovit_engine.analysis.certified_latency import add_latency
 from ovit_engine.certificate.html import to_html
 from ovit_engine.certificate.model import Certificate, certificate_path, page_path
 from ovit_engine.certificate.verify import verify_file

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from ovit_engine.analysis.bench_report import BenchReport, BenchRow
-from ovit_engine.analysis.break_even import SparseTable
-from ovit_engine.analysis.paired import Ratio
+from ovit_engine.analysis.paired_timing import Ratio
+from ovit_engine.analysis.sparse_table import SparseTable
 from ovit_engine.certificate.machine import Conditions
 from ovit_engine.core.schedule import Clock
 from ovit_engine.report import read_run

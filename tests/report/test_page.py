@@ -79,7 +79,7 @@ def test_figures_are_those_of_the_folder(page, whole_run):
     assert f"{facts.sha256[:16]}" in words
     assert f"{100 * facts.accuracy.file:.1f}".removesuffix(".0") + " % accuracy" in words
     row = run.benches[0].rows[1]
-    assert f"{row.median * 1e3:.3f} {row.ratio.verdict}" in re.sub(r"\s+", " ", re.sub("<[^>]+>", " ", page))
+    assert f"{row.median * 1e3:.3f} {row.ratio.describe()}" in re.sub(r"\s+", " ", re.sub("<[^>]+>", " ", page))
     for layer in run.layers:
         assert f'style="width:{100 * layer.sparsity:.2f}%"' in page
 

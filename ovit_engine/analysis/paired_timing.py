@@ -1,22 +1,25 @@
-"""Timing things side by side: rounds in random order, ratios within a round, words that follow the interval.
+"""Timing things side by side: rounds in random order, ratios within a round, verdicts that follow the interval.
 
-Whatever else the machine does strikes all of a round alike; the interval comes from a bootstrap over rounds.
+Whatever else the machine does affects all of a round alike; the interval comes from a bootstrap over rounds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-# seconds a run, from so many runs on end
+# called with a number of runs, returns the seconds of one
 Timer = Callable[[int], float]
+
+Speed = Literal["faster", "slower", "within noise"]
 
 # on a quiet machine one file opened twice differs by up to 2 % (where its memory came to lie); under load by more
 SESSION_NOISE = 0.03
 
-# one timing covers so many seconds at least: a clock read and a wake-up cost microseconds
+# the least that one timing covers: a clock read and a wake-up cost microseconds
 _MIN_SECONDS = 0.004
 
 _WARM_UP = 3
@@ -31,23 +34,22 @@ class Ratio:
     median: float
     low: float
     high: float
-    # the baseline differs so much from itself, set up twice and measured in the same rounds
+    # how far the baseline is from itself, set up twice and measured in the same rounds
     noise: float = SESSION_NOISE
 
     @property
-    def word(self) -> str:
+    def verdict(self) -> Speed:
         """ "faster" or "slower" only if the whole interval is further from 1 than the baseline is from itself."""
         if self.low > 1 + self.noise:
             return "faster"
         return "slower" if self.high < 1 / (1 + self.noise) else "within noise"
 
-    @property
-    def verdict(self) -> str:
-        """The word with the interval."""
-        if self.word == "within noise":
+    def describe(self) -> str:
+        """The verdict with the interval."""
+        if self.verdict == "within noise":
             itself = f"; the baseline varies by {self.noise:.0%}" if self.noise > SESSION_NOISE else ""
             return f"within noise ({self.low:.2f}-{self.high:.2f}x{itself})"
-        if self.word == "slower":
+        if self.verdict == "slower":
             return f"{1 / self.median:.2f}x slower ({1 / self.high:.2f}-{1 / self.low:.2f}x)"
         return f"{self.median:.2f}x faster ({self.low:.2f}-{self.high:.2f}x)"
 
@@ -72,7 +74,7 @@ def measure_rounds(
     timers: Sequence[Timer],
     repeats: int,
     generator: np.random.Generator,
-    tell: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
     *,
     min_seconds: float = _MIN_SECONDS,
 ) -> np.ndarray:
@@ -85,6 +87,6 @@ def measure_rounds(
     for index in range(repeats):
         for which in generator.permutation(len(timers)):
             seconds[which, index] = timers[which](loops[which])
-        if tell is not None:
-            tell(index + 1, repeats)
+        if progress is not None:
+            progress(index + 1, repeats)
     return seconds

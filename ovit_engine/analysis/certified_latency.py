@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ovit_engine.analysis.bench import bench
 from ovit_engine.analysis.bench_report import BenchRow
+from ovit_engine.analysis.file_bench import bench_files
 from ovit_engine.certificate.html import to_html
 from ovit_engine.certificate.model import Certificate, Latency, certificate_path, page_path
 from ovit_engine.utils.files import staged
@@ -22,12 +22,12 @@ def add_latency(
 ) -> Certificate:
     """Measure a certified file paired with each baseline (dense float, dense int8) and write it into the certificate.
 
-    Latencies measured before are replaced. They belong to the certificate's machine and moment: ``verify`` cannot
+    Latencies measured before are replaced. They belong to the certificate's machine and moment: `verify` cannot
     measure them again elsewhere and does not try.
 
     Raises:
-        FileNotFoundError: a file or the certificate is not there.
-        ValueError: as `bench`, or no baseline.
+        FileNotFoundError: a file or the certificate does not exist.
+        ValueError: as `bench_files`, or no baseline.
     """
     path = Path(path)
     if not baselines:
@@ -35,7 +35,7 @@ def add_latency(
     certificate = Certificate.from_json(certificate_path(path).read_text())
     rows: list[Latency] = []
     for baseline in map(Path, baselines):
-        report = bench([path], baseline=baseline, batch_sizes=batch_sizes, repeats=repeats, threads=threads)
+        report = bench_files([path], baseline=baseline, batch_sizes=batch_sizes, repeats=repeats, threads=threads)
         rows += [_row(row, baseline, threads, repeats) for row in report.rows]
     certificate = certificate.model_copy(update={"latency": tuple(rows)})
     with staged(path) as draft:
@@ -56,5 +56,5 @@ def _row(row: BenchRow, baseline: Path, threads: int, repeats: int) -> Latency:
         high=row.quartiles[1],
         throughput=row.throughput,
         baseline=None if ratio is None else baseline.name,
-        verdict=None if ratio is None else ratio.verdict,
+        verdict=None if ratio is None else ratio.describe(),
     )

@@ -18,7 +18,7 @@ from ovit_engine.analysis.bench_report import (
     to_markdown,
     write_bench,
 )
-from ovit_engine.analysis.paired import Ratio
+from ovit_engine.analysis.paired_timing import Ratio
 from ovit_engine.certificate.machine import Conditions, count_cores, load_average, physical_cores
 from ovit_engine.certificate.model import Machine
 
@@ -44,7 +44,7 @@ def test_json_reads_back_as_it_was_and_holds_the_verdict(tmp_path):
     assert written == [tmp_path / "new" / "b.json"]
     assert read_bench(written[0]) == report()
     row = json.loads(written[0].read_text())["rows"][1]
-    assert (row["verdict"], row["images_per_second"]) == ("2.00x faster (1.90-2.10x)", 4000.0)
+    assert (row["verdict"], row["ratio"]["low"], row["images_per_second"]) == ("faster", 1.9, 4000.0)
 
 
 def test_a_folder_gets_all_three(tmp_path):
@@ -57,13 +57,13 @@ def test_csv_is_a_table_of_numbers():
     assert (first["file"], first["ratio"], first["verdict"]) == ("a/m.onnx", "", "")
     assert float(second["ms_median"]) == 2.0
     assert float(second["ratio_low"]) == 1.9
-    assert second["baseline"] == "a/m.onnx"
+    assert (second["baseline"], second["verdict"]) == ("a/m.onnx", "faster")
 
 
 def test_markdown_names_files_apart_and_keeps_its_cells():
     lines = to_markdown(report()).splitlines()
     assert lines[0].endswith("| against a/m.onnx |")
-    assert lines[3] == "| b\\|c/m.onnx | 8 | 2.000 (2.000-2.040) | 4000 | 2.00x faster (1.90-2.10x) |"
+    assert lines[3] == "| b\\|c/m.onnx | 8 | 2.000 | 2.000-2.040 | 4000 | 2.00x faster (1.90-2.10x) |"
     assert lines[5].startswith("Abacus, 2 threads, 50 paired rounds, load 0.5 before, 1.2 after, on 2 cores. onnxrun")
     assert not report().notes
 

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from ovit_engine.analysis.bench_layers import LayerShape
-from ovit_engine.analysis.break_even import ProductRow, SparseTable
-from ovit_engine.analysis.paired import Timer, measure_rounds, paired_ratio, self_noise
+from ovit_engine.analysis.layer_shapes import LayerShape
+from ovit_engine.analysis.paired_timing import Timer, measure_rounds, paired_ratio, self_noise
+from ovit_engine.analysis.sparse_table import ProductRow, SparseTable
 from ovit_engine.certificate.machine import versions
 from ovit_engine.utils.suggest import suggest
 
@@ -41,7 +43,8 @@ _TOLERANCE = {"float16": 1e-2, "bfloat16": 5e-2, "int8": 0.0}
 
 Product = Callable[[Tensor], Tensor]
 
-Tell = Callable[[str, int, int], None]
+# called with what is timed, and how many of how many products are done
+Progress = Callable[[str, int, int], None]
 
 
 def bench_sparse(
@@ -51,9 +54,9 @@ def bench_sparse(
     dtypes: Sequence[str] = tuple(DTYPES),
     repeats: int = 50,
     seed: int = 0,
-    tell: Tell | None = None,
+    progress: Progress | None = None,
 ) -> SparseTable:
-    """Time every shape at every batch size in every type.
+    """Time every shape at every batch size in every type, each product once.
 
     Raises:
         ValueError: torch finds no GPU here, an unknown type, or numbers out of range.
@@ -64,36 +67,28 @@ def bench_sparse(
     if unknown:
         raise ValueError(f"no type {unknown[0]!r}{suggest(unknown[0], DTYPES)}")
     if not torch.cuda.is_available():
-        raise ValueError(
-            "device 'cuda': torch finds no GPU here: run this where the GPU is, the table can be used anywhere"
-        )
+        raise ValueError("torch finds no GPU here: run this where the GPU is, the table can be used anywhere")
     generator = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    asked = products(shapes, batch_sizes, dtypes)
+    wanted = sorted({(s.out_features, s.in_features, s.rows * size) for s in shapes for size in batch_sizes})
+    products = [(dtype, *product) for dtype in dtypes for product in wanted]
     rows = []
-    for index, (dtype, out_features, in_features, count) in enumerate(asked):
-        if tell is not None:
-            tell(f"{dtype} {out_features}x{in_features}", index, len(asked))
-        rows.append(_measure(dtype, out_features, in_features, count, repeats, generator))
+    for index, (dtype, out_features, in_features, count) in enumerate(products):
+        if progress is not None:
+            progress(f"{dtype} {out_features}x{in_features}", index, len(products))
+        product = ProductRow(dtype=dtype, out_features=out_features, in_features=in_features, rows=count)
+        rows.append(_measure(product, repeats, generator))
     properties = torch.cuda.get_device_properties(0)
+    cusparselt = torch.backends.cusparselt.version() if torch.backends.cusparselt.is_available() else None
     return SparseTable(
         device=properties.name,
         capability=(properties.major, properties.minor),
-        backend=_backend(),
-        versions={**versions(), "cuda": str(torch.version.cuda), "cusparselt": _cusparselt()},
+        backend="cutlass" if cusparselt is None else "cusparselt",
+        versions={**versions(), "cuda": str(torch.version.cuda), "cusparselt": str(cusparselt or "none")},
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         repeats=repeats,
         rows=tuple(rows),
     )
-
-
-def products(
-    shapes: Iterable[LayerShape], batch_sizes: Iterable[int], dtypes: Iterable[str]
-) -> list[tuple[str, int, int, int]]:
-    """(type, out, in, rows) of every product, each once, sorted by size within a type and weight."""
-    sizes = list(batch_sizes)
-    wanted = {(s.out_features, s.in_features, s.rows * size) for s in shapes for size in sizes}
-    return [(dtype, *product) for dtype in dtypes for product in sorted(wanted)]
 
 
 def two_of_four(weight: Tensor) -> Tensor:
@@ -110,27 +105,23 @@ def two_of_four(weight: Tensor) -> Tensor:
     return groups.scatter(1, order[:, :2], 0).reshape(weight.shape)
 
 
-def _measure(
-    dtype: str, out_features: int, in_features: int, rows: int, repeats: int, generator: np.random.Generator
-) -> ProductRow:
-    where = {"dtype": dtype, "out_features": out_features, "in_features": in_features, "rows": rows}
+def _measure(product: ProductRow, repeats: int, generator: np.random.Generator) -> ProductRow:
     try:
-        timers, launch = _timers(dtype, out_features, in_features, rows)
+        timers, launch = _timers(product)
     except (RuntimeError, ValueError, NotImplementedError) as error:  # torch refuses shapes with RuntimeError
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return ProductRow(**where, unsupported=reason)  # type: ignore[arg-type]
+        return replace(product, unsupported=(str(error).splitlines() or [type(error).__name__])[0])
     _warm_up(timers)
     seconds = measure_rounds(timers, repeats, generator, min_seconds=_MIN_SECONDS)
-    noise = self_noise(seconds[0], seconds[2], generator)
-    quartiles = np.quantile(seconds[:2], [0.25, 0.5, 0.75], axis=1).T.tolist()
-    (dense_low, dense_median, dense_high), (sparse_low, sparse_median, sparse_high) = quartiles
-    return ProductRow(
-        **where,  # type: ignore[arg-type]
-        dense=dense_median,
+    (dense_low, sparse_low), (dense, sparse), (dense_high, sparse_high) = np.quantile(
+        seconds[:2], [0.25, 0.5, 0.75], axis=1
+    ).tolist()
+    return replace(
+        product,
+        dense=dense,
         dense_quartiles=(dense_low, dense_high),
-        sparse=sparse_median,
+        sparse=sparse,
         sparse_quartiles=(sparse_low, sparse_high),
-        ratio=paired_ratio(seconds[0], seconds[1], generator, noise=noise),
+        ratio=paired_ratio(seconds[0], seconds[1], generator, noise=self_noise(seconds[0], seconds[2], generator)),
         launch=launch,
     )
 
@@ -143,26 +134,30 @@ def _warm_up(timers: Sequence[Timer]) -> None:
             timer(1)
 
 
-def _timers(dtype: str, out_features: int, in_features: int, rows: int) -> tuple[list[Timer], str]:
+def _timers(product: ProductRow) -> tuple[list[Timer], Literal["graph", "eager"]]:
     """Timers of the dense, the sparse and again the dense product (how far is it from itself?), and their launch.
 
-    Raises ValueError where the sparse product is not the dense one; torch raises for shapes that it can't take.
+    Raises ValueError if the sparse product is not the dense one; torch raises for shapes that it does not support.
     """
-    kind = DTYPES[dtype]
-    size = out_features * in_features * kind.itemsize
-    copies = max(1, min(_COPIES, _COPIES_BYTES // size))
-    weights = [two_of_four(_random(out_features, in_features, dtype=kind)) for _ in range(copies)]
-    inputs = _random(rows, in_features, dtype=kind)
+    kind, shape = DTYPES[product.dtype], (product.out_features, product.in_features)
+    copies = max(1, min(_COPIES, _COPIES_BYTES // (product.out_features * product.in_features * kind.itemsize)))
+    weights = [two_of_four(_random(*shape, dtype=kind)) for _ in range(copies)]
+    inputs = _random(product.rows, product.in_features, dtype=kind)
     if kind == torch.int8:
-        inputs = pad(inputs, (0, 0, 0, -rows % _INT8_ROWS))
+        inputs = pad(inputs, (0, 0, 0, -product.rows % _INT8_ROWS))
     dense = [_dense(weight) for weight in weights]
     sparse = [_sparse(weight) for weight in weights]
-    _check_equal(dense[0](inputs), sparse[0](inputs), _TOLERANCE[dtype])
+    _check_equal(dense[0](inputs), sparse[0](inputs), _TOLERANCE[product.dtype])
     try:
         return [_graph_timer(calls, inputs) for calls in (dense, sparse, dense)], "graph"
     except RuntimeError:  # a kernel that can't be captured
         torch.cuda.synchronize()
-        return [_eager_timer(calls, inputs) for calls in (dense, sparse, dense)], "eager"
+        return [_event_timer(lambda c=c: _call(c, inputs), len(c)) for c in (dense, sparse, dense)], "eager"  # type: ignore[misc]
+
+
+def _call(calls: Sequence[Product], inputs: Tensor) -> None:
+    for call in calls:
+        call(inputs)
 
 
 def _random(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -203,22 +198,12 @@ def _graph_timer(calls: Sequence[Product], inputs: Tensor) -> Timer:
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # kernels choose their workspace on first use, which capture forbids
-        for call in calls:
-            call(inputs)
+        _call(calls, inputs)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for call in calls:
-            call(inputs)
+        _call(calls, inputs)
     return _event_timer(graph.replay, len(calls))
-
-
-def _eager_timer(calls: Sequence[Product], inputs: Tensor) -> Timer:
-    def run() -> None:
-        for call in calls:
-            call(inputs)
-
-    return _event_timer(run, len(calls))
 
 
 def _event_timer(run: Callable[[], object], products: int) -> Timer:
@@ -234,13 +219,3 @@ def _event_timer(run: Callable[[], object], products: int) -> Timer:
         return float(start.elapsed_time(end)) / 1e3 / loops / products
 
     return timed
-
-
-def _backend() -> str:
-    return "cusparselt" if _cusparselt() != "none" else "cutlass"
-
-
-def _cusparselt() -> str:
-    """Its version as torch says it, or "none"."""
-    found = torch.backends.cusparselt.version() if torch.backends.cusparselt.is_available() else None
-    return "none" if found is None else str(found)

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from ovit_engine.analysis.bench_report import BenchReport, BenchRow
-from ovit_engine.analysis.paired import SESSION_NOISE, Timer, measure_rounds, paired_ratio, self_noise
+from ovit_engine.analysis.paired_timing import SESSION_NOISE, Timer, measure_rounds, paired_ratio, self_noise
 from ovit_engine.certificate.kernels import open_session
 from ovit_engine.certificate.machine import conditions_now, load_average, physical_cores
 
-# (batch size, rounds done, rounds in all)
-Tell = Callable[[int, int, int], None]
+# called with what is timed, the rounds done and all rounds
+Progress = Callable[[str, int, int], None]
 
 _TYPES = {
     "tensor(float)": np.float32,
@@ -28,7 +28,7 @@ _TYPES = {
 }
 
 
-def bench(
+def bench_files(
     paths: Sequence[str | Path],
     *,
     baseline: str | Path | None = None,
@@ -36,20 +36,20 @@ def bench(
     repeats: int = 50,
     threads: int | None = None,
     seed: int = 0,
-    tell: Tell | None = None,
+    progress: Progress | None = None,
 ) -> BenchReport:
     """Measure ONNX files side by side in ONNX Runtime on the CPU, all on the same seeded noise.
 
     Args:
         paths: files that take the same inputs; names and types of inputs may differ.
-        baseline: what ratios are to, measured too; the first of several ``paths`` if left out.
+        baseline: what ratios are to, measured too; the first of several `paths` by default.
         repeats: rounds, in each of which every file is timed once.
-        threads: of the runtime; the physical cores that this process may use if left out.
-        tell: called after each round.
+        threads: of the runtime; by default the physical cores that this process may use.
+        progress: called after each round.
 
     Raises:
-        FileNotFoundError: a file that is not there.
-        ValueError: numbers below 1 (``repeats`` below 5), files of different inputs, or a batch size that a file of
+        FileNotFoundError: a file does not exist.
+        ValueError: numbers below 1 (`repeats` below 5), files of different inputs, or a batch size that a file of
             fixed batch cannot take.
     """
     threads = physical_cores() if threads is None else threads
@@ -68,7 +68,7 @@ def bench(
     rows: list[BenchRow] = []
     for size in batch_sizes:
         timers = [_timer(session, feed) for session, feed in zip(sessions, feeds[size], strict=True)]
-        seconds = measure_rounds(timers, repeats, generator, tell and partial(tell, size))
+        seconds = measure_rounds(timers, repeats, generator, progress and partial(progress, f"batch {size}"))
         rows += _rows(files, first, size, seconds, generator)
     found = conditions_now(load)
     return BenchReport(rows=tuple(rows), baseline=first, threads=threads, repeats=repeats, conditions=found)
@@ -125,7 +125,7 @@ def _shapes(session: Any, size: int, path: Path) -> list[tuple[int, ...]]:
         if isinstance(fixed, int) and fixed != size:
             raise ValueError(f"{path.name} takes batches of {fixed} only, not {size}")
         if not all(isinstance(length, int) for length in value.shape[1:]):
-            raise ValueError(f"{path.name}: input {value.name} has free dimensions beside the batch: {value.shape}")
+            raise ValueError(f"{path.name}: input {value.name} has free dimensions besides the batch: {value.shape}")
     return [tuple(value.shape[1:]) for value in session.get_inputs()]
 
 

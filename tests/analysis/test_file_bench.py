@@ -8,9 +8,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ovit_engine.analysis import bench as bench_module
-from ovit_engine.analysis.bench import bench
-from ovit_engine.analysis.paired import Ratio, paired_ratio
+from ovit_engine.analysis import file_bench
+from ovit_engine.analysis.file_bench import bench_files
+from ovit_engine.analysis.paired_timing import Ratio, paired_ratio
 from ovit_engine.certificate.machine import physical_cores
 from ovit_engine.export.writer import write_onnx
 
@@ -32,7 +32,8 @@ from ovit_engine.export.writer import write_onnx
     ],
 )
 def test_words_follow_the_interval(ratio, words):
-    assert ratio.verdict == words
+    assert ratio.describe() == words
+    assert ratio.verdict in words
 
 
 def test_pairing_removes_what_strikes_both():
@@ -41,7 +42,7 @@ def test_pairing_removes_what_strikes_both():
     ratio = paired_ratio(2 * load, load * generator.uniform(0.99, 1.01, 100), generator)
     assert 1.98 < ratio.low <= ratio.median <= ratio.high < 2.02
     noise = paired_ratio(generator.uniform(1, 2, 100), generator.uniform(1, 2, 100), generator)
-    assert "within noise" in noise.verdict
+    assert noise.verdict == "within noise"
 
 
 @pytest.fixture(scope="module")
@@ -54,46 +55,49 @@ def files(tmp_path_factory):
 
 
 def test_a_real_run(files):
-    report = bench([files / "small.onnx"], baseline=files / "fixed.onnx", batch_sizes=[2], repeats=5)
+    report = bench_files([files / "small.onnx"], baseline=files / "fixed.onnx", batch_sizes=[2], repeats=5)
     base, row = report.rows
     assert (base.path.name, row.path.name, base.ratio) == ("fixed.onnx", "small.onnx", None)
     assert row.quartiles[0] <= row.median <= row.quartiles[1]
     assert row.throughput == pytest.approx(2 / row.median)
     stream = io.StringIO()
     report.render(Console(file=stream, width=150))
-    assert row.ratio.verdict in stream.getvalue()
+    assert row.ratio.describe() in stream.getvalue()
     assert "5 paired rounds" in stream.getvalue()
 
 
 def test_the_same_file_twice_is_measured_once(files):
-    report = bench([files / "small.onnx"] * 2, batch_sizes=[1, 3], repeats=5)
+    report = bench_files([files / "small.onnx"] * 2, batch_sizes=[1, 3], repeats=5)
     assert [(row.batch_size, row.ratio) for row in report.rows] == [(1, None), (3, None)]
 
 
 def test_the_first_of_several_files_is_the_baseline_and_threads_are_the_cores(files):
-    told = []
-    report = bench(
-        [files / "small.onnx", files / "fixed.onnx"], batch_sizes=[2], repeats=5, tell=lambda *done: told.append(done)
+    seen = []
+    report = bench_files(
+        [files / "small.onnx", files / "fixed.onnx"],
+        batch_sizes=[2],
+        repeats=5,
+        progress=lambda *done: seen.append(done),
     )
     assert report.baseline == files / "small.onnx"
     assert [row.ratio is None for row in report.rows] == [True, False]
     assert report.threads == physical_cores() == report.conditions.cores
-    assert told == [(2, done, 5) for done in range(1, 6)]
+    assert seen == [("batch 2", done, 5) for done in range(1, 6)]
 
 
 def test_all_is_checked_before_anything_is_measured(files, monkeypatch):
-    monkeypatch.setattr(bench_module, "measure_rounds", lambda *_: pytest.fail("it measured"))
+    monkeypatch.setattr(file_bench, "measure_rounds", lambda *_: pytest.fail("it measured"))
     with pytest.raises(ValueError, match=r"narrow\.onnx takes inputs of 6, small\.onnx of 8: only files that take"):
-        bench([files / "small.onnx", files / "narrow.onnx"])
+        bench_files([files / "small.onnx", files / "narrow.onnx"])
     with pytest.raises(ValueError, match="takes batches of 2 only, not 8"):
-        bench([files / "fixed.onnx"], batch_sizes=[2, 8])
+        bench_files([files / "fixed.onnx"], batch_sizes=[2, 8])
 
 
 def test_bad_requests(files, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.onnx"):
-        bench([tmp_path / "none.onnx"])
+        bench_files([tmp_path / "none.onnx"])
     with pytest.raises(ValueError, match="takes batches of 2 only, not 1"):
-        bench([files / "fixed.onnx"], batch_sizes=[1])
+        bench_files([files / "fixed.onnx"], batch_sizes=[1])
     for wrong in ({"repeats": 4}, {"threads": 0}, {"batch_sizes": []}, {"batch_sizes": [0]}):
         with pytest.raises(ValueError, match="need repeats >= 5"):
-            bench([files / "small.onnx"], **wrong)
+            bench_files([files / "small.onnx"], **wrong)
