@@ -1,7 +1,7 @@
 """What the engine hangs on a user's optimizer, closure and model."""
 
 import inspect
-import sys
+import traceback
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
@@ -103,12 +103,12 @@ class StepHooks:
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if nests(optimizer):
-            if self._depth and not _runs(self._outermost):  # a step that raised never came to its end
+            if self._depth and not self._is_running():  # a step that raised never came to its end
                 self._depth = 0
             self._depth += 1
             if self._depth > 1:
                 return None
-            self._outermost = _step_frame()
+            self._outermost = _step_call()
         # A fused optimizer steps under GradScaler even when it will skip, with gradients still scaled.
         found_inf = getattr(optimizer, "found_inf", None)
         self._skipped = found_inf is not None and bool(found_inf)
@@ -125,6 +125,16 @@ class StepHooks:
         others = {key: value for key, value in kwargs.items() if key != "closure"}
         return (args[0], MaskedClosure(self._run, closure, self._begin), *args[2:]), others
 
+    def _is_running(self) -> bool:
+        """Return whether the outermost call of `step` is not over yet.
+
+        Torch runs no hook when a step raises, and hands hooks nothing that lives as long as the call: a traceback that
+        somebody keeps holds its arguments. So the stack is the only witness.
+        """
+        return self._outermost is None or any(
+            frame is self._outermost for frame, _ in traceback.walk_stack(inspect.currentframe())
+        )
+
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._depth:
             self._depth -= 1
@@ -138,20 +148,12 @@ class StepHooks:
         self._run.masks.project()
 
 
-def _step_frame() -> FrameType | None:
-    """The call of `step` that fires the present hook; None where torch does not call it from its own wrapper."""
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename != _WRAPPER:
-        frame = frame.f_back  # type: ignore[assignment]
-    return frame
-
-
-def _runs(call: FrameType | None) -> bool:
-    """Whether a call is not over yet, as far as can be told."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame is not call:
-        frame = frame.f_back
-    return call is None or frame is call
+def _step_call() -> FrameType | None:
+    """Return the call of `step` that runs the present hook; None if torch did not make it in its own wrapper."""
+    return next(
+        (frame for frame, _ in traceback.walk_stack(inspect.currentframe()) if frame.f_code.co_filename == _WRAPPER),
+        None,
+    )
 
 
 class MaskedClosure:

@@ -1,6 +1,6 @@
 """Optimizers that wrap others, and where their hooks go."""
 
-import gc
+import sys
 from types import MappingProxyType
 
 from torch import nn
@@ -31,13 +31,23 @@ def layers_of(optimizer: Optimizer) -> list[Optimizer]:
     return chain
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether `torch.compile(module)` made this module, or `module.compile()` was called on it."""
+    dynamo = sys.modules.get("torch._dynamo")  # importing it takes seconds; until it is, nothing is compiled
+    wrapped = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+    return wrapped or module._compiled_call_impl is not None
+
+
 def _wrapper(model: nn.Module) -> str | None:
-    if any(type(holder) is dict and holder.get("_orig_mod") is model for holder in gc.get_referrers(model)):
-        return "compiled"  # the user kept the compiled one, and gave us what is inside
+    """Return how a model is wrapped, if it is.
+
+    Nothing shows that the user kept `torch.compile(model)` and gave us `model`: `forget_compiled` lets torch compile
+    that again.
+    """
     for module in model.modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             return "wrapped in DistributedDataParallel"
-        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+        if is_compiled(module):
             return "compiled"
         if any(map(is_shard, module.parameters(recurse=False))):
             return "sharded"

@@ -1,11 +1,14 @@
 """States that are saved: a model's, whole, and whether one of the engine is one to go on from."""
 
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import yaml
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from ovit_engine.core.modifier import Modifier
 from ovit_engine.core.recipe import Recipe
@@ -16,22 +19,32 @@ from ovit_engine.masking.parameters import clean_name, parameter_slots, unwrappe
 
 STATE_VERSION = 2  # 1 had no shapes, and no gradients of a window
 
-_KINDS: Mapping[str, type | tuple[type, ...]] = {
-    "version": int,
-    "recipe": str,
-    "recipe_hash": str,
-    "finished": bool,
-    "step": int,
-    "steps_per_epoch": int,
-    "total_steps": int,
-    "shapes": Mapping,
-    "masks": Mapping,
-    "modifiers": list,
-    "history": list,
-    "sweep": (Mapping, type(None)),
-}
+_STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
 
 _SHOWN = 3  # differences that an error names
+
+
+class EngineState(BaseModel):
+    """What `Engine.state_dict` returns, and what a state must have to go on from."""
+
+    model_config = _STRICT
+
+    version: int
+    recipe: str
+    recipe_hash: str
+    finished: bool
+    step: NonNegativeInt
+    skipped: NonNegativeInt = 0
+    steps_per_epoch: int
+    total_steps: int
+    shapes: Mapping[str, list[int]]
+    # checked further by what loads them: masks, modifiers, sweep and teacher
+    masks: Mapping[str, Any]
+    modifiers: list[Mapping[str, Any]]
+    # (step, name, value)
+    history: list[list[Any]]
+    sweep: Mapping[str, Any] | None
+    teacher: Any = None
 
 
 def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -50,23 +63,24 @@ def model_shapes(model: nn.Module) -> dict[str, list[int]]:
 def make_state(
     recipe: Recipe, run: Run, modifiers: Sequence[Modifier], *, finished: bool, sweep: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """The engine's state; `check_state` knows what belongs to it."""
-    return {
-        "version": STATE_VERSION,
-        "recipe": recipe.dump(),
-        "recipe_hash": recipe.hash,
-        "finished": finished,
-        "step": run.step,
-        "skipped": run.skipped,
-        "steps_per_epoch": run.steps_per_epoch,
-        "total_steps": run.total_steps,
-        "shapes": model_shapes(run.model),
-        "masks": run.masks.state_dict(),
-        "modifiers": [modifier.state_dict() for modifier in modifiers],
-        "history": [list(entry) for entry in run.history],
-        "sweep": sweep,
-        "teacher": None if run.teacher is None else run.teacher.fingerprint,
-    }
+    """Return the engine's state."""
+    state = EngineState(
+        version=STATE_VERSION,
+        recipe=recipe.dump(),
+        recipe_hash=recipe.hash,
+        finished=finished,
+        step=run.step,
+        skipped=run.skipped,
+        steps_per_epoch=run.steps_per_epoch,
+        total_steps=run.total_steps,
+        shapes=model_shapes(run.model),
+        masks=run.masks.state_dict(),
+        modifiers=[modifier.state_dict() for modifier in modifiers],
+        history=[list(entry) for entry in run.history],
+        sweep=sweep,
+        teacher=None if run.teacher is None else run.teacher.fingerprint,
+    )
+    return dict(state)
 
 
 def restore_state(state: Mapping[str, Any], run: Run, modifiers: Sequence[Modifier]) -> None:
@@ -96,14 +110,12 @@ def check_state(state: Mapping[str, Any], recipe: Recipe, clock: Clock) -> None:
             f"the engine state has version {version!r}, this release reads {STATE_VERSION}: go on with the release "
             "that wrote it"
         )
-    _check_kinds(state, _KINDS, "the engine state", "")
+    _check(EngineState, state)
     if state["recipe_hash"] != recipe.hash:
         raise ValueError(f"the engine state is of another recipe: {_recipe_difference(state['recipe'], recipe.dump())}")
     for key, value in (("steps_per_epoch", clock.steps_per_epoch), ("total_steps", clock.total_steps)):
         if state[key] != value:
             raise ValueError(f"the engine state is of another training: its {key} is {state[key]!r}, here {value!r}")
-    if state["step"] < 0:
-        raise ValueError(f"the engine state's step is {state['step']}, which is before training began")
 
 
 def check_model(state: Mapping[str, Any], model: nn.Module) -> None:
@@ -125,35 +137,33 @@ def check_modifiers(states: Sequence[Any], modifiers: Sequence[Modifier]) -> Non
     if len(states) != len(modifiers):
         raise ValueError(f"the engine state is of {len(states)} modifiers, the recipe has {len(modifiers)}")
     for number, (saved, modifier) in enumerate(zip(states, modifiers, strict=True)):
-        where = f"modifiers[{number}] ({modifier.name})"
-        if not isinstance(saved, Mapping):
-            raise ValueError(f"the engine state is damaged: {where} must be a mapping, not {type(saved).__name__}")
         kinds = {key: _kind(value) for key, value in modifier.state_dict().items()}
-        _check_kinds(saved, kinds, "the engine state", f"{where}.")
+        schema = cast(Any, TypedDict)("schema", kinds)
+        schema.__pydantic_config__ = _STRICT
+        _check(schema, saved, f"modifiers[{number}] ({modifier.name}).")
 
 
-def _kind(value: object) -> type | tuple[type, ...]:
-    """What a saved value must be an instance of to stand in for `value`."""
-    if value is None:
-        return object
-    for kind in (bool, int, Mapping, Tensor, str):
-        if isinstance(value, kind):
-            return kind
-    return (int, float) if isinstance(value, float) else list if isinstance(value, list) else object
+def _kind(value: object) -> Any:
+    """Return the type that a saved value must have to stand in for `value`."""
+    kinds = (bool, int, float, str, list, Tensor, Mapping)
+    return next((kind for kind in kinds if isinstance(value, kind)), Any)
 
 
-def _check_kinds(
-    found: Mapping[str, Any], kinds: Mapping[str, type | tuple[type, ...]], what: str, prefix: str
-) -> None:
-    missing = sorted(kinds.keys() - found.keys())
+def _check(schema: Any, found: Mapping[str, Any], prefix: str = "") -> None:
+    """Raise ValueError, in one line, where a saved mapping does not follow a schema."""
+    try:
+        TypeAdapter(schema).validate_python(found)
+    except ValidationError as error:
+        errors = error.errors()
+    else:
+        return
+    missing = sorted(prefix + str(each["loc"][0]) for each in errors if each["type"] == "missing")
     if missing:
-        raise ValueError(f"{what} is incomplete: it lacks {', '.join(prefix + key for key in missing)}")
-    for key, kind in kinds.items():
-        value = found[key]
-        # True is an int to Python
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
-            expected = getattr(kind, "__name__", "mapping or nothing").lower()
-            raise ValueError(f"{what} is damaged: {prefix}{key} must be {expected}, not {type(value).__name__}")
+        raise ValueError(f"the engine state is incomplete: it lacks {', '.join(missing)}")
+    where = prefix + ".".join(map(str, errors[0]["loc"]))
+    value = " ".join(reprlib.repr(errors[0]["input"]).split())
+    message = errors[0]["msg"].removeprefix("Input ")
+    raise ValueError(f"the engine state is damaged: {where} {message}, not {value}")
 
 
 def _recipe_difference(theirs: str, ours: str) -> str:

@@ -11,21 +11,19 @@ from tests.loops import PRUNE, X, Y, hooks_on, mlp, recipe
 
 
 @pytest.mark.parametrize("run", [False, True], ids=["not run", "run"])
-@pytest.mark.parametrize("given", ["inner", "compiled"])
-def test_surgery_after_compile_says_where_to_put_the_line(given: str, run: bool) -> None:
+def test_surgery_after_compile_says_where_to_put_the_line(run: bool) -> None:
     """Attach prepares too. Masks need no surgery: they may come at any time."""
     model = mlp()
     compiled: Any = torch.compile(model, backend="eager")
     if run:
         compiled(X)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    chosen = model if given == "inner" else compiled
-    engine = Engine(chosen, recipe("quantize: {}"), steps_per_epoch=9, epochs=1)
+    engine = Engine(compiled, recipe("quantize: {}"), steps_per_epoch=9, epochs=1)
     for late in (engine.prepare, lambda: engine.attach(optimizer)):
         with pytest.raises(RuntimeError, match=r"replaces layers, and the model is compiled already: call engine.prep"):
             late()
     assert hooks_on(optimizer) == 0
-    Engine(chosen, recipe(PRUNE), steps_per_epoch=10, epochs=4).attach(optimizer)
+    Engine(compiled, recipe(PRUNE), steps_per_epoch=10, epochs=4).attach(optimizer)
 
 
 def test_surgery_after_compile_in_place_is_refused() -> None:
@@ -35,11 +33,14 @@ def test_surgery_after_compile_in_place_is_refused() -> None:
         Engine(model, recipe("quantize: {}"), steps_per_epoch=9, epochs=1).prepare()
 
 
-def test_a_compiled_function_that_ran_before_surgery_is_compiled_again() -> None:
-    """Nothing tells that a function has compiled the model; its guards do."""
+@pytest.mark.parametrize("run", [False, True], ids=["not run", "run"])
+@pytest.mark.parametrize("kept", ["function", "module"])
+def test_what_was_compiled_around_the_model_is_compiled_again_after_surgery(kept: str, run: bool) -> None:
+    """Nothing shows that a function, or a wrapper that the user kept, has compiled the model."""
     model = mlp()
-    function = torch.compile(lambda x: model(x), backend="eager")
-    function(X)
+    function: Any = torch.compile(model if kept == "module" else lambda x: model(x), backend="eager")
+    if run:
+        function(X)
     engine = Engine(model, recipe("quantize: {start: 1st}"), steps_per_epoch=4, epochs=1)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     engine.attach(optimizer)

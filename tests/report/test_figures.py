@@ -59,7 +59,7 @@ def places(drawing: ET.Element) -> dict[str, tuple[float, float]]:
 
 @pytest.mark.parametrize("width", [330.0, 1080.0])
 def test_a_timeline_shows_each_measured_value_at_its_place(width):
-    drawing = ET.fromstring(draw_timeline(timeline.timeline_rows(small_run()), width))
+    drawing = ET.fromstring(draw_timeline(timeline.timeline_of(small_run()), width))
     found = places(drawing)
     assert "epoch 3: int8 fake-quantization starts" in found
     assert "epoch 1: p 50 %" in found
@@ -76,12 +76,12 @@ def test_a_timeline_shows_each_measured_value_at_its_place(width):
 def test_a_timeline_without_a_checkpoint_is_that_of_the_metrics():
     run = small_run()
     bare = RunFolder(path=run.path, epochs=run.epochs)
-    assert "epoch 2: accuracy 20 %" in places(ET.fromstring(draw_timeline(timeline.timeline_rows(bare), 500)))
-    assert timeline.timeline_rows(RunFolder(path=run.path)) is None
+    assert "epoch 2: accuracy 20 %" in places(ET.fromstring(draw_timeline(timeline.timeline_of(bare), 500)))
+    assert timeline.timeline_of(RunFolder(path=run.path)) is None
 
 
 def test_figures_take_the_colors_of_the_page_and_leave_no_names():
-    run = timeline.timeline_rows(small_run())
+    run = timeline.timeline_of(small_run())
     text = draw_timeline(run, 500)
     assert text == draw_timeline(run, 500)
     assert "var(--ink)" in text
