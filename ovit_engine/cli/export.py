@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from ovit_engine.cli import options
+
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
@@ -17,17 +19,39 @@ import click
     multiple=True,
     help="ONNX file to measure latency against, for the certificate: the dense float file, the dense int8 file.",
 )
+@click.option(
+    "--sign",
+    "key",
+    type=options.EXISTING,
+    metavar="KEY",
+    help="Sign the file, its certificate and its reference with this private key (PEM, elliptic curve).",
+)
+@click.option(
+    "--sign-certificate", type=options.EXISTING, metavar="CERT", help="Certificate of that key, for the signature."
+)
+@options.certificate_chain
 def export(
-    checkpoint: Path, output: Path, data: str | None, data_root: Path | None, baselines: tuple[Path, ...]
+    checkpoint: Path,
+    output: Path,
+    data: str | None,
+    data_root: Path | None,
+    baselines: tuple[Path, ...],
+    key: Path | None,
+    sign_certificate: Path | None,
+    certificate_chain: tuple[Path, ...],
 ) -> None:
     """Write the ONNX file of a finished run and its certificate. CHECKPOINT is a run's folder or a .pt file of it."""
     import torch
     from torch.utils.data import DataLoader
 
+    from ovit_engine.certificate import signing
     from ovit_engine.certificate.render import print_certificate
     from ovit_engine.training.data import config_of, load_data, tell_classes
     from ovit_engine.training.runs import restore
 
+    if key is None and (sign_certificate is not None or certificate_chain):
+        raise click.UsageError("certificates belong to a signature: name the key with --sign")
+    signer = None if key is None else signing.make_signer(key, sign_certificate, certificate_chain)
     if not output.absolute().parent.is_dir():
         raise FileNotFoundError(f"no folder {str(output.parent)!r} to write {output.name!r} to")
     for baseline in baselines:
@@ -53,3 +77,5 @@ def export(
 
         certificate = add_latency(output, baselines)
     print_certificate(certificate)
+    if signer is not None:
+        click.echo(f"signed: {signing.sign_file(output, signer)}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
@@ -25,6 +26,9 @@ class KeyValue(click.ParamType):  # type: ignore[type-arg]  # generic in newer r
             self.fail(f"{text!r} is no YAML value", param, ctx)
 
 
+EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
 def as_mapping(pairs: tuple[tuple[str, Any], ...]) -> Mapping[str, Any]:
     """Options given as key=value, the last of each."""
     return dict(pairs)
@@ -36,6 +40,13 @@ variables = click.option(
 model = click.option("--model", help="timm model; the recipe's own if left out.")
 model_args = click.option(
     "--model-arg", "model_args", type=KeyValue(), multiple=True, help="Argument of the timm model, as img_size=384."
+)
+certificate_chain = click.option(
+    "--certificate-chain",
+    type=EXISTING,
+    multiple=True,
+    metavar="CERT",
+    help="A certificate of the chain of trust (PEM), for signatures by certificate.",
 )
 epochs = click.option("--epochs", type=click.IntRange(min=1), help="Length of training; else the recipe's, or 10.")
 

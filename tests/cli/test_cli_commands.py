@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -223,6 +224,22 @@ def test_a_file_that_was_changed_does_not_verify(ovit: Ovit, finished_run: Path)
     assert result.exit_code == 1
     assert result.stderr.startswith("ovit: error: ")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_signed_file(ovit: Ovit, finished_run: Path) -> None:
+    for command in (
+        "ecparam -name prime256v1 -genkey -noout -out key.pem",
+        "ec -in key.pem -pubout -out key.pub",
+    ):
+        subprocess.run(["openssl", *command.split()], check=True, capture_output=True)
+    assert ok(ovit("export", finished_run, "--output", "model.onnx", "--sign", "key.pem"))[-1] == "signed: model.sig"
+    check = ("verify", "model.onnx", "--signature", "model.sig", "--public-key", "key.pub")
+    assert ok(ovit(*check))[-1] == "model.sig is a valid signature of it, its certificate and its reference"
+    ok(ovit("export", finished_run, "--output", "model.onnx", "--data", "digits"))
+    Path("model.reference.npz").write_bytes(Path("model.reference.npz").read_bytes() + b"\0")
+    result = ovit(*check)
+    assert result.exit_code == 1
+    assert "model.reference.npz: changed since it was signed" in result.stderr
 
 
 def test_validate_finds_what_train_would_refuse(ovit: Ovit) -> None:
