@@ -31,8 +31,8 @@ _PART = "shrunk"  # attribute of a module that became smaller, beside its num_he
 def shrink(model: nn.Module, *, optimizer: Optimizer | None = None, masks: Masks | None = None) -> Manifest:
     """Remove in place what the gates of `model` switch off, and the gates; return what is left, by module.
 
-    Parameters of the layers beside a gate become new, smaller ones. Where a pattern of `masks` (2:4, blocks) would not
-    survive that a single unit goes, units go by whole groups; the others that are off get zero columns.
+    Layers next to a gate get new, smaller parameters. Where a pattern of `masks` (2:4, blocks) would not
+    survive the removal of single units, units are removed by whole groups; other disabled units get zero columns.
 
     Args:
         model: the model itself, not a wrapper (DDP, torch.compile): wrap it again afterwards.
@@ -67,8 +67,8 @@ def shrink(model: nn.Module, *, optimizer: Optimizer | None = None, masks: Masks
 def harvest(model: nn.Module, *, optimizer: Optimizer | None = None, masks: Masks | None = None) -> Manifest:
     """Remove in place the heads and units that zeros in the weights have left without effect; return what is left.
 
-    What such a head or unit always adds moves into a bias. Arguments and errors are those of `shrink`; give the masks
-    of a model that follows a pattern, which then only whole groups leave.
+    What such a head or unit always adds moves into a bias. Arguments and errors are those of `shrink`; with the masks
+    of a model that follows a pattern, only whole groups are removed.
 
     Raises:
         ValueError: gates, which `shrink` removes first, or no attention and MLP that we know.
@@ -76,12 +76,7 @@ def harvest(model: nn.Module, *, optimizer: Optimizer | None = None, masks: Mask
     _check_plain(model)
     if installed(model):
         raise ValueError("the model has gates: shrink(model) first")
-    _remove(
-        model,
-        [removal_of_dead(site, masks) for site in known_sites(model)],
-        optimizer,
-        masks,
-    )
+    _remove(model, [removal_of_dead(site, masks) for site in known_sites(model)], optimizer, masks)
     return manifest_of(model)
 
 
@@ -89,7 +84,7 @@ def rebuild(model: nn.Module, manifest: Manifest) -> nn.Module:
     """Cut `model`, as it was made, in place to the shapes of a shrunk one, whose weights can then be loaded strictly.
 
     Args:
-        model: from `timm.create_model` with the same arguments, its weights of no matter; on the meta device as well.
+        model: from `timm.create_model` with the same arguments, with any weights; the meta device will do.
 
     Raises:
         ValueError: the manifest is of another model.
