@@ -22,15 +22,15 @@ from ovit_engine.integrations._common import transformers_length
 from ovit_engine.integrations._keyword_batches import AddToOwnLoss, KeywordCalibration, deployed, positional
 
 
-def packed(engine: Engine) -> dict[str, Any]:
+def engine_state(engine: Engine) -> dict[str, Any]:
     """The engine's state as JSON takes it, and enough of the weights to see whether they are loaded with it."""
     file = io.BytesIO()
     torch.save(engine.state_dict(), file)
     return {"engine": base64.b64encode(file.getvalue()).decode(), "weights": _sampled(engine.model)}
 
 
-def unpack(engine: Engine, state: TrainerState, name: str) -> None:
-    """Load what `packed` gave the callback `name`. Raises ValueError where it, or the weights, are missing."""
+def load_engine_state(engine: Engine, state: TrainerState, name: str) -> None:
+    """Load what `engine_state` gave the callback `name`. Raises ValueError where it, or the weights, are missing."""
     states: Any = state.stateful_callbacks or {}
     saved, where = states.get(name), f"the checkpoint of step {state.global_step}"
     if saved is None:
@@ -84,7 +84,7 @@ class OptimizersRates:
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def check_arguments(trainer: Trainer) -> None:
+def check_training_arguments(trainer: Trainer) -> None:
     """Raise ValueError for training arguments that a recipe can't be followed with."""
     args = trainer.args
     refused = {
@@ -93,7 +93,7 @@ def check_arguments(trainer: Trainer) -> None:
         "load_best_model_at_end": (args.load_best_model_at_end, "it may bring back weights from before the pruning"),
         "restore_callback_states_from_checkpoint": (
             args.restore_callback_states_from_checkpoint,
-            "it would make this callback anew, without its model; the engine's state is restored without it",
+            "it would make this callback again, without its model; the engine's state is restored without it",
         ),
         "deepspeed": (trainer.is_deepspeed_enabled, "sharded weights are not supported"),
         "fsdp": (trainer.is_fsdp_enabled, "sharded weights are not supported in the Trainer"),
@@ -143,7 +143,7 @@ class RecipeTrainerCallback(TrainerCallback, ExportableState):
         calibration: Calibration | None = None,
         teacher: nn.Module | None = None,
     ) -> None:
-        check_arguments(trainer)
+        check_training_arguments(trainer)
         self._trainer, self._calibration = trainer, calibration
         steps_per_epoch, total_steps = transformers_length(trainer.args, trainer.get_train_dataloader())
         model: Any = trainer.model
@@ -158,7 +158,7 @@ class RecipeTrainerCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step:
-            unpack(self.engine, state, type(self).__name__)
+            load_engine_state(self.engine, state, type(self).__name__)
         loader = kwargs["train_dataloader"]
         calibration = self._calibration or KeywordCalibration(loader.dataset, loader.collate_fn)
         optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
@@ -185,7 +185,7 @@ class RecipeTrainerCallback(TrainerCallback, ExportableState):
         self.engine.detach()
 
     def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": packed(self.engine)}
+        return {"args": {}, "attributes": engine_state(self.engine)}
 
     def export(self, path: str | Path) -> Certificate:
         """Write the deployable ONNX file and its certificate, verified on the Trainer's evaluation data.

@@ -10,7 +10,7 @@ from ovit_engine.core.registry import register
 from ovit_engine.core.run import Run
 from ovit_engine.core.schedule import Clock, Time
 from ovit_engine.distillation.losses import hard_loss, soft_loss, token_loss
-from ovit_engine.distillation.teacher import Lesson, Teacher, logits_of
+from ovit_engine.distillation.teacher import OutputPair, Teacher, logits_of
 from ovit_engine.distributed.comm import world
 from ovit_engine.tokens import hooks_of
 
@@ -106,7 +106,7 @@ class Distill(Distillation, Scheduled):
             self.check_length(run, f"the teacher's term at step {start}")
             raise self.error("training ended before a step with the teacher's term was made", "start")
 
-    def _of_logits(self, lesson: Lesson) -> Tensor:
+    def _of_logits(self, lesson: OutputPair) -> Tensor:
         try:
             student, teacher = logits_of(lesson.student.output), logits_of(lesson.teacher.output)
         except TypeError as error:
@@ -118,7 +118,7 @@ class Distill(Distillation, Scheduled):
             )
         return hard_loss(student, teacher) if self.hard else soft_loss(student, teacher, self.temperature)
 
-    def _of_tokens(self, run: Run, lesson: Lesson) -> Tensor:
+    def _of_tokens(self, run: Run, lesson: OutputPair) -> Tensor:
         student, teacher = lesson.student.tokens, lesson.teacher.tokens
         if student is None or teacher is None:
             whose = "model" if student is None else "teacher"

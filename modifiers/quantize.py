@@ -312,7 +312,7 @@ class Quantize(Scheduled, Surgical, Deployable, Exclusive, Synchronized):
             raise self.error("no layer was called in training mode, where ranges are watched: call model.train()")
         quant.set_observing(run.model, False)
         self._frozen_at = run.step
-        unseen = quant.leave_unseen(run.model)
+        unseen = quant.disable_unobserved(run.model)
         self._frozen = self._rounding(run.model)
         if unseen:
             warn(

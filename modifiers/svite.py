@@ -19,7 +19,7 @@ from ovit_engine.core.registry import register
 from ovit_engine.core.run import Run
 from ovit_engine.core.schedule import Clock
 from ovit_engine.core.training_length import is_nearly_done
-from ovit_engine.masking.masks import check_packed, pack, unpack
+from ovit_engine.masking.masks import check_packed, pack_mask, unpack_mask
 from ovit_engine.masking.parameters import Slot
 from ovit_engine.modifiers._updates import UpdatingModifier, forget
 from ovit_engine.pruning import prune_by_scores
@@ -161,7 +161,7 @@ class Svite(UpdatingModifier, Masking):
         return {
             **super().state_dict(),
             "gains": {name: gain.clone() for name, gain in self._gains.items()},
-            "ever": {name: pack(ever) for name, ever in self._ever.items()},
+            "ever": {name: pack_mask(ever) for name, ever in self._ever.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -175,4 +175,4 @@ class Svite(UpdatingModifier, Masking):
             check_packed(name, packed, slots[name].shape)
         super().load_state_dict(state)
         self._gains = {name: gain.to(slots[name].device, copy=True) for name, gain in state["gains"].items()}
-        self._ever = {name: unpack(packed).to(slots[name].device) for name, packed in state["ever"].items()}
+        self._ever = {name: unpack_mask(packed).to(slots[name].device) for name, packed in state["ever"].items()}

@@ -26,7 +26,7 @@ from ovit_engine.core.run import Run
 from ovit_engine.core.schedule import Clock
 from ovit_engine.distributed.sharding import gathered
 from ovit_engine.masking.parameters import Slot
-from ovit_engine.masking.targets import check_target, find_slots
+from ovit_engine.masking.targets import check_target_syntax, find_slots
 from ovit_engine.pruning import prune_by_scores
 from ovit_engine.pruning.patterns import NM, Block, Pattern, Unstructured, parse_pattern
 from ovit_engine.structured.gates import GateSite, installed, live_mask
@@ -35,7 +35,7 @@ from ovit_engine.structured.groups import Groups, tiles_of
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # weights [in, out, ...]
 
 
-Target = Annotated[str, BeforeValidator(lambda value: check_target(value) if isinstance(value, str) else value)]
+Target = Annotated[str, BeforeValidator(lambda value: check_target_syntax(value) if isinstance(value, str) else value)]
 
 Targets = Annotated[list[Target], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 

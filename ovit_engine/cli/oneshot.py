@@ -10,7 +10,7 @@ from ovit_engine.cli import options
 if TYPE_CHECKING:
     from ovit_engine.core.recipe import Recipe
     from ovit_engine.post_training.oneshot import Step
-    from ovit_engine.post_training.setup import Bench
+    from ovit_engine.post_training.setup import ModelSetup
     from ovit_engine.post_training.tune import TuneStep
 
 
@@ -140,7 +140,7 @@ def _recipe(recipe: str | None, targets: tuple[str, ...], variables: Any, sparsi
 
 
 def _oneshot(
-    bench: "Bench", recipe: "Recipe", sparsities: tuple[float, ...], compare: tuple[str, ...], folder: Path
+    bench: "ModelSetup", recipe: "Recipe", sparsities: tuple[float, ...], compare: tuple[str, ...], folder: Path
 ) -> None:
     from rich.console import Console
 
@@ -175,7 +175,7 @@ def _oneshot(
 
 
 def _tune(
-    bench: "Bench", recipe: "Recipe", sparsities: tuple[float, ...], compare: tuple[str, ...], folder: Path
+    bench: "ModelSetup", recipe: "Recipe", sparsities: tuple[float, ...], compare: tuple[str, ...], folder: Path
 ) -> None:
     from rich.console import Console
 

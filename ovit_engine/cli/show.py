@@ -102,7 +102,7 @@ def preset_lines(recipe: "Recipe") -> Iterable[str]:
         presets = [target for target in targets if is_preset(target)]
         weights = _weights(recipe, modifier, targets) if presets and recipe.training.model else None
         for preset in presets:
-            parts: Iterable[str] = preset_of(preset).parts
+            parts: Iterable[str] = preset_of(preset).roles
             if weights is not None:
                 counts = {part: weights.get(f"{preset} {part}") for part in parts}
                 parts = (f"{part} {count:,}" for part, count in counts.items() if count is not None)

@@ -54,7 +54,7 @@ def verify_resume(
     """
     from ovit_engine.core.recipe import Recipe
     from ovit_engine.training.api import with_training
-    from ovit_engine.training.models import shrink, small_setup
+    from ovit_engine.training.models import small_setup, with_small_model
     from ovit_engine.training.verify_resume import Job
     from ovit_engine.training.verify_resume import verify_resume as verify
 
@@ -63,7 +63,7 @@ def verify_resume(
         read = with_training(read, model=MODEL)
     small, is_own = quick(read), model in (None, read.training.model)
     per_epoch = steps_per_epoch(small, steps)
-    small = shrink(small, per_epoch) if model is None else with_training(small, model=model)
+    small = with_small_model(small, per_epoch) if model is None else with_training(small, model=model)
     args = small.training.model_args if is_own else {}  # the recipe's arguments go with the recipe's model
     small = with_training(small, model_args={**args, **options.as_mapping(model_args)})
     job = Job(

@@ -20,18 +20,18 @@ from ovit_engine.utils.autograd import is_recomputed
 TOKENS = "norm"  # of timm's vision transformers: the last layer that sees all tokens
 
 
-class Answer(NamedTuple):
+class ModelOutput(NamedTuple):
     """What a model made of a batch: its output, and its patch tokens [B, N, C] after the final norm if watched."""
 
     output: Any
     tokens: Tensor | None
 
 
-class Lesson(NamedTuple):
+class OutputPair(NamedTuple):
     """The answers of student and teacher to the same inputs; the teacher's have no gradient."""
 
-    student: Answer
-    teacher: Answer
+    student: ModelOutput
+    teacher: ModelOutput
 
 
 def logits_of(output: Any) -> Tensor:
@@ -66,7 +66,7 @@ class Teacher:
     """
 
     def __init__(self, student: nn.Module, module: nn.Module | None = None) -> None:
-        self.module = _copied(student) if module is None else module
+        self.module = _copy_without_gradients(student) if module is None else module
         self._is_copy, self._is_known = module is None, False
         own = {id(parameter) for parameter in student.parameters()}
         if any(id(parameter) in own for parameter in self.module.parameters()):
@@ -75,13 +75,15 @@ class Teacher:
             self._check_weights()
         self.module.eval().requires_grad_(False)
         self._student = student
-        self._watch = _Watch()
+        self._watch = _StudentHooks()
         self._handles: list[RemovableHandle] = [
             student.register_forward_pre_hook(self._watch.on_call, with_kwargs=True),
             student.register_forward_hook(self._watch.on_output),
         ]
         self._tokens: str | None = None
-        (self._ask,) = map(torch.compiler.disable, [self._answer])  # a step that is compiled does not hold the teacher
+        (self._ask,) = map(
+            torch.compiler.disable, [self._run_teacher]
+        )  # a step that is compiled does not hold the teacher
 
     @cached_property
     def fingerprint(self) -> str:
@@ -113,15 +115,15 @@ class Teacher:
         self._handles.append(norm.register_forward_hook(self._watch.on_tokens))
         self._tokens = TOKENS
 
-    def lesson(self) -> Lesson | None:
+    def outputs(self) -> OutputPair | None:
         """Answers to the inputs of the student's last forward in training; None where there is none that is new."""
         seen = self._watch.seen
         if seen is None or not seen.is_answered:
             return None
-        if seen.lesson is None:
-            student = Answer(seen.output, _patches(self._student, seen.tokens))
-            seen.lesson = Lesson(student, self._ask(seen))
-        return seen.lesson
+        if seen.outputs is None:
+            student = ModelOutput(seen.output, _patches(self._student, seen.tokens))
+            seen.outputs = OutputPair(student, self._ask(seen))
+        return seen.outputs
 
     def forget(self) -> None:
         """Let go of the student's last forward: what was taught about it is in the loss."""
@@ -163,7 +165,7 @@ class Teacher:
                 )
 
     @torch.no_grad()
-    def _answer(self, seen: "_Seen") -> Answer:
+    def _run_teacher(self, seen: "_Seen") -> ModelOutput:
         if seen.versions and _versions(seen.args, seen.kwargs) != seen.versions:
             raise RuntimeError(
                 "an input of the model was changed in place since its forward pass began, so the teacher would see "
@@ -182,14 +184,16 @@ class Teacher:
         finally:
             for handle in handles:
                 handle.remove()
-        return Answer(output, _patches(unwrapped(self.module), tokens.seen))
+        return ModelOutput(output, _patches(unwrapped(self.module), tokens.seen))
 
 
 def forget_teacher(model: nn.Module) -> None:
     """Take from `model`, a copy of a student, the hooks that came along with the copy."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _Watch)]:
+            for key in [
+                key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _StudentHooks)
+            ]:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
 
@@ -204,12 +208,12 @@ class _Seen:
     autocast: tuple[bool, torch.dtype]
     output: Any = None
     tokens: Tensor | None = None
-    lesson: Lesson | None = None
+    outputs: OutputPair | None = None
     is_answered: bool = False
     versions: tuple[int, ...] = ()  # of the input tensors, counted up where one is changed in place
 
 
-class _Watch:
+class _StudentHooks:
     """Hooks on the student. Its copies, and those of the model it hangs on, have seen nothing."""
 
     def __init__(self) -> None:
@@ -257,7 +261,7 @@ def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def _copied(model: nn.Module) -> nn.Module:
+def _copy_without_gradients(model: nn.Module) -> nn.Module:
     grads = [(parameter, parameter.grad) for parameter in model.parameters()]
     for parameter, _ in grads:
         parameter.grad = None

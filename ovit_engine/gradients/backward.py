@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ovit_engine.gradients.batched import Recorder, Trace, batched_gradients, parted, record, rows_of
+from ovit_engine.gradients.batched import Recorder, Trace, batch_size_of, batched_gradients, record, split_outputs
 from ovit_engine.masking.parameters import Slot
 from ovit_engine.utils.random import mixed, random_state, seed_everything, set_random_state
 
@@ -61,7 +61,7 @@ class GradientPass:
         reason = self._obstacle()
         if reason is None:
             try:
-                activations = self._activations(_copied(batches[0]))
+                activations = self._activations(_cloned(batches[0]))
             except Exception as error:
                 reason = f"the model does not take one image: {error!r}"
         if reason is None and activations * LEAST_AT_ONCE > ACTIVATIONS:
@@ -92,13 +92,13 @@ class GradientPass:
     @torch.no_grad()
     def forward(self, number: int, batch: Any) -> None:
         """Call the model on the inputs of a numbered batch, for hooks that watch it."""
-        inputs, _ = _split(batch, self.slots[0].tensor)
+        inputs, _ = _inputs_and_targets(batch, self.slots[0].tensor)
         seed_everything(mixed(self.seed, 1, number))
         self.model(inputs)
 
     def _plain(self, slots: Sequence[Slot], number: int, batch: Any) -> list[Tensor]:
         """One gradient of each slot by a backward pass of its own."""
-        inputs, targets = _split(batch, slots[0].tensor)
+        inputs, targets = _inputs_and_targets(batch, slots[0].tensor)
         seed_everything(mixed(self.seed, 1, number))
         loss = self._loss(self.model(inputs), targets)
         grads = torch.autograd.grad(loss, [slot.tensor for slot in slots], allow_unused=True)
@@ -115,7 +115,7 @@ class GradientPass:
         What the model or the backward pass raises is no error yet: it may only refuse so many images at once. What the
         loss raises is one, since it sees what it would see otherwise.
         """
-        pairs = [_split(batch, slots[0].tensor) for _, batch in batches]
+        pairs = [_inputs_and_targets(batch, slots[0].tensor) for _, batch in batches]
         seed_everything(mixed(self.seed, 2, batches[0][0]))
         try:
             outputs, recorder = record(self.model, [x for x, _ in pairs], [slot.tensor for slot in slots])
@@ -155,17 +155,17 @@ class GradientPass:
 
     def _activations(self, batch: Any) -> int:
         """How many numbers all linear layers and convolutions of the model put out for one gradient, by one image."""
-        inputs, _ = _split(batch, self.slots[0].tensor)
-        rows, recorder = rows_of(inputs), Recorder()
+        inputs, _ = _inputs_and_targets(batch, self.slots[0].tensor)
+        rows, recorder = batch_size_of(inputs), Recorder()
         with recorder:
-            self.model(parted(inputs, rows, rows)[0])
+            self.model(split_outputs(inputs, rows, rows)[0])
         return recorder.activations * rows
 
     def _difference(self, batches: Sequence[tuple[int, Any]]) -> str | None:
         """Why batched gradients of these batches are not right, if they are not."""
-        singles = [self._plain(self.slots, number, _copied(batch)) for number, batch in batches]
+        singles = [self._plain(self.slots, number, _cloned(batch)) for number, batch in batches]
         pair = [torch.empty(len(batches), *grad.shape, device=grad.device) for grad in singles[0]]
-        trace = self._batched(self.slots, pair, [(number, _copied(batch)) for number, batch in batches])
+        trace = self._batched(self.slots, pair, [(number, _cloned(batch)) for number, batch in batches])
         if trace is None:
             return "no other way was found"
         for slot, rows, grads in zip(self.slots, pair, zip(*singles, strict=True), strict=True):
@@ -177,12 +177,12 @@ class GradientPass:
         return None
 
 
-def _copied(batch: Any) -> Any:
+def _cloned(batch: Any) -> Any:
     """A batch that a model may write into, where it is needed again."""
     return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
 
 
-def _split(batch: Any, like: Tensor) -> tuple[Any, Any]:
+def _inputs_and_targets(batch: Any, like: Tensor) -> tuple[Any, Any]:
     """Inputs and targets on the weights' device, float inputs in the weights' type."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise TypeError(f"calibration batches must be (inputs, targets), not {type(batch).__name__}")

@@ -80,7 +80,7 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class _Use:
+class _WeightUse:
     """One call of a linear layer or a convolution with tensors whose gradients are wanted."""
 
     x: Tensor
@@ -101,7 +101,7 @@ class Recorder(TorchFunctionMode):
         self.places = {id(tensor): place for place, tensor in enumerate(tensors)}
         self.count = count
         self.trace = Trace()
-        self.uses: list[_Use] = []
+        self.uses: list[_WeightUse] = []
         self.activations = 0
 
     def __torch_function__(
@@ -133,13 +133,13 @@ class Recorder(TorchFunctionMode):
         self.trace.shapes.append((input.shape[0] // self.count, input.shape[0] % self.count, *input.shape[1:]))
         if places != (None, None) and output.requires_grad:
             edge = get_gradient_edge(output)
-            self.uses.append(_Use(input.detach(), edge, *places, options))
+            self.uses.append(_WeightUse(input.detach(), edge, *places, options))
 
 
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 
 
-def joined(batches: Sequence[Any]) -> Any:
+def concatenated(batches: Sequence[Any]) -> Any:
     """Nested inputs of several batches as one, tensors laid end to end.
 
     Raises:
@@ -157,7 +157,7 @@ def joined(batches: Sequence[Any]) -> Any:
     return tree_unflatten([torch.cat(column) for column in columns], flat[0][1])
 
 
-def rows_of(inputs: Any) -> int:
+def batch_size_of(inputs: Any) -> int:
     """How many images a batch of nested inputs holds.
 
     Raises:
@@ -169,7 +169,7 @@ def rows_of(inputs: Any) -> int:
     return first.shape[0]
 
 
-def parted(outputs: Any, rows: int, count: int) -> list[Any]:
+def split_outputs(outputs: Any, rows: int, count: int) -> list[Any]:
     """Nested outputs of `rows` images as `count` equal parts; what is no tensor is in each.
 
     Raises:
@@ -186,13 +186,13 @@ def record(model: Callable[[Any], Any], inputs: Sequence[Any], tensors: Sequence
     """Run `model` once on all of `inputs`: the outputs of each, and where `tensors` were used.
 
     Raises:
-        ValueError: inputs that can't be joined, outputs that can't be parted.
+        ValueError: inputs that can't be concatenated, outputs that can't be split_outputs.
     """
-    count, whole = len(inputs), joined(inputs)
+    count, whole = len(inputs), concatenated(inputs)
     recorder = Recorder(tensors, count)
     with recorder:
         outputs = model(whole)
-    return parted(outputs, rows_of(whole), count), recorder
+    return split_outputs(outputs, batch_size_of(whole), count), recorder
 
 
 def batched_gradients(losses: Sequence[Tensor], recorder: Recorder, rows: Sequence[Tensor]) -> bool:

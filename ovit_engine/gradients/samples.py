@@ -42,10 +42,10 @@ class Samples:
             generator=generator,
             **self.options,
         )
-        return _begun(loader)
+        return _iterate_on_cpu(loader)
 
     def _indices(self, numbers: Sequence[int]) -> list[tuple[int, list[int]]]:
-        """(number, indices) of each batch: image orders drawn anew each epoch, without what is left over.
+        """(number, indices) of each batch: a new order of images each epoch, without what is left over.
 
         Whole batches only: a gradient of fewer images has another scale, which damping would feel.
         """
@@ -66,7 +66,9 @@ class Samples:
         while number <= max(numbers, default=-1):
             stream, before = _SeededStream(dataset, self.images, mixed(self.seed, epoch)), number
             generator = torch.Generator().manual_seed(mixed(self.seed, epoch))
-            for batch in _begun(DataLoader(stream, batch_size=self.images, generator=generator, **self.options)):
+            for batch in _iterate_on_cpu(
+                DataLoader(stream, batch_size=self.images, generator=generator, **self.options)
+            ):
                 if number in numbers:
                     yield batch
                 number += 1
@@ -75,7 +77,7 @@ class Samples:
             epoch += 1
 
 
-def _begun(loader: DataLoader[Any]) -> Iterator[Any]:
+def _iterate_on_cpu(loader: DataLoader[Any]) -> Iterator[Any]:
     """The batches of a loader that draws on the CPU, also where `torch.set_default_device` names another device."""
     with torch.device("cpu"):
         return iter(loader)

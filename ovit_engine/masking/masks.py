@@ -1,4 +1,4 @@
-"""The one place where weights become zero."""
+"""Masks, held by projection: the one place where weights become zero."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -40,10 +40,10 @@ class Masks:
                 f"mask of {slot.name!r} must be boolean of shape {tuple(slot.tensor.shape)}, "
                 f"not {mask.dtype} of {tuple(mask.shape)}"
             )
-        self._put(slot, mask, pattern)
+        self._store(slot, mask, pattern)
         self.project([slot.name])
 
-    def _put(self, slot: Slot, mask: Tensor, pattern: Spelling) -> None:
+    def _store(self, slot: Slot, mask: Tensor, pattern: Spelling) -> None:
         self._slots[slot.name] = slot
         self._whole[slot.name] = mask.detach().clone()
         self._patterns[slot.name] = pattern
@@ -112,7 +112,7 @@ class Masks:
 
     def state_dict(self) -> dict[str, Any]:
         """Masks as packed bits: one uint8 tensor, the shape and the pattern for each weight."""
-        return {name: {**pack(mask), "pattern": self._patterns[name]} for name, mask in self._whole.items()}
+        return {name: {**pack_mask(mask), "pattern": self._patterns[name]} for name, mask in self._whole.items()}
 
     def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
         """Set the masks of `state` on the weights of `model`, all of them or, where one does not fit, none.
@@ -130,7 +130,7 @@ class Masks:
             check_packed(name, packed, slots[name].tensor.shape)
         self._slots, self._pruned, self._bits, self._whole, self._patterns = {}, {}, {}, {}, {}
         for name, packed in state.items():  # not projected: weights that are none of a pruned model are told later
-            self._put(slots[name], unpack(packed).to(slots[name].tensor.device), packed["pattern"])
+            self._store(slots[name], unpack_mask(packed).to(slots[name].tensor.device), packed["pattern"])
 
     def check_weights(self) -> None:
         """Raise RuntimeError where a pruned weight is not zero: the model's state was not loaded with the masks."""
@@ -151,14 +151,14 @@ def _kept_bits(pruned: Tensor, weight: Tensor) -> Tensor | None:
     return (~pruned).to(kind).neg_()
 
 
-def pack(mask: Tensor) -> dict[str, Any]:
+def pack_mask(mask: Tensor) -> dict[str, Any]:
     """A boolean tensor as its shape and one uint8 tensor of bits."""
     bits = np.packbits(mask.cpu().numpy().reshape(-1))
     return {"shape": list(mask.shape), "bits": torch.from_numpy(bits)}
 
 
 def check_packed(name: str, packed: Any, shape: torch.Size) -> None:
-    """Raise ValueError where `packed` is not what `pack` makes of a mask of this shape."""
+    """Raise ValueError where `packed` is not what `pack_mask` makes of a mask of this shape."""
     if not isinstance(packed, Mapping) or not {"shape", "bits"} <= set(packed):
         raise ValueError(f"the checkpoint's mask of {name!r} is damaged: it has no shape and bits")
     if list(packed["shape"]) != list(shape):
@@ -169,8 +169,8 @@ def check_packed(name: str, packed: Any, shape: torch.Size) -> None:
         raise ValueError(f"the checkpoint's mask of {name!r} is damaged: its bits must be {size} bytes, not {found}")
 
 
-def unpack(packed: Mapping[str, Any]) -> Tensor:
-    """The boolean tensor that `pack` was given, on the CPU."""
+def unpack_mask(packed: Mapping[str, Any]) -> Tensor:
+    """The boolean tensor that `pack_mask` was given, on the CPU."""
     shape = torch.Size(packed["shape"])
     bits = np.unpackbits(packed["bits"].cpu().numpy(), count=shape.numel())
     return torch.from_numpy(bits.astype(bool)).reshape(shape)

@@ -1,7 +1,7 @@
 """Prunable sets by the name of an architecture: `preset:vit` in a recipe's targets.
 
 The sets are those of oViT (arXiv 2210.09223, section 5, appendices D, K and M): attention, MLPs, convolutions. A weight
-belongs to a preset where a pattern of one of its parts matches the end of its name. Whatever the patterns say, only
+belongs to a preset where a pattern of one of its roles matches the end of its name. Whatever the patterns say, only
 matrices of Linear, convolution and MultiheadAttention modules are taken: depthwise convolutions, embeddings, position
 tables and norms stay dense.
 """
@@ -23,10 +23,10 @@ _CLASSIFIER = re.compile(r"(head\w*|classifier|fc)(\.[a-z_]+)*\.weight")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class Part:
-    """Weights that play one role. A required part that matches nothing says that the model is another.
+class LayerRole:
+    """Weights that play one role. A required role that matches nothing says that the model is another.
 
-    `patterns` are regular expressions, each over whole components at the end of a name. An optional part is one that
+    `patterns` are regular expressions, each over whole components at the end of a name. An optional role is one that
     not every model of the family has. With `spares_first` the first weight that matches stays dense: it sees the image.
     """
 
@@ -37,32 +37,32 @@ class Part:
         self._compiled = re.compile(rf"(?:.*\.)?(?:{'|'.join(patterns)})")
 
     def find(self, names: Collection[str]) -> list[str]:
-        """Those of `names` that belong to the part, in their order."""
+        """Those of `names` that have the role, in their order."""
         return [name for name in names if self._compiled.fullmatch(name)][self._spares_first :]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preset:
+class TargetPreset:
     """The prunable set of a family of models."""
 
     # Which models it is for.
     models: str
     # What is pruned, by role.
-    parts: Mapping[str, Part]
+    roles: Mapping[str, LayerRole]
     # What stays dense beside norms, embeddings and depthwise convolutions.
     dense: str
 
     def find(self, names: Collection[str]) -> dict[str, list[str]]:
-        """Those of `names` that belong to each part."""
-        return {part: rule.find(names) for part, rule in self.parts.items()}
+        """Return those of `names` that have each role."""
+        return {part: rule.find(names) for part, rule in self.roles.items()}
 
     def take(self, names: Collection[str]) -> set[str]:
-        """Those of `names` that belong to any part."""
+        """Return those of `names` that have any role."""
         return {name for found in self.find(names).values() for name in found}
 
     def missing(self, names: Collection[str]) -> list[str]:
-        """Required parts of which none of `names` is."""
-        return [part for part, found in self.find(names).items() if not found and not self.parts[part].is_optional]
+        """Required roles of which none of `names` is."""
+        return [part for part, found in self.find(names).items() if not found and not self.roles[part].is_optional]
 
 
 # What torch.nn.MultiheadAttention and the Transformers library call it.
@@ -72,26 +72,26 @@ _ENCODER = r"\w*(encoder|transformer)\.layers\.\d+"
 
 _BERT = r"encoder\.layer\.\d+"
 
-PRESETS: Mapping[str, Preset] = {
-    "vit": Preset(
+TARGET_PRESETS: Mapping[str, TargetPreset] = {
+    "vit": TargetPreset(
         models="ViT, DeiT, BEiT, EVA of timm; ViT of torchvision and Transformers",
-        parts={
-            "qkv": Part(
+        roles={
+            "qkv": LayerRole(
                 r"blocks\.\d+\.attn\.(qkv|[qkv]_proj)\.weight",
                 rf"encoder_layer_\d+\.self_attention\.{_QKV}",
                 rf"{_BERT}\.attention\.attention\.(query|key|value)\.weight",
             ),
-            "proj": Part(
+            "proj": LayerRole(
                 r"blocks\.\d+\.attn\.proj\.weight",
                 r"encoder_layer_\d+\.self_attention\.out_proj\.weight",
                 rf"{_BERT}\.attention\.output\.dense\.weight",
             ),
-            "fc1": Part(
+            "fc1": LayerRole(
                 r"blocks\.\d+\.mlp\.(fc1|fc1_g|fc1_x)\.weight",
                 r"encoder_layer_\d+\.mlp\.(0|linear_1)\.weight",
                 rf"{_BERT}\.intermediate\.dense\.weight",
             ),
-            "fc2": Part(
+            "fc2": LayerRole(
                 r"blocks\.\d+\.mlp\.fc2\.weight",
                 r"encoder_layer_\d+\.mlp\.(3|linear_2)\.weight",
                 rf"{_BERT}\.output\.dense\.weight",
@@ -99,97 +99,97 @@ PRESETS: Mapping[str, Preset] = {
         },
         dense="patch embedding, head",
     ),
-    "xcit": Preset(
+    "xcit": TargetPreset(
         models="XCiT of timm",
-        parts={
-            "qkv": Part(r"blocks\.\d+\.attn\.qkv\.weight"),
-            "proj": Part(r"blocks\.\d+\.attn\.proj\.weight"),
-            "class attention": Part(r"cls_attn_blocks\.\d+\.attn\.(q|k|v|proj)\.weight"),
-            "fc1": Part(r"(cls_attn_)?blocks\.\d+\.mlp\.fc1\.weight"),
-            "fc2": Part(r"(cls_attn_)?blocks\.\d+\.mlp\.fc2\.weight"),
+        roles={
+            "qkv": LayerRole(r"blocks\.\d+\.attn\.qkv\.weight"),
+            "proj": LayerRole(r"blocks\.\d+\.attn\.proj\.weight"),
+            "class attention": LayerRole(r"cls_attn_blocks\.\d+\.attn\.(q|k|v|proj)\.weight"),
+            "fc1": LayerRole(r"(cls_attn_)?blocks\.\d+\.mlp\.fc1\.weight"),
+            "fc2": LayerRole(r"(cls_attn_)?blocks\.\d+\.mlp\.fc2\.weight"),
         },
         dense="patch and position embedding, local patch interaction (depthwise), head",
     ),
-    "swin": Preset(
+    "swin": TargetPreset(
         models="Swin and Swin V2 of timm",
-        parts={
-            "qkv": Part(r"layers\.\d+\.blocks\.\d+\.attn\.qkv\.weight"),
-            "proj": Part(r"layers\.\d+\.blocks\.\d+\.attn\.proj\.weight"),
-            "fc1": Part(r"layers\.\d+\.blocks\.\d+\.mlp\.fc1\.weight"),
-            "fc2": Part(r"layers\.\d+\.blocks\.\d+\.mlp\.fc2\.weight"),
-            "downsample": Part(r"layers\.\d+\.downsample\.reduction\.weight"),
+        roles={
+            "qkv": LayerRole(r"layers\.\d+\.blocks\.\d+\.attn\.qkv\.weight"),
+            "proj": LayerRole(r"layers\.\d+\.blocks\.\d+\.attn\.proj\.weight"),
+            "fc1": LayerRole(r"layers\.\d+\.blocks\.\d+\.mlp\.fc1\.weight"),
+            "fc2": LayerRole(r"layers\.\d+\.blocks\.\d+\.mlp\.fc2\.weight"),
+            "downsample": LayerRole(r"layers\.\d+\.downsample\.reduction\.weight"),
         },
         dense="patch embedding, head",
     ),
-    "efficientformer": Preset(
+    "efficientformer": TargetPreset(
         models="EfficientFormer of timm",
-        parts={
-            "qkv": Part(r"stages\.\d+\.blocks\.\d+\.token_mixer\.qkv\.weight"),
-            "proj": Part(r"stages\.\d+\.blocks\.\d+\.token_mixer\.proj\.weight"),
-            "fc1": Part(r"stages\.\d+\.blocks\.\d+\.mlp\.fc1\.weight"),
-            "fc2": Part(r"stages\.\d+\.blocks\.\d+\.mlp\.fc2\.weight"),
+        roles={
+            "qkv": LayerRole(r"stages\.\d+\.blocks\.\d+\.token_mixer\.qkv\.weight"),
+            "proj": LayerRole(r"stages\.\d+\.blocks\.\d+\.token_mixer\.proj\.weight"),
+            "fc1": LayerRole(r"stages\.\d+\.blocks\.\d+\.mlp\.fc1\.weight"),
+            "fc2": LayerRole(r"stages\.\d+\.blocks\.\d+\.mlp\.fc2\.weight"),
         },
         dense="stem, downsampling convolutions, heads",
     ),
-    "convnext": Preset(
+    "convnext": TargetPreset(
         models="ConvNeXt of timm",
-        parts={
-            "fc1": Part(r"stages\.\d+\.blocks\.\d+\.mlp\.fc1\.weight"),
-            "fc2": Part(r"stages\.\d+\.blocks\.\d+\.mlp\.fc2\.weight"),
-            "downsample": Part(r"stages\.\d+\.downsample\.\d+\.weight"),
+        roles={
+            "fc1": LayerRole(r"stages\.\d+\.blocks\.\d+\.mlp\.fc1\.weight"),
+            "fc2": LayerRole(r"stages\.\d+\.blocks\.\d+\.mlp\.fc2\.weight"),
+            "downsample": LayerRole(r"stages\.\d+\.downsample\.\d+\.weight"),
         },
         dense="stem, head",
     ),
-    "resnet": Preset(
+    "resnet": TargetPreset(
         models="ResNet, ResNet-D and ResNeXt of timm and torchvision",
-        parts={
-            "conv": Part(r"layer\d+\.\d+\.conv\d+\.weight"),
-            "downsample": Part(r"layer\d+\.\d+\.downsample\.\d+\.weight"),
-            "deep stem": Part(r"conv1\.\d+\.weight", is_optional=True, spares_first=True),
+        roles={
+            "conv": LayerRole(r"layer\d+\.\d+\.conv\d+\.weight"),
+            "downsample": LayerRole(r"layer\d+\.\d+\.downsample\.\d+\.weight"),
+            "deep stem": LayerRole(r"conv1\.\d+\.weight", is_optional=True, spares_first=True),
         },
         dense="first convolution, classifier",
     ),
-    "efficientnetv2": Preset(
+    "efficientnetv2": TargetPreset(
         models="EfficientNetV2 of timm",
-        parts={
-            "conv": Part(r"blocks\.\d+\.\d+\.conv\.weight"),
-            "conv_exp": Part(r"blocks\.\d+\.\d+\.conv_exp\.weight"),
-            "conv_pw": Part(r"blocks\.\d+\.\d+\.conv_pw\.weight"),
-            "conv_pwl": Part(r"blocks\.\d+\.\d+\.conv_pwl\.weight"),
-            "squeeze-excite": Part(r"blocks\.\d+\.\d+\.se\.conv_(reduce|expand)\.weight"),
-            "conv_head": Part(r"conv_head\.weight"),
+        roles={
+            "conv": LayerRole(r"blocks\.\d+\.\d+\.conv\.weight"),
+            "conv_exp": LayerRole(r"blocks\.\d+\.\d+\.conv_exp\.weight"),
+            "conv_pw": LayerRole(r"blocks\.\d+\.\d+\.conv_pw\.weight"),
+            "conv_pwl": LayerRole(r"blocks\.\d+\.\d+\.conv_pwl\.weight"),
+            "squeeze-excite": LayerRole(r"blocks\.\d+\.\d+\.se\.conv_(reduce|expand)\.weight"),
+            "conv_head": LayerRole(r"conv_head\.weight"),
         },
         dense="stem, classifier",
     ),
-    "detr": Preset(
+    "detr": TargetPreset(
         models="DETR of its own repository or of Transformers, or one built from torch.nn.Transformer",
-        parts={
-            "backbone": Part(r"backbone\..+\.weight", spares_first=True),
-            "encoder qkv": Part(rf"encoder\.layers\.\d+\.self_attn\.{_QKV}"),
-            "encoder out_proj": Part(r"encoder\.layers\.\d+\.self_attn\.out_proj\.weight"),
-            "encoder ffn": Part(r"encoder\.layers\.\d+\.(linear[12]|fc[12])\.weight"),
-            "decoder qkv": Part(rf"decoder\.layers\.\d+\.self_attn\.{_QKV}"),
-            "decoder cross qkv": Part(rf"decoder\.layers\.\d+\.(multihead_attn|encoder_attn)\.{_QKV}"),
-            "decoder out_proj": Part(
+        roles={
+            "backbone": LayerRole(r"backbone\..+\.weight", spares_first=True),
+            "encoder qkv": LayerRole(rf"encoder\.layers\.\d+\.self_attn\.{_QKV}"),
+            "encoder out_proj": LayerRole(r"encoder\.layers\.\d+\.self_attn\.out_proj\.weight"),
+            "encoder ffn": LayerRole(r"encoder\.layers\.\d+\.(linear[12]|fc[12])\.weight"),
+            "decoder qkv": LayerRole(rf"decoder\.layers\.\d+\.self_attn\.{_QKV}"),
+            "decoder cross qkv": LayerRole(rf"decoder\.layers\.\d+\.(multihead_attn|encoder_attn)\.{_QKV}"),
+            "decoder out_proj": LayerRole(
                 r"decoder\.layers\.\d+\.(self_attn|multihead_attn|encoder_attn)\.out_proj\.weight"
             ),
-            "decoder ffn": Part(r"decoder\.layers\.\d+\.(linear[12]|fc[12])\.weight"),
+            "decoder ffn": LayerRole(r"decoder\.layers\.\d+\.(linear[12]|fc[12])\.weight"),
         },
         dense="first convolution of the backbone, input projection, query embedding, class and box heads",
     ),
-    "roberta": Preset(
+    "roberta": TargetPreset(
         models="RoBERTa and BERT of Transformers, or an encoder built from torch.nn.TransformerEncoder",
-        parts={
-            "qkv": Part(
+        roles={
+            "qkv": LayerRole(
                 rf"{_BERT}\.attention\.self\.(query|key|value)\.weight",
                 rf"{_ENCODER}\.self_attn\.{_QKV}",
             ),
-            "out_proj": Part(
+            "out_proj": LayerRole(
                 rf"{_BERT}\.attention\.output\.dense\.weight",
                 rf"{_ENCODER}\.self_attn\.out_proj\.weight",
             ),
-            "fc1": Part(rf"{_BERT}\.intermediate\.dense\.weight", rf"{_ENCODER}\.(linear1|fc1)\.weight"),
-            "fc2": Part(rf"{_BERT}\.output\.dense\.weight", rf"{_ENCODER}\.(linear2|fc2)\.weight"),
+            "fc1": LayerRole(rf"{_BERT}\.intermediate\.dense\.weight", rf"{_ENCODER}\.(linear1|fc1)\.weight"),
+            "fc2": LayerRole(rf"{_BERT}\.output\.dense\.weight", rf"{_ENCODER}\.(linear2|fc2)\.weight"),
         },
         dense="pooler, heads",
     ),
@@ -201,12 +201,12 @@ def is_preset(target: str) -> bool:
     return target.startswith(PREFIX)
 
 
-def preset_of(target: str) -> Preset:
+def preset_of(target: str) -> TargetPreset:
     """The preset that `preset:name` names. Raises ValueError with the nearest right name."""
     name = target.removeprefix(PREFIX)
-    if name not in PRESETS:
-        raise ValueError(f"no preset {name!r}{suggest(name, PRESETS)}")
-    return PRESETS[name]
+    if name not in TARGET_PRESETS:
+        raise ValueError(f"no preset {name!r}{suggest(name, TARGET_PRESETS)}")
+    return TARGET_PRESETS[name]
 
 
 def is_prunable(module: nn.Module, attribute: str) -> bool:
@@ -221,7 +221,7 @@ def is_prunable(module: nn.Module, attribute: str) -> bool:
 def match_preset(
     target: str, sizes: Mapping[str, int], *, others: Collection[str] = (), owner: str
 ) -> dict[str, list[str]]:
-    """The names that `preset:name` takes from a model, by part.
+    """The names that `preset:name` takes from a model, by role.
 
     Args:
         target: the preset.
@@ -230,7 +230,7 @@ def match_preset(
         owner: the model's class, for messages.
 
     Raises:
-        ValueError: a required part that matches nothing; a preset where more stays dense than all targets take;
+        ValueError: a required role that matches nothing; a preset where more stays dense than all targets take;
             another preset that takes all of it and more, as where `vit` meets a Swin. The one that fits is named.
     """
     preset = preset_of(target)
@@ -238,7 +238,7 @@ def match_preset(
     if missing:
         raise ValueError(
             f"{target} finds no {', no '.join(missing)} in {owner} "
-            f"(names such as {preset.parts[missing[0]].patterns[0]}){_that_fit(target, sizes)}"
+            f"(names such as {preset.roles[missing[0]].patterns[0]}){_that_fit(target, sizes)}"
         )
     taken = preset.take(sizes)
     left = [name for name in sizes if name not in taken and name not in others]
@@ -250,7 +250,7 @@ def match_preset(
             f"{target} takes {_total(sizes, taken):,} weights of {owner}, and {rest:,} stay dense, such as {biggest!r}"
             f"{_that_fit(target, sizes)}"
         )
-    for name, wider in _fitting(sizes).items():
+    for name, wider in _fitting_presets(sizes).items():
         more = [each for each in left if each in wider]
         if taken < wider and more:
             raise ValueError(
@@ -283,13 +283,13 @@ def _total(sizes: Mapping[str, int], names: Collection[str]) -> int:
     return sum(sizes[name] for name in names)
 
 
-def _fitting(sizes: Mapping[str, int]) -> dict[str, set[str]]:
-    """Presets that have all their required parts and take at least half, with what they take; the largest first."""
-    matching = {name: preset.take(sizes) for name, preset in PRESETS.items() if not preset.missing(sizes)}
+def _fitting_presets(sizes: Mapping[str, int]) -> dict[str, set[str]]:
+    """Presets that have all their required roles and take at least half, with what they take; the largest first."""
+    matching = {name: preset.take(sizes) for name, preset in TARGET_PRESETS.items() if not preset.missing(sizes)}
     by_size = sorted(matching, key=lambda name: -_total(sizes, matching[name]))
     return {name: matching[name] for name in by_size if 2 * _total(sizes, matching[name]) >= _total(sizes, sizes)}
 
 
 def _that_fit(target: str, sizes: Mapping[str, int]) -> str:
-    fitting = [f"'{PREFIX}{name}'" for name in _fitting(sizes) if f"{PREFIX}{name}" != target]
+    fitting = [f"'{PREFIX}{name}'" for name in _fitting_presets(sizes) if f"{PREFIX}{name}" != target]
     return f"; {fitting[0]} fits" if fitting else "; no other preset fits: name the weights themselves"

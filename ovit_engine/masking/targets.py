@@ -19,7 +19,7 @@ def matches(pattern: str, name: str) -> bool:
     return pattern == name
 
 
-def check_target(value: str) -> str:
+def check_target_syntax(value: str) -> str:
     """Return `value` if it is a well-formed target; raises ValueError for a broken expression or an unknown preset."""
     if is_preset(value):
         preset_of(value)

@@ -17,7 +17,7 @@ from ovit_engine.core.recipe import Recipe
 from ovit_engine.engine import Engine
 from ovit_engine.flops import count_flops
 from ovit_engine.gradients.calibration import Calibration
-from ovit_engine.post_training.oneshot_report import OneShot, Point
+from ovit_engine.post_training.oneshot_report import OneShot, PrunedAccuracy
 from ovit_engine.post_training.pruners import Candidate, choose_pruners
 
 EVALUATION = 64  # gradients that take about as long as an evaluation: for the estimate of the time left only
@@ -69,7 +69,7 @@ def oneshot(
         check_on(model, modifier, calibration)
     total = EVALUATION + sum(cost(modifier) for *_, modifier in grid)
     options = {pruner.label: pruner.all_options(sparsity) for pruner, sparsity, _ in grid}
-    dense = accuracy_of(evaluate, copy.deepcopy(model))  # a copy: evaluation may change modes
+    dense = checked_accuracy(evaluate, copy.deepcopy(model))  # a copy: evaluation may change modes
     found = OneShot(recipe=recipe, dense=dense, options=options, about=about or {})
     done = EVALUATION
     for pruner, sparsity, modifier in grid:
@@ -99,12 +99,12 @@ def _point(
     calibration: Calibration,
     evaluate: Callable[[nn.Module], float],
     example_inputs: Tensor | tuple[Any, ...] | None,
-) -> Point:
+) -> PrunedAccuracy:
     pruned = prune_copy(model, modifier, calibration)
     masks = pruned.engine.run.masks
     flops = None if example_inputs is None else count_flops(pruned.model, example_inputs, masks).reduction
-    accuracy = accuracy_of(evaluate, pruned.model)
-    return Point(
+    accuracy = checked_accuracy(evaluate, pruned.model)
+    return PrunedAccuracy(
         pruner=label,
         asked=asked,
         sparsity=masks.sparsity(),
@@ -146,7 +146,7 @@ def cost(modifier: Modifier) -> int:
     return EVALUATION + int(getattr(modifier, "gradients", 0)) * int(getattr(modifier, "recomputations", 1))
 
 
-def accuracy_of(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
+def checked_accuracy(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
     """What `evaluate` measures; ValueError if that is no share."""
     accuracy: object = evaluate(model)
     if isinstance(accuracy, Tensor) and accuracy.numel() == 1:

@@ -25,7 +25,7 @@ COMMON = ("targets", "scope", "pattern")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class PrunedAccuracy:
     """One pruner at one sparsity. Shares are in [0, 1]."""
 
     pruner: str
@@ -44,7 +44,7 @@ class OneShot:
     recipe: Recipe
     dense: float  # accuracy before pruning
     options: Mapping[str, Mapping[str, Any]]  # what each pruner ran with, defaults included
-    points: tuple[Point, ...] = ()
+    points: tuple[PrunedAccuracy, ...] = ()
     about: Mapping[str, Any] = field(default_factory=dict)  # model, data, seed ...: what the caller knows
 
     def render(self, console: "Console | None" = None) -> None:
@@ -63,7 +63,7 @@ class OneShot:
         """One line a point, the dense model first; sparsities, accuracies and reductions are shares."""
         rows = [{"pruner": "dense", "sparsity": 0.0, "accuracy": self.dense, "drop": 0.0, "flops_reduction": 0.0}]
         rows += [{**asdict(point), "options": json.dumps(self.options[point.pruner])} for point in self.points]
-        return as_csv([*Point.__dataclass_fields__, "options"], rows)
+        return as_csv([*PrunedAccuracy.__dataclass_fields__, "options"], rows)
 
     def json(self) -> str:
         """All of it, with the recipe, versions and the machine."""
@@ -109,14 +109,14 @@ class OneShot:
         """A line with what all had in common, and one a pruner."""
         first = next(iter(self.options.values()))
         common = [key for key in COMMON if all(options.get(key) == first.get(key) for options in self.options.values())]
-        lines = [spelled({key: first[key] for key in common})] if common else []
+        lines = [options_text({key: first[key] for key in common})] if common else []
         for label, options in self.options.items():
             own = {key: value for key, value in options.items() if key not in common}
-            lines.append(f"{label}: {spelled(own) or 'no options of its own'}")
+            lines.append(f"{label}: {options_text(own) or 'no options of its own'}")
         return lines
 
 
-def spelled(options: Mapping[str, Any]) -> str:
+def options_text(options: Mapping[str, Any]) -> str:
     """Options in one line: "block 192, damp 1e-08"."""
     return ", ".join(f"{key} {_value(value)}" for key, value in options.items())
 

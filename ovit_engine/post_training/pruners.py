@@ -80,7 +80,7 @@ def choose_pruners(recipe: Recipe, compare: Sequence[str] = ()) -> list[Candidat
     if not own:
         others = ", ".join(modifier.name for modifier in recipe.modifiers) or "no modifier at all"
         raise ValueError(f"recipe {recipe.name!r} has no pruner to run one-shot; it has {others}")
-    names = [_known(name) for name in dict.fromkeys(compare)] or [_only(recipe, own)]
+    names = [_known_pruner(name) for name in dict.fromkeys(compare)] or [_only(recipe, own)]
     return [_pruner(recipe, own, name) for name in dict.fromkeys(names)]
 
 
@@ -94,7 +94,7 @@ def _pruners() -> dict[str, type[Pruner]]:
     return {name.removesuffix(SUFFIX): kind for name, kind in modifiers().items() if issubclass(kind, Pruner)}
 
 
-def _known(name: str) -> str:
+def _known_pruner(name: str) -> str:
     known = pruner_names()
     short = name.removesuffix(SUFFIX)
     if short in known:

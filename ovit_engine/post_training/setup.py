@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
+class ModelSetup:
     """All that `oneshot` and `tune` take."""
 
     model: nn.Module
@@ -57,7 +57,7 @@ def set_up(
     workers: int = 0,
     root: str | Path | None = None,
     config: dict[str, Any] | None = None,
-) -> Bench:
+) -> ModelSetup:
     """The model of `recipe.training` with weights from `checkpoint` (or timm's), and the images of `data`.
 
     `config` says how the weights want their images, where that is known; otherwise the timm model's own is taken.
@@ -79,7 +79,7 @@ def set_up(
     model.to(place).eval()
     options: dict[str, Any] = {"batch_size": training.batch_size // training.accumulate, "num_workers": workers}
     loader: DataLoader[Any] = DataLoader(images.val, **options)
-    return Bench(
+    return ModelSetup(
         model=model,
         calibration=Calibration(DataLoader(images.calibration, **options), cross_entropy, seed=training.seed),
         evaluate=lambda pruned: evaluate(pruned, loader, place),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ovit_engine.core.recipe import Recipe
 from ovit_engine.gradients.calibration import Calibration
-from ovit_engine.post_training.oneshot import EVALUATION, accuracy_of, check_on, cost, prune_copy
+from ovit_engine.post_training.oneshot import EVALUATION, check_on, checked_accuracy, cost, prune_copy
 from ovit_engine.post_training.oneshot_report import as_csv, as_json, as_text, plain_table, write_texts
 from ovit_engine.post_training.pruners import Candidate, choose_pruners
 
@@ -205,9 +205,9 @@ def tune(
     progress(TuneStep(what="validation", done=done, total=total, result=found))
     found = replace(
         found,
-        dense=accuracy_of(evaluate, copy.deepcopy(model)),
-        accuracy=accuracy_of(evaluate, best),
-        own_accuracy=accuracy_of(evaluate, unchanged),
+        dense=checked_accuracy(evaluate, copy.deepcopy(model)),
+        accuracy=checked_accuracy(evaluate, best),
+        own_accuracy=checked_accuracy(evaluate, unchanged),
     )
     progress(TuneStep(what="done", done=total, total=total, result=found))
     return found

@@ -4,7 +4,7 @@ from ovit_engine.quant.attention import QuantAttention, attention_modules
 from ovit_engine.quant.bake import BakedConv2d, BakedLinear, QuantizeDequantize, bake
 from ovit_engine.quant.batch_norm import freeze_batch_norm, unfreeze_batch_norm
 from ovit_engine.quant.bias_correction import correct_biases
-from ovit_engine.quant.calibrate import calibrate, leave_unseen
+from ovit_engine.quant.calibrate import calibrate, disable_unobserved
 from ovit_engine.quant.fake_quantizer import FakeQuantize
 from ovit_engine.quant.functional import (
     INT7_SYMMETRIC,
@@ -74,12 +74,12 @@ __all__ = [
     "correct_biases",
     "dense_state_dict",
     "dequantize",
+    "disable_unobserved",
     "extremes",
     "fake_quantize",
     "freeze_batch_norm",
     "layer_sensitivity",
     "least_error_range",
-    "leave_unseen",
     "percentile_range",
     "prepare_quantization",
     "quantize",

@@ -48,7 +48,7 @@ def calibrate(model: nn.Module, batches: Iterable[tuple[Any, ...]]) -> tuple[str
     if not count:
         raise ValueError("no batches to take ranges from")
     set_enabled(model, True)
-    return leave_unseen(model)
+    return disable_unobserved(model)
 
 
 def _check_finite(batch: tuple[Any, ...], number: int) -> None:
@@ -65,7 +65,7 @@ def watch_weight(layer: QuantLinear | QuantConv2d) -> None:
     layer.weight_quantizer.observing.fill_(False)
 
 
-def leave_unseen(model: nn.Module) -> tuple[str, ...]:
+def disable_unobserved(model: nn.Module) -> tuple[str, ...]:
     """Let layers stay float whose input was never seen; returns their names."""
     unseen = []
     for name, module in model.named_modules():

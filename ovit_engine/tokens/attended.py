@@ -44,8 +44,8 @@ def after_stage(before: int, keep: int, *, fuse: bool) -> int:
 def class_attention(queries: Tensor, keys: Tensor, prefix: int, gate: Tensor | None = None) -> Tensor:
     """How much attention each patch token gets [images, N], mean over heads and queries; at least float32.
 
-    Fused kernels never show the map of attention: of it only the rows of a few queries are computed anew, each over all
-    P + N keys.
+    Fused kernels never show the map of attention: of it only the rows of a few queries are computed again, each over
+    all P + N keys.
 
     Args:
         queries: [images, H, queries, C / H], of the class token, and of the distillation token where there is one.

@@ -30,17 +30,17 @@ class BetweenHooks(TokenHooks):
     def __init__(self, layout: Layout, places: Iterable[int]) -> None:
         super().__init__(layout)
         self.places = list(places)
-        self._middles: list[_Middle] = []
+        self._forwards: list[_ReducingForward] = []
 
     def register(self, vit: Any) -> list[RemovableHandle]:
-        self._middles = [_Middle(self, number, vit.blocks[place]) for number, place in enumerate(self.places)]
-        return [handle for middle in self._middles for handle in middle.install()]
+        self._forwards = [_ReducingForward(self, number, vit.blocks[place]) for number, place in enumerate(self.places)]
+        return [handle for middle in self._forwards for handle in middle.install()]
 
     def remove(self) -> None:
         super().remove()
-        for middle in self._middles:
+        for middle in self._forwards:
             middle.remove()
-        self._middles = []
+        self._forwards = []
 
     def begin(self, x: Tensor, *, training: bool) -> None:
         """The first of the blocks is called with x [images, prefix + patches, width], for the first time.
@@ -79,7 +79,7 @@ def check_blocks_open(vit: Any, places: Iterable[int]) -> None:
             (f"block {place}", block, _BLOCKS),
             (f"the attention of block {place}", block.attn, _ATTENTION),
         ):
-            if not known & set(_names(module)):
+            if not known & set(_class_names(module)):
                 raise ValueError(
                     f"{what} is a {type(module).__name__}, and between attention and MLP tokens can be reduced only in "
                     "timm's Block with its Attention"
@@ -89,11 +89,11 @@ def check_blocks_open(vit: Any, places: Iterable[int]) -> None:
             raise ValueError(f"block {place} has a forward of its own, into which tokens can't be reduced")
 
 
-def _names(module: nn.Module) -> Iterable[str]:
+def _class_names(module: nn.Module) -> Iterable[str]:
     return (f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__)
 
 
-class _Middle:
+class _ReducingForward:
     """The forward of one block."""
 
     def __init__(self, hooks: BetweenHooks, number: int, block: Any) -> None:

@@ -47,13 +47,13 @@ def find_layout(model: nn.Module) -> Layout:
             images of any size, tokens that are dropped at random already.
     """
     vit = find_transformer(model)
-    why = _why_not(vit)
+    why = _why_not_reducible(vit)
     if why is not None:
         raise ValueError(f"tokens of {type(vit).__name__} can't be reduced: {why}")
     return Layout(vit.num_prefix_tokens, vit.patch_embed.num_patches, vit.embed_dim, len(vit.blocks))
 
 
-def _why_not(vit: Any) -> str | None:
+def _why_not_reducible(vit: Any) -> str | None:
     pool = getattr(vit, "global_pool", None)
     if pool != "token":
         return f"its global_pool is {pool!r}, and only the class token ('token') does not ask for all patches"

@@ -72,11 +72,11 @@ def merge_tokens(x: Tensor, sizes: Tensor, matching: Matching, prefix: int) -> t
         # a product with a matrix of zeros and ones: not all exporters and runtimes have scatter_reduce
         places = torch.arange(odd.shape[1], device=x.device)
         into = (matching.targets.unsqueeze(1) == places.unsqueeze(-1)).to(x.dtype)  # [images, |B|, r]
-        gone = _taken(even_sizes, matching.sources)
+        gone = _take_tokens(even_sizes, matching.sources)
         merged_sizes = odd_sizes + into @ gone
-        merged = (odd * odd_sizes + into @ (_taken(even, matching.sources) * gone)) / merged_sizes
-    tokens = torch.cat([x[:, :prefix], _taken(even, matching.rest), merged], dim=1)
-    left = torch.cat([_taken(even_sizes, matching.rest), merged_sizes], dim=1).squeeze(-1)
+        merged = (odd * odd_sizes + into @ (_take_tokens(even, matching.sources) * gone)) / merged_sizes
+    tokens = torch.cat([x[:, :prefix], _take_tokens(even, matching.rest), merged], dim=1)
+    left = torch.cat([_take_tokens(even_sizes, matching.rest), merged_sizes], dim=1).squeeze(-1)
     return tokens.to(kind), torch.cat([sizes[:, :prefix], left], dim=1)
 
 
@@ -84,7 +84,7 @@ def follow_places(origin: Tensor, matching: Matching, prefix: int) -> Tensor:
     """Where the patch tokens that `merge_tokens` gives come from: origin [B, N] of those before; of B where merged."""
     padded = torch.cat([origin.new_zeros(len(origin), prefix), origin], dim=1).unsqueeze(-1)
     even, odd = _halves(padded, prefix)
-    return torch.cat([_taken(even, matching.rest), odd], dim=1).squeeze(-1)
+    return torch.cat([_take_tokens(even, matching.rest), odd], dim=1).squeeze(-1)
 
 
 def _halves(x: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
@@ -93,7 +93,7 @@ def _halves(x: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
     return patches[:, prefix % 2 :: 2], patches[:, (prefix + 1) % 2 :: 2]
 
 
-def _taken(x: Tensor, index: Tensor) -> Tensor:
+def _take_tokens(x: Tensor, index: Tensor) -> Tensor:
     """The tokens of x [images, N, C] at index [images, k]."""
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 

@@ -29,8 +29,8 @@ TRIVIAL = "trivial"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preset:
-    """A row of `PRESETS`. All have besides: flips, crops of 8 to 100 % of the area, label smoothing 0.1."""
+class AugmentationPreset:
+    """A row of `AUGMENTATION_PRESETS`. All also have flips, crops of 8 to 100 % of the area, label smoothing 0.1."""
 
     # RandAugment as timm spells it, or TRIVIAL
     auto: str
@@ -61,18 +61,20 @@ class Preset:
         return self.mixup > 0 or self.cutmix > 0
 
 
-def _steiner(auto: str, mix: float) -> Preset:
+def _steiner(auto: str, mix: float) -> AugmentationPreset:
     """Of "How to train your ViT" (Steiner et al. 2021)."""
-    return Preset(auto=auto, mixup=mix, cutmix=mix, weight_decay=0.03, clip_grad=1.0, eps=1e-6)
+    return AugmentationPreset(auto=auto, mixup=mix, cutmix=mix, weight_decay=0.03, clip_grad=1.0, eps=1e-6)
 
 
-def _deit(auto: str, **options: Any) -> Preset:
+def _deit(auto: str, **options: Any) -> AugmentationPreset:
     """Of DeiT (Touvron et al. 2021)."""
-    return Preset(auto=auto, ratio=(0.67, 1.5), mixup=0.8, cutmix=1.0, erasing=0.25, drop_path=0.1, **options)
+    return AugmentationPreset(
+        auto=auto, ratio=(0.67, 1.5), mixup=0.8, cutmix=1.0, erasing=0.25, drop_path=0.1, **options
+    )
 
 
 # light1 and deit are Table 3; the others come from the configurations released with it (specs/second-order.md §3)
-PRESETS = {
+AUGMENTATION_PRESETS = {
     "light1": _steiner("rand-m0-n2-inc1", 0.0),
     "light2": _steiner("rand-m10-n2-inc1", 0.2),
     "medium1": _steiner("rand-m15-n2-inc1", 0.2),
@@ -80,7 +82,9 @@ PRESETS = {
     "deit_light": _deit("rand-m6-mstd0.5-inc1", mixing=0.2, weight_decay=0.005),
     "deit": _deit("rand-m9-mstd0.5-inc1", weight_decay=0.05, repeats=3),
     # the recipe of the torchvision blog post that Appendix D names for convolutional networks
-    "torchvision": Preset(auto=TRIVIAL, mixup=0.2, cutmix=1.0, erasing=0.1, weight_decay=2e-5, repeats=4, crop=None),
+    "torchvision": AugmentationPreset(
+        auto=TRIVIAL, mixup=0.2, cutmix=1.0, erasing=0.1, weight_decay=2e-5, repeats=4, crop=None
+    ),
 }
 
 
@@ -89,7 +93,7 @@ def with_preset(training: Training) -> Training:
 
     These are weight_decay, clip_grad, label_smoothing and the model argument drop_path_rate.
     """
-    preset = PRESETS.get(training.augmentation)
+    preset = AUGMENTATION_PRESETS.get(training.augmentation)
     if preset is None:
         return training
     values: dict[str, Any] = {
@@ -105,7 +109,7 @@ def with_preset(training: Training) -> Training:
 
 def data_config(config: Mapping[str, Any], augmentation: str) -> Mapping[str, Any]:
     """How images are evaluated where the training images are augmented so: a preset may name another crop."""
-    preset = PRESETS.get(augmentation)
+    preset = AUGMENTATION_PRESETS.get(augmentation)
     return config if preset is None or preset.crop is None else {**config, "crop_pct": preset.crop}
 
 
@@ -118,7 +122,7 @@ def training_transform(config: Mapping[str, Any], augmentation: str) -> Transfor
     Raises:
         ValueError: a preset, which works on colours, for a model of grey images.
     """
-    preset = PRESETS.get(augmentation)
+    preset = AUGMENTATION_PRESETS.get(augmentation)
     if preset is not None:
         return _preset_transform(known_config(config), preset, augmentation)
     if augmentation == "standard":
@@ -133,7 +137,7 @@ def calibration_transform(config: Mapping[str, Any], augmentation: str) -> Trans
 
     So the authors of oViT have it (specs/second-order.md §1.1a): no RandAugment, no mixing, no erasing.
     """
-    return training_transform(config, "standard" if augmentation in PRESETS else augmentation)
+    return training_transform(config, "standard" if augmentation in AUGMENTATION_PRESETS else augmentation)
 
 
 def known_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,7 +148,7 @@ def known_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def make_mixup(training: Training, classes: int) -> Mixup | None:
     """timm's mixup and cutmix for batches [N, C, H, W] with labels [N], which become soft targets [N, classes]."""
-    preset = PRESETS.get(training.augmentation)
+    preset = AUGMENTATION_PRESETS.get(training.augmentation)
     if preset is None or not preset.mixes:
         return None
     return Mixup(  # type: ignore[no-untyped-call]
@@ -164,7 +168,7 @@ class GaussianNoise:
         return image + NOISE * torch.randn(image.shape)
 
 
-def _preset_transform(config: dict[str, Any], preset: Preset, name: str) -> Transform:
+def _preset_transform(config: dict[str, Any], preset: AugmentationPreset, name: str) -> Transform:
     channels = config["input_size"][0]
     if channels != 3:
         raise ValueError(

@@ -65,7 +65,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     file = path / LAST if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"no checkpoint {str(file)!r}")
-    state = _read(file)
+    state = _read_state(file)
     missing = KEYS - set(state) if isinstance(state, dict) else KEYS
     if missing:
         raise ValueError(
@@ -138,7 +138,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     file = path / LAST if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"no checkpoint {str(file)!r}")
-    found = _read(file)
+    found = _read_state(file)
     manifest = saved_manifest(found) if isinstance(found, dict) else Manifest()
     if isinstance(found, dict) and set(found) >= KEYS:
         found = deployed_weights(found)
@@ -198,7 +198,7 @@ def deployed_weights(state: Mapping[str, Any]) -> Mapping[str, Any]:
     return weights
 
 
-def _read(file: Path) -> Any:
+def _read_state(file: Path) -> Any:
     if file.suffix != ".safetensors":
         return load_file(file)
     try:

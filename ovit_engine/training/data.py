@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ovit_engine.training.augmentation import (
-    PRESETS,
+    AUGMENTATION_PRESETS,
     GaussianNoise,
     calibration_transform,
     data_config,
@@ -23,7 +23,7 @@ from ovit_engine.training.augmentation import (
     training_transform,
 )
 from ovit_engine.training.digits import SIZE, split_digits
-from ovit_engine.training.images import Images, ReaderSource, Source, TorchvisionSource
+from ovit_engine.training.images import Images, ImageSource, ReaderSource, TorchvisionSource
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def load_data(
             as "torch/cifar10" or "hfds/uoft-cs/cifar10".
         config: what the model takes, from `model_data_config`; the dataset's own size without it (digits only).
         augmentation: of training images: "none", "noise" (Gaussian), "standard" (timm's crop, flip and colour jitter)
-            or a preset of `augmentation.PRESETS`.
+            or a preset of `augmentation.AUGMENTATION_PRESETS`.
         strict: raise UnreadableImageError at the first unreadable image; otherwise the next one stands in for it.
         root: where downloaded datasets are kept.
 
@@ -170,7 +170,7 @@ def _preprocessing(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _digits(config: Mapping[str, Any] | None, augmentation: str) -> ImageData:
-    if augmentation == "standard" or augmentation in PRESETS:
+    if augmentation == "standard" or augmentation in AUGMENTATION_PRESETS:
         raise ValueError(
             f"digits must not be flipped or cropped, as {augmentation!r} does: use augmentation none or noise"
         )
@@ -180,7 +180,7 @@ def _digits(config: Mapping[str, Any] | None, augmentation: str) -> ImageData:
     return ImageData("digits", train, val, train, 10, preprocessing)
 
 
-def _folder_sources(folder: Path) -> tuple[Source, Source, int]:
+def _folder_sources(folder: Path) -> tuple[ImageSource, ImageSource, int]:
     train, train_classes = _folder_source(folder, TRAIN)
     val, val_classes = _folder_source(folder, VALIDATION)
     if train_classes != val_classes:
@@ -193,7 +193,7 @@ def _folder_sources(folder: Path) -> tuple[Source, Source, int]:
     return train, val, len(train_classes)
 
 
-def _folder_source(folder: Path, names: tuple[str, ...]) -> tuple[Source, set[str]]:
+def _folder_source(folder: Path, names: tuple[str, ...]) -> tuple[ImageSource, set[str]]:
     part = next((folder / name for name in names if (folder / name).is_dir()), None)
     if part is None:
         raise ValueError(
@@ -208,7 +208,7 @@ def _folder_source(folder: Path, names: tuple[str, ...]) -> tuple[Source, set[st
     return ReaderSource(reader), set(reader.class_to_idx)
 
 
-def _timm_sources(name: str, root: str | Path | None) -> tuple[Source, Source, int | None]:
+def _timm_sources(name: str, root: str | Path | None) -> tuple[ImageSource, ImageSource, int | None]:
     place = Path(root) if root is not None else Path.home() / ".cache" / "ovit" / "data"
     place.mkdir(parents=True, exist_ok=True)
     made = []
@@ -223,6 +223,6 @@ def _timm_sources(name: str, root: str | Path | None) -> tuple[Source, Source, i
     return _timm_source(train), _timm_source(val), len(classes) if classes else None
 
 
-def _timm_source(dataset: Any) -> Source:
+def _timm_source(dataset: Any) -> ImageSource:
     reader = getattr(dataset, "reader", None)
     return TorchvisionSource(dataset) if reader is None else ReaderSource(reader)

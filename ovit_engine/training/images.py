@@ -20,7 +20,7 @@ class UnreadableImageError(ValueError):
     """An image that can't be decoded; the message names it."""
 
 
-class Source(Protocol):
+class ImageSource(Protocol):
     """What images are read from."""
 
     def __len__(self) -> int: ...
@@ -81,7 +81,7 @@ class Images(Dataset[tuple[Tensor, int]]):
     """
 
     def __init__(
-        self, source: Source, transform: Callable[[Any], Tensor], *, mode: str, strict: bool, ignore: bool
+        self, source: ImageSource, transform: Callable[[Any], Tensor], *, mode: str, strict: bool, ignore: bool
     ) -> None:
         self._source = source
         self._transform = transform

@@ -108,7 +108,7 @@ _DEPTHS = {"depth", "depths", "layers"}
 _STAND_INS: dict[str, tuple[str, dict[str, Any]]] = {"EfficientNet": ("test_efficientnet", {"channel_multiplier": 0.5})}
 
 
-def shrink(recipe: Recipe, steps_per_epoch: int) -> Recipe:
+def with_small_model(recipe: Recipe, steps_per_epoch: int) -> Recipe:
     """`recipe` on a small model of the kind that it names: narrow, two blocks deep or two a stage, of few classes.
 
     A model that is small already stays as it is; one of which we know no width keeps that. Where a target of the recipe
@@ -127,10 +127,10 @@ def shrink(recipe: Recipe, steps_per_epoch: int) -> Recipe:
         with_training(recipe, model=name, model_args={**training.model_args, **args, "num_classes": CLASSES})
         for name, args in choices
     ]
-    return next((each for each in recipes if _fits(each, steps_per_epoch)), recipes[-1])
+    return next((each for each in recipes if _can_follow(each, steps_per_epoch)), recipes[-1])
 
 
-def _fits(recipe: Recipe, steps_per_epoch: int) -> bool:
+def _can_follow(recipe: Recipe, steps_per_epoch: int) -> bool:
     """Whether the recipe can be followed on its model."""
     training = recipe.training
     with warnings.catch_warnings():

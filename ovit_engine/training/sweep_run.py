@@ -138,7 +138,7 @@ def tail_recipe(checkpoint: Path, epochs: int = TAIL_EPOCHS) -> Recipe:
 
 
 def clear_broken_start(output: Path, recipe: Recipe) -> None:
-    """Remove what a run of this recipe left that was broken off before its first checkpoint: it starts anew."""
+    """Remove what a run of this recipe left that was broken off before its first checkpoint: it starts again."""
     folder = output / FOLDER
     if not (folder / INDEX).is_file():
         return

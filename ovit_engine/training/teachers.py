@@ -18,7 +18,7 @@ FILE = "teacher.pt"  # the weights, so that a resumed run needs nothing but its 
 
 
 @dataclass(frozen=True)
-class Teachers:
+class TeacherOfRun:
     """What makes the teacher of a recipe; its `model` has as many classes as the data."""
 
     recipe: Recipe

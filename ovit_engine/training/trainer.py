@@ -27,7 +27,7 @@ from ovit_engine.gradients.calibration import Calibration
 from ovit_engine.masking.parameters import is_scorer
 from ovit_engine.structured.shrink_model import rebuild
 from ovit_engine.tokens import param_groups
-from ovit_engine.training.augmentation import PRESETS, make_mixup, with_preset
+from ovit_engine.training.augmentation import AUGMENTATION_PRESETS, make_mixup, with_preset
 from ovit_engine.training.batches import SeededItems, TrainingBatches, part_size, worker_errors
 from ovit_engine.training.checkpoint import (
     LAST,
@@ -47,7 +47,7 @@ from ovit_engine.training.models import make_model, model_name, with_classes
 from ovit_engine.training.schedulers import make_scheduler
 from ovit_engine.training.steps import Steps
 from ovit_engine.training.sweep_run import METRIC, complete
-from ovit_engine.training.teachers import Teachers
+from ovit_engine.training.teachers import TeacherOfRun
 from ovit_engine.utils.random import mixed, seed_everything
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class Trained:
 
 
 @dataclass
-class Within:
+class EpochProgress:
     """How far an epoch is."""
 
     step: int = 0
@@ -107,13 +107,13 @@ class Trainer:
             self.data = load_data(data, config=config, augmentation=augmentation, strict=strict, root=root)
         self.recipe = with_classes(recipe, self.data)
         self.training = with_preset(self.recipe.training)
-        self.preset = PRESETS.get(self.training.augmentation)
+        self.preset = AUGMENTATION_PRESETS.get(self.training.augmentation)
         self.mixup = make_mixup(self.training, self.training.model_args["num_classes"])
         self.output, self.device, self.comm = output, device, comm
         self._make_loaders({"num_workers": workers, "pin_memory": self.device.type == "cuda"})
         self.amp, self.save_every, self._saved = amp, save_every, 0.0
         self.metrics: list[EpochMetrics] = []
-        self.within = Within()
+        self.within = EpochProgress()
         self.loop_state: Mapping[str, Any] | None = None
 
     def _make_loaders(self, options: dict[str, Any]) -> None:
@@ -147,7 +147,7 @@ class Trainer:
         if checkpoint is not None:
             load_weights(self.model, checkpoint)
         self.model.to(self.device)
-        self.teachers = Teachers(self.recipe)
+        self.teachers = TeacherOfRun(self.recipe)
         teacher = self.teachers.make() if resumed is None else self.teachers.saved(folder_of(resumed))
         self.engine = Engine(
             self.model,
@@ -207,7 +207,7 @@ class Trainer:
             self.ema.module.load_state_dict(state["ema"])
         self.loop_state = {"optimizer": state["optimizer"], "scaler": loop["scaler"]}
         self.metrics = [EpochMetrics(**row) for row in state["metrics"]]
-        self.within = Within(loop["step"], loop["loss"].to(self.device), loop["seconds"])
+        self.within = EpochProgress(loop["step"], loop["loss"].to(self.device), loop["seconds"])
         if self.comm.is_main:
             clear_leftovers(self.output)
             set_aside(self.output / LAST)
@@ -236,7 +236,7 @@ class Trainer:
                 if epoch + 1 == epochs:
                     engine.detach()
                 self.metrics.append(self._measure(epoch, loss))
-                self.within = Within()
+                self.within = EpochProgress()
                 self._save(epoch + 1)
                 listener.end(self.metrics[-1])
         unreadable = set().union(*self.comm.gather(self.data.unreadable))

@@ -9,7 +9,7 @@ from ovit_engine import Recipe
 from ovit_engine.cli.verify_resume import quick, steps_per_epoch
 from ovit_engine.masking.targets import find_slots
 from ovit_engine.training.api import with_training
-from ovit_engine.training.models import make_model, shrink, small_setup
+from ovit_engine.training.models import make_model, small_setup, with_small_model
 from tests.cli.conftest import RECIPE, Ovit
 
 
@@ -80,12 +80,12 @@ def test_models_are_made_small(model: str, family: str, last: str, deep: str) ->
 
 def small_recipe(model: str, target: str) -> Recipe:
     text = f"training: {{model: {model}}}\nmodifiers: [{{magnitude_prune: {{sparsity: 0.5, targets: ['{target}']}}}}]"
-    return shrink(Recipe.parse(text), 6)
+    return with_small_model(Recipe.parse(text), 6)
 
 
 def test_a_small_model_stays_as_it_is() -> None:
     recipe = Recipe.parse(RECIPE)
-    assert shrink(recipe, 6) is recipe
+    assert with_small_model(recipe, 6) is recipe
 
 
 def test_a_recipe_is_made_quick() -> None:

@@ -37,7 +37,7 @@ class Learner(Distillation):
     def loss_term(self, run: Run) -> Tensor | None:
         self._asked += 1
         assert run.teacher is not None
-        lesson = run.teacher.lesson()
+        lesson = run.teacher.outputs()
         if lesson is None:
             return None
         term = (logits_of(lesson.student.output) - logits_of(lesson.teacher.output)).float().square().mean()

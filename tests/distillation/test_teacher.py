@@ -131,7 +131,7 @@ def test_a_term_that_failed_leaves_nothing_behind() -> None:
     with pytest.raises(ZeroDivisionError):
         engine.loss(loss)
     assert engine.run.teacher is not None
-    assert engine.run.teacher.lesson() is None
+    assert engine.run.teacher.outputs() is None
 
 
 def test_a_teacher_may_be_given() -> None:

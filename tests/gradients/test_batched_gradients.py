@@ -15,9 +15,9 @@ from ovit_engine.gradients.batched import (
     add_conv_gradients,
     add_linear_gradients,
     batched_gradients,
-    joined,
-    parted,
+    concatenated,
     record,
+    split_outputs,
 )
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -193,10 +193,10 @@ def test_activations_are_counted_whichever_weights_make_them() -> None:
 
 def test_nested_inputs_and_outputs() -> None:
     batches = [{"a": torch.full((2, 3), float(i)), "b": (torch.full((2,), i),)} for i in range(3)]
-    whole = joined(batches)
+    whole = concatenated(batches)
     assert whole["a"].shape == (6, 3)
     assert whole["b"][0].tolist() == [0, 0, 1, 1, 2, 2]
-    parts = parted((whole["a"], None, {"c": whole["b"][0]}), 6, 3)
+    parts = split_outputs((whole["a"], None, {"c": whole["b"][0]}), 6, 3)
     for part, batch in zip(parts, batches, strict=True):
         assert part[1] is None
         assert torch.equal(part[0], batch["a"])
@@ -216,10 +216,10 @@ def test_nested_inputs_and_outputs() -> None:
 )
 def test_inputs_that_cannot_be_joined(batches: list[Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        joined(batches)
+        concatenated(batches)
 
 
 @pytest.mark.parametrize("output", [torch.tensor(1.0), torch.ones(3, 4), (torch.ones(4, 2), torch.ones(2, 4))])
 def test_outputs_that_cannot_be_parted(output: Any) -> None:
     with pytest.raises(ValueError, match="not a row for each image"):
-        parted(output, 4, 2)
+        split_outputs(output, 4, 2)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ovit_engine import Engine, Recipe
-from ovit_engine.masking.presets import PRESETS
+from ovit_engine.masking.presets import TARGET_PRESETS
 from ovit_engine.masking.targets import find_slots, match_targets
 
 # preset, weights by part, all weights of the model
@@ -142,7 +142,7 @@ def test_norms_embeddings_depthwise_convolutions_and_heads_stay_dense(name: str)
 def test_on_each_model_one_preset_fits_and_the_others_name_it(name: str) -> None:
     model = make(name)
     right = COUNTS[name][0]
-    for preset in PRESETS:
+    for preset in TARGET_PRESETS:
         if preset != right:
             with pytest.raises(ValueError, match=f"^preset:{preset} .*'preset:{right}'"):
                 find_slots(model, [f"preset:{preset}"])

@@ -8,8 +8,8 @@ from torch import nn
 
 from ovit_engine import Engine, Recipe, RecipeError
 from ovit_engine.masking.parameters import parameter_slots
-from ovit_engine.masking.presets import PRESETS, is_prunable, match_preset, preset_of
-from ovit_engine.masking.targets import check_target, find_slots
+from ovit_engine.masking.presets import TARGET_PRESETS, is_prunable, match_preset, preset_of
+from ovit_engine.masking.targets import check_target_syntax, find_slots
 from ovit_engine.modifiers.quantize import Quantize
 from tests.loops import recipe
 from tests.masking.test_preset_models import Roberta, make, total
@@ -98,7 +98,7 @@ def test_quantized_layers_are_still_layers() -> None:
 )
 def test_an_unknown_preset(target: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_target(target)
+        check_target_syntax(target)
     with pytest.raises(RecipeError, match=f"r.yaml:2:47: magnitude_prune.targets: {message}"):
         recipe(f"magnitude_prune: {{sparsity: 0.5, targets: '{target}'}}")
 
@@ -134,7 +134,7 @@ def test_which_parameters_a_preset_may_take() -> None:
 
 
 def test_every_preset_says_what_it_is() -> None:
-    for name in PRESETS:
+    for name in TARGET_PRESETS:
         preset = preset_of(f"preset:{name}")
         assert preset.models
         assert preset.dense

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ovit_engine.masking.parameters import Slot, clean_name, parameter_slots
-from ovit_engine.masking.targets import check_target, find_slots, match_targets, matches, select
+from ovit_engine.masking.targets import check_target_syntax, find_slots, match_targets, matches, select
 from tests.loops import recipe
 
 
@@ -142,9 +142,9 @@ def test_two_parameters_of_one_name_are_refused() -> None:
 
 def test_a_broken_regular_expression() -> None:
     with pytest.raises(ValueError, match=r"'re:\(' is no regular expression: missing \)"):
-        check_target("re:(")
-    assert check_target("re:(a|b)") == "re:(a|b)"
-    assert check_target("(") == "("
+        check_target_syntax("re:(")
+    assert check_target_syntax("re:(a|b)") == "re:(a|b)"
+    assert check_target_syntax("(") == "("
 
 
 def test_select_names_what_it_selects_from() -> None:

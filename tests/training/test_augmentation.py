@@ -15,7 +15,7 @@ from ovit_engine import Recipe, RecipeError
 from ovit_engine.core.training_options import Augmentation, Training
 from ovit_engine.training.api import SILENT, Trained, make_model, train, with_training
 from ovit_engine.training.augmentation import (
-    PRESETS,
+    AUGMENTATION_PRESETS,
     calibration_transform,
     make_mixup,
     training_transform,
@@ -76,7 +76,7 @@ def test_the_values_of_table_3(
     training = with_preset(Training(augmentation=name))
     assert (training.weight_decay, training.clip_grad, training.label_smoothing) == (decay, clip, 0.1)
     assert training.model_args.get("drop_path_rate", 0.0) == drop_path
-    preset = PRESETS[name]
+    preset = AUGMENTATION_PRESETS[name]
     assert (preset.auto, preset.mixup, preset.cutmix, preset.erasing) == (rand_augment, mixup, cutmix, erasing)
     assert (preset.repeats, preset.eps, preset.crop) == (repeats, eps, 0.9)
     assert preset.mixing == (0.2 if name == "deit_light" else 1.0)
@@ -84,7 +84,7 @@ def test_the_values_of_table_3(
 
 
 def test_every_preset_can_be_named_in_a_recipe() -> None:
-    assert set(get_args(Augmentation)) == {"none", "noise", "standard", *PRESETS}
+    assert set(get_args(Augmentation)) == {"none", "noise", "standard", *AUGMENTATION_PRESETS}
 
 
 def test_what_a_recipe_writes_wins() -> None:
@@ -132,7 +132,7 @@ def test_what_is_done_to_training_images() -> None:
     assert "RandAugment" not in trivial
 
 
-@pytest.mark.parametrize("name", [*PRESETS, "standard"])
+@pytest.mark.parametrize("name", [*AUGMENTATION_PRESETS, "standard"])
 def test_calibration_images_are_cropped_flipped_and_jittered_only(name: str) -> None:
     text = str(calibration_transform(CONFIG, name))
     assert "scale=(0.08, 1.0), ratio=(0.75, 1.3333)" in text
@@ -141,7 +141,7 @@ def test_calibration_images_are_cropped_flipped_and_jittered_only(name: str) -> 
     assert not any(word in text for word in ("RandAugment", "Trivial", "Erasing"))
 
 
-@pytest.mark.parametrize("name", list(PRESETS))
+@pytest.mark.parametrize("name", list(AUGMENTATION_PRESETS))
 def test_images_of_every_preset(name: str) -> None:
     transform = training_transform(CONFIG, name)
     image = Image.fromarray(np.arange(40 * 30 * 3, dtype=np.uint32).reshape(30, 40, 3).astype(np.uint8))
