@@ -1,21 +1,18 @@
 """Accelerate: the engine of a loop whose objects an Accelerator prepares."""
 
 import math
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard  # type: ignore[import-untyped]
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from ovit_engine.core.optimizers import layers_of
 from ovit_engine.core.recipe import Recipe
 from ovit_engine.engine import Engine
 from ovit_engine.gradients.calibration import Calibration
-from ovit_engine.integrations._common import plain_forward
-from ovit_engine.masking.parameters import Slot
 
 
 def accelerate_engine(
@@ -55,10 +52,9 @@ def accelerate_engine(
 def attach_accelerate(
     engine: Engine, *optimizers: Optimizer, calibration: Calibration | None = None, **options: Any
 ) -> Engine:
-    """`engine.attach` for optimizers that an Accelerator prepared; calibration is free of its mixed precision."""
+    """`engine.attach` for optimizers that an Accelerator prepared."""
     inner = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
-    plain = None if calibration is None else _PlainCalibration(calibration)
-    engine.attach(*inner, calibration=plain, **options)
+    engine.attach(*inner, calibration=calibration, **options)
     if getattr(optimizers[0], "scaler", None) is not None:
         outermost = layers_of(optimizers[0])[-1]  # Accelerate's has no hooks of its own
         engine.keep(outermost.register_step_post_hook(_CountSkipped(engine)))
@@ -75,21 +71,3 @@ class _CountSkipped:
         # where gradients accumulate, what it says is of the step before
         if optimizer.gradient_state.sync_gradients and optimizer.step_was_skipped:
             self._engine.skip_step()
-
-
-class _PlainCalibration(Calibration):
-    def __init__(self, calibration: Calibration) -> None:
-        super().__init__(calibration.dataset, calibration.loss_fn, seed=calibration.seed)
-        self._calibration = calibration
-
-    def gradients(self, model: nn.Module, slots: Sequence[Slot], **options: Any) -> Iterator[list[Tensor]]:
-        return self._calibration.gradients(_Plain(model), slots, **options)
-
-
-class _Plain(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *inputs: Any, **named: Any) -> Any:
-        return plain_forward(self.model)(*inputs, **named)

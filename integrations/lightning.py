@@ -1,5 +1,6 @@
 """Lightning: `Trainer(callbacks=[RecipeCallback(recipe)])` trains under a recipe."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from ovit_engine.core.skipped_steps import SkippedSteps
 from ovit_engine.engine import Engine
 from ovit_engine.gradients.backward import LossFunction
 from ovit_engine.gradients.calibration import Calibration
-from ovit_engine.integrations._common import lightning_length
 
 
 class ScalerCallback(Callback):
@@ -76,7 +76,7 @@ class RecipeCallback(ScalerCallback):
             return
         if self._engine is not None:
             raise RuntimeError("this RecipeCallback was in a fit before: make a new one for each")
-        steps_per_epoch, total_steps = lightning_length(trainer)
+        steps_per_epoch, total_steps = training_length(trainer)
         network = pl_module.get_submodule(self.network)
         length: Any = {"steps_per_epoch": steps_per_epoch, "total_steps": total_steps}
         self._engine = Engine(network, self.recipe, **length, teacher=self.teacher).prepare()
@@ -110,3 +110,14 @@ class RecipeCallback(ScalerCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._fitting:  # a finished engine stays as it is where a checkpoint is tested
             self.engine.load_state_dict(state_dict)
+
+
+def training_length(trainer: Trainer) -> tuple[int, int]:
+    """Return the steps of an epoch and of a fit. Raises ValueError if the Trainer does not know when it ends."""
+    trainer.fit_loop.setup_data()  # makes the loader; Lightning does so by itself only where epochs end training
+    total = trainer.estimated_stepping_batches
+    if not 0 < total < math.inf:
+        raise ValueError("the Trainer does not know when training ends: give it max_steps, or data that has a length")
+    batches = trainer.num_training_batches
+    steps = total if batches == math.inf else math.ceil(batches / trainer.accumulate_grad_batches)
+    return int(steps), int(total)

@@ -5,6 +5,7 @@ import copy
 import functools
 import inspect
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from ovit_engine.core.capabilities import LearningRate, having
 from ovit_engine.core.recipe import Recipe
 from ovit_engine.engine import Engine
 from ovit_engine.gradients.calibration import Calibration
-from ovit_engine.integrations._common import transformers_length
 from ovit_engine.integrations._keyword_batches import AddToOwnLoss, KeywordCalibration, deployed, positional
 
 
@@ -198,3 +198,13 @@ class RecipeTrainerCallback(TrainerCallback, ExportableState):
         names, data = positional(self._trainer.get_eval_dataloader())
         model = deployed(copy.deepcopy(self.engine.model), names)
         return self.engine.export(path, data[0][0], model=model, data=data)
+
+
+def transformers_length(args: TrainingArguments, loader: Any) -> tuple[int, int]:
+    """Return the steps of an epoch of `loader` and of all of training, as Hugging Face's Trainer counts them."""
+    try:
+        batches = len(loader)
+    except TypeError:  # a stream
+        return args.max_steps, args.max_steps
+    steps = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    return steps, args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps)

@@ -82,7 +82,7 @@ class Distill(Distillation, Scheduled):
         return start <= step < end
 
     def loss_term(self, run: Run) -> Tensor | None:
-        lesson = _teacher(run).lesson()
+        lesson = _teacher(run).outputs()
         if lesson is None:
             return None
         terms = []

@@ -10,8 +10,9 @@ from ovit_engine.core.registry import register
 from ovit_engine.core.run import Run
 from ovit_engine.core.schedule import Clock, Time
 from ovit_engine.modifiers._tokens import TokenPruning, check_blocks
-from ovit_engine.tokens.attended import AttendedHooks, ceil_counts, shares_of
+from ovit_engine.tokens.attended import AttendedHooks
 from ovit_engine.tokens.between import check_blocks_open
+from ovit_engine.tokens.counts import ceil_counts, shares_of
 
 
 @register("evit")

@@ -13,7 +13,8 @@ from ovit_engine.core.run import Run
 from ovit_engine.core.schedule import Clock
 from ovit_engine.modifiers._tokens import TokenReduction
 from ovit_engine.tokens.between import check_blocks_open
-from ovit_engine.tokens.merging import MergingHooks, falling_amounts, merged_counts
+from ovit_engine.tokens.counts import falling_amounts, merged_counts
+from ovit_engine.tokens.merging import MergingHooks
 
 log = logging.getLogger(__name__)
 

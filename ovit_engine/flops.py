@@ -13,6 +13,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ovit_engine.masking.masks import Masks
 from ovit_engine.masking.parameters import Slot, parameter_slots, unwrapped
+from ovit_engine.utils.autograd import eval_mode
 
 _aten = torch.ops.aten
 # torch 2.11 has formulas for attention on GPUs alone
@@ -31,7 +32,7 @@ class Flops:
 
     @property
     def reduction(self) -> float:
-        """Share of the dense operations that pruning saves, if every zero is skipped."""
+        """Share of the dense operations that pruning saves if every zero is skipped (oViT's Table 2)."""
         return 1 - self.sparse / self.dense if self.dense else 0.0
 
 
@@ -57,16 +58,9 @@ def count_flops(
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     moved = [part.to(device) if isinstance(part, Tensor) else part for part in inputs]
-    with _plain_forward(model), counter.watching(), counter:
+    with _unfused_inference(model), counter.watching(), counter:
         model(*moved)
     return Flops(counter.dense, counter.sparse)
-
-
-def flops_reduction(
-    model: nn.Module, example_inputs: Tensor | tuple[Any, ...], masks: Masks | Mapping[str, Tensor]
-) -> float:
-    """Theoretical FLOP reduction in [0, 1], as oViT's Table 2 has it in percent; see `count_flops`."""
-    return count_flops(model, example_inputs, masks).reduction
 
 
 @dataclass
@@ -155,16 +149,12 @@ def _densities(model: nn.Module, masks: Masks | Mapping[str, Tensor] | None) -> 
 
 
 @contextmanager
-def _plain_forward(model: nn.Module) -> Iterator[None]:
+def _unfused_inference(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, and no fused transformer layers, whose products can't be seen."""
-    flags = [(module, module.training) for module in model.modules()]
     fused = torch.backends.mha.get_fastpath_enabled()
-    model.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-        for module, flag in flags:
-            module.training = flag

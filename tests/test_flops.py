@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ovit_engine import Calibration, Engine, Recipe
-from ovit_engine.flops import Flops, count_flops, flops_reduction
+from ovit_engine.flops import Flops, count_flops
 
 IMAGE = torch.zeros(1, 3, 224, 224)
 
@@ -76,7 +76,7 @@ def test_table_2(name: str, expected: tuple[float, ...]) -> None:
             for n, p in model.named_parameters()
             if n.startswith("blocks") and p.ndim == 2
         }
-        found = flops_reduction(model, IMAGE, masks)
+        found = count_flops(model, IMAGE, masks).reduction
         assert found == pytest.approx(reduction, abs=1e-3)
         assert found < paper < found * 1.17
 
@@ -177,10 +177,10 @@ def test_masks_of_an_engine() -> None:
     recipe = Recipe.parse("modifiers: [{magnitude_prune: {sparsity: 0.75, targets: ['1.weight']}}]")
     engine = Engine(model, recipe, steps_per_epoch=1, epochs=1)
     engine.attach(torch.optim.SGD(model.parameters(), 0.0), calibration=Calibration([(0, 0)], F.mse_loss))  # type: ignore[arg-type]
-    assert flops_reduction(model, torch.zeros(1, 8), engine.run.masks) == 0.375
+    assert count_flops(model, torch.zeros(1, 8), engine.run.masks).reduction == 0.375
     compiled = torch.compile(model, backend=lambda *_: pytest.fail("compiled only to be counted"))
-    assert flops_reduction(compiled, torch.zeros(1, 8), engine.run.masks) == 0.375  # type: ignore[arg-type]
-    assert flops_reduction(ModelEmaWithoutForward(model), torch.zeros(1, 8), engine.run.masks) == 0.375
+    assert count_flops(compiled, torch.zeros(1, 8), engine.run.masks).reduction == 0.375  # type: ignore[arg-type]
+    assert count_flops(ModelEmaWithoutForward(model), torch.zeros(1, 8), engine.run.masks).reduction == 0.375
 
 
 def test_nothing_is_left_changed() -> None:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from ovit_engine.gradients.batched import Recorder, Trace, batch_size_of, batched_gradients, record, split_outputs
 from ovit_engine.masking.parameters import Slot
+from ovit_engine.utils.autograd import eval_mode
 from ovit_engine.utils.random import mixed, random_state, seed_everything, set_random_state
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -194,24 +195,27 @@ def _inputs_and_targets(batch: Any, like: Tensor) -> tuple[Any, Any]:
 
 @contextmanager
 def _frozen(model: nn.Module, slots: Sequence[Slot]) -> Iterator[None]:
-    """The model in eval mode with the slots differentiable; everything that could move is put back."""
-    flags = [(module, module.training) for module in model.modules()]
+    """Put the model in eval mode with the slots differentiable; everything that could move is put back."""
+    # Accelerate puts a forward that runs in autocast on the object itself
+    replaced = [(module, module.forward) for module in model.modules() if "_original_forward" in vars(module)]
     buffers = [
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
     frozen = [slot.tensor for slot in slots if not slot.tensor.requires_grad]
-    model.eval()
     for tensor in frozen:
         tensor.requires_grad_(True)
+    for module, _ in replaced:
+        module.forward = vars(module)["_original_forward"]
     try:
-        yield
+        with eval_mode(model):
+            yield
     finally:
         for tensor in frozen:
             tensor.requires_grad_(False)
-        for module, flag in flags:
-            module.training = flag
+        for module, forward in replaced:
+            module.forward = forward
         with torch.no_grad():
             for module, name, buffer, before in buffers:
                 buffer.copy_(before)

@@ -17,7 +17,7 @@ from ovit_engine.post_training.tune import hold_out
 from ovit_engine.training.checkpoint import load_weights
 from ovit_engine.training.data import ImageData, load_data, model_data_config
 from ovit_engine.training.device import choose_device
-from ovit_engine.training.evaluation import evaluate
+from ovit_engine.training.metrics import evaluate
 from ovit_engine.training.models import make_model, model_name, with_classes
 
 log = logging.getLogger(__name__)

@@ -1,6 +1,5 @@
 """Hooks that keep the tokens to which the class token attends (EViT)."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -8,37 +7,10 @@ from torch import Tensor
 
 from ovit_engine.core.schedule import Schedule
 from ovit_engine.tokens.between import BetweenHooks
+from ovit_engine.tokens.counts import after_stage, ceil_counts
 from ovit_engine.tokens.layout import Layout, mean_of_heads
 from ovit_engine.tokens.ops import Survivors, gather_tokens, top_tokens, widened, without_autocast
 from ovit_engine.utils.autograd import is_recomputed
-
-_SLACK = 1e-9  # 10 x 0.7 + 1e-15 means 7
-
-
-def ceil_counts(patches: int, shares: Sequence[float], *, fuse: bool) -> list[int]:
-    """Tokens kept at each stage, where each keeps a share of those that come to it, rounded up.
-
-    With `fuse` each stage that drops any leaves one more token, which comes to the next stage like all others.
-    """
-    counts = []
-    for share in shares:
-        counts.append(min(patches, math.ceil(share * patches - _SLACK)))
-        patches = after_stage(patches, counts[-1], fuse=fuse)
-    return counts
-
-
-def shares_of(patches: int, counts: Sequence[int], *, fuse: bool) -> list[float]:
-    """The shares of which `ceil_counts` makes these counts."""
-    shares = []
-    for keep in counts:
-        shares.append(keep / patches)
-        patches = after_stage(patches, keep, fuse=fuse)
-    return shares
-
-
-def after_stage(before: int, keep: int, *, fuse: bool) -> int:
-    """Tokens that leave a stage which keeps `keep` of `before`: a fused one counts."""
-    return keep + (fuse and keep < before)
 
 
 def class_attention(queries: Tensor, keys: Tensor, prefix: int, gate: Tensor | None = None) -> Tensor:

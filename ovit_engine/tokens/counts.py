@@ -1,9 +1,9 @@
-"""How many tokens are kept, and where: whole numbers, found once."""
+"""How many tokens each method keeps, and where: whole numbers, found once."""
 
 import math
 from collections.abc import Sequence
 
-_SLACK = 1e-9  # 100 x 0.29 is 28.999999999999996 in binary, and means 29
+_SLACK = 1e-9  # in binary 100 x 0.29 is 28.999999999999996, and means 29
 
 
 def floor_counts(patches: int, keep: float, stages: int) -> list[int]:
@@ -36,3 +36,43 @@ def quarter_blocks(depth: int) -> list[int]:
     Of 12 blocks these are 3, 6 and 9, as DynamicViT and EViT have them.
     """
     return sorted({max(1, round(depth * quarter / 4)) for quarter in (1, 2, 3)} & set(range(1, depth)))
+
+
+def ceil_counts(patches: int, shares: Sequence[float], *, fuse: bool) -> list[int]:
+    """Tokens kept at each stage, where each keeps a share of those that come to it, rounded up.
+
+    With `fuse` each stage that drops any leaves one more token, which comes to the next stage like all others.
+    """
+    counts = []
+    for share in shares:
+        counts.append(min(patches, math.ceil(share * patches - _SLACK)))
+        patches = after_stage(patches, counts[-1], fuse=fuse)
+    return counts
+
+
+def shares_of(patches: int, counts: Sequence[int], *, fuse: bool) -> list[float]:
+    """The shares of which `ceil_counts` makes these counts."""
+    shares = []
+    for keep in counts:
+        shares.append(keep / patches)
+        patches = after_stage(patches, keep, fuse=fuse)
+    return shares
+
+
+def after_stage(before: int, keep: int, *, fuse: bool) -> int:
+    """Tokens that leave a stage which keeps `keep` of `before`: a fused one counts."""
+    return keep + (fuse and keep < before)
+
+
+def merged_counts(patches: int, amounts: list[int]) -> list[int]:
+    """Patch tokens left after each block where `amounts` go: at most half of those there are, so one is always left."""
+    counts = []
+    for amount in amounts:
+        patches -= min(amount, patches // 2)
+        counts.append(patches)
+    return counts
+
+
+def falling_amounts(amount: int, depth: int) -> list[int]:
+    """From twice `amount` in the first block to none in the last, in a line (section 4.1); `amount` if depth is 1."""
+    return [amount] if depth == 1 else [2 * amount * (depth - 1 - place) // (depth - 1) for place in range(depth)]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ovit_engine.tokens.between import BetweenHooks
+from ovit_engine.tokens.counts import merged_counts
 from ovit_engine.tokens.layout import Layout, mean_of_heads
 from ovit_engine.tokens.ops import Survivors, widened, without_autocast
 from ovit_engine.utils.autograd import is_recomputed
@@ -23,20 +24,6 @@ class Matching(NamedTuple):
     sources: Tensor  # [images, r] in A, the most alike first
     targets: Tensor  # [images, r] in B, one for each source
     rest: Tensor  # [images, |A| - r] in A, those that stay, in their order
-
-
-def merged_counts(patches: int, amounts: list[int]) -> list[int]:
-    """Patch tokens left after each block where `amounts` go: at most half of those there are, so one is always left."""
-    counts = []
-    for amount in amounts:
-        patches -= min(amount, patches // 2)
-        counts.append(patches)
-    return counts
-
-
-def falling_amounts(amount: int, depth: int) -> list[int]:
-    """From twice `amount` in the first block to none in the last, in a line (section 4.1); `amount` if depth is 1."""
-    return [amount] if depth == 1 else [2 * amount * (depth - 1 - place) // (depth - 1) for place in range(depth)]
 
 
 def match_tokens(metric: Tensor, prefix: int, amount: int) -> Matching:

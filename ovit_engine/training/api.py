@@ -5,17 +5,23 @@ from pathlib import Path
 from ovit_engine.core.recipe import Recipe
 from ovit_engine.distributed.torchrun import process_group
 from ovit_engine.training.device import choose_device
-from ovit_engine.training.evaluation import evaluate as evaluate
-from ovit_engine.training.metrics import SILENT as SILENT
-from ovit_engine.training.metrics import EpochMetrics as EpochMetrics
-from ovit_engine.training.metrics import TrainingListener as TrainingListener
-from ovit_engine.training.models import make_model as make_model
-from ovit_engine.training.models import model_name as model_name
-from ovit_engine.training.models import with_training as with_training
+from ovit_engine.training.metrics import SILENT, EpochMetrics, TrainingListener, evaluate
+from ovit_engine.training.models import make_model, model_name, with_training
 from ovit_engine.training.runs import begin
-from ovit_engine.training.trainer import SAVE_EVERY, Trainer
-from ovit_engine.training.trainer import FinishedRunError as FinishedRunError
-from ovit_engine.training.trainer import Trained as Trained
+from ovit_engine.training.trainer import SAVE_EVERY, FinishedRunError, Trained, Trainer
+
+__all__ = [
+    "SILENT",
+    "EpochMetrics",
+    "FinishedRunError",
+    "Trained",
+    "TrainingListener",
+    "evaluate",
+    "make_model",
+    "model_name",
+    "train",
+    "with_training",
+]
 
 
 def train(

@@ -1,11 +1,18 @@
-"""What a training tells: a line an epoch in metrics.csv, and how far it is."""
+"""What a training measures and reports: top-1 accuracy, a line for each epoch in metrics.csv, its progress."""
 
 import csv
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ovit_engine.distributed.comm import SINGLE_PROCESS, Comm
+from ovit_engine.utils.autograd import eval_mode
 from ovit_engine.utils.files import atomic_write
 from ovit_engine.utils.progress import Progress
 
@@ -45,3 +52,20 @@ def write_metrics(folder: Path, metrics: Sequence[EpochMetrics]) -> None:
     writer.writeheader()
     writer.writerows(map(asdict, metrics))
     atomic_write(folder / METRICS, table.getvalue())
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: DataLoader[Any], device: torch.device, *, comm: Comm = SINGLE_PROCESS) -> float:
+    """Return the top-1 accuracy in eval mode; the model's training flags are put back.
+
+    Args:
+        comm: processes that see a part of the images each, and then return the accuracy over all.
+    """
+    counts = torch.zeros(2, dtype=torch.long, device=device)  # right, all
+    with eval_mode(model):
+        for images, labels in loader:
+            labels = labels.to(device)
+            counts[0] += (model(images.to(device)).argmax(-1) == labels).sum()
+            counts[1] += (labels >= 0).sum()  # less than zero: an unreadable image, for which another stands in
+    right, count = comm.sum(counts).tolist()
+    return float(right / count)

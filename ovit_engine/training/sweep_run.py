@@ -12,7 +12,7 @@ from torch import nn
 from ovit_engine.certificate.manifest import Manifest
 from ovit_engine.core.recipe import Recipe
 from ovit_engine.engine import Engine
-from ovit_engine.flops import flops_reduction
+from ovit_engine.flops import count_flops
 from ovit_engine.structured.shrink_model import rebuild
 from ovit_engine.sweep.folder import FOLDER, INDEX, Index, Point, draw, point_name, read_index, write_index
 from ovit_engine.training.checkpoint import load_checkpoint
@@ -84,7 +84,7 @@ def complete(
     for number, point in enumerate(index.points):
         model = make_model()
         engine = load_point(model, folder / point.checkpoint)
-        point = replace(point, flop_reduction=flops_reduction(model, images, engine.run.masks))
+        point = replace(point, flop_reduction=count_flops(model, images, engine.run.masks).reduction)
         if data is not None:
             name = f"{point_name(point.sparsity)}.onnx"
             certificate = engine.export(folder / name, images, data=data, preprocessing=preprocessing)

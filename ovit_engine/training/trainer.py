@@ -41,8 +41,7 @@ from ovit_engine.training.checkpoint import (
     with_manifest,
 )
 from ovit_engine.training.data import ImageData, load_data, model_data_config
-from ovit_engine.training.evaluation import evaluate
-from ovit_engine.training.metrics import EpochMetrics, TrainingListener, write_metrics
+from ovit_engine.training.metrics import EpochMetrics, TrainingListener, evaluate, write_metrics
 from ovit_engine.training.models import make_model, model_name, with_classes
 from ovit_engine.training.schedulers import make_scheduler
 from ovit_engine.training.steps import Steps

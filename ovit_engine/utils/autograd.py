@@ -1,8 +1,24 @@
-"""Gradient checkpointing runs parts of a forward pass a second time, which must do what the first did."""
+"""How a forward pass runs: a second time for gradient checkpointing, or in eval mode for a while."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 
 def is_recomputed() -> bool:
-    """Whether this runs in a backward pass, as where activations are checkpointed."""
+    """Return whether this runs in a backward pass, as where activations are checkpointed."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put `model` in eval mode; afterwards each module is in the mode it was in."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag

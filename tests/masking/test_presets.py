@@ -138,4 +138,4 @@ def test_every_preset_says_what_it_is() -> None:
         preset = preset_of(f"preset:{name}")
         assert preset.models
         assert preset.dense
-        assert len(preset.parts) >= 3
+        assert len(preset.roles) >= 3

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ovit_engine.tokens.attended import ceil_counts, class_attention, keep_attended, shares_at, shares_of
+from ovit_engine.tokens.attended import class_attention, keep_attended, shares_at
+from ovit_engine.tokens.counts import ceil_counts, shares_of
 
 
 @pytest.mark.parametrize(

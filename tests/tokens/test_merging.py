@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ovit_engine.tokens.merging import falling_amounts, follow_places, match_tokens, merge_tokens, merged_counts
+from ovit_engine.tokens.counts import falling_amounts, merged_counts
+from ovit_engine.tokens.merging import follow_places, match_tokens, merge_tokens
 
 
 def cosine(a: list[float], b: list[float]) -> float:
