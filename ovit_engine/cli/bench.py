@@ -62,7 +62,7 @@ def bench(
     if device == "cuda":
         if baseline is not None or threads is not None:
             raise click.UsageError("--baseline and --threads go with --device cpu: on cuda dense is the baseline")
-        _bench_sparse(_layers(files, model, options.as_mapping(model_args)), batch_sizes, repeats, dtypes, output)
+        _bench_sparse(_layers(files, model, dict(model_args)), batch_sizes, repeats, dtypes, output)
         return
     if dtypes or model is not None or model_args:
         raise click.UsageError("--dtype and --model go with --device cuda: on the CPU the files say what is measured")

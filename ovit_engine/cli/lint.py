@@ -59,7 +59,7 @@ def lint(
         from ovit_engine.cli.validate import prepared
         from ovit_engine.core.recipe import Recipe
 
-        layers = list(of_recipe(prepared(Recipe.load(target, **options.as_mapping(variables)), model, model_args)))
+        layers = list(of_recipe(prepared(Recipe.load(target, **dict(variables)), model, model_args)))
     console = table_console()
     columns: dict[str, Callable[[SparseLayer], str]] = {}
     if trt_log is not None:

@@ -9,9 +9,9 @@ from ovit_engine.cli import options
 
 if TYPE_CHECKING:
     from ovit_engine.core.recipe import Recipe
-    from ovit_engine.post_training.oneshot import Step
+    from ovit_engine.post_training.oneshot_report import GridStep, OneShot
     from ovit_engine.post_training.setup import ModelSetup
-    from ovit_engine.post_training.tune import TuneStep
+    from ovit_engine.post_training.tune import Tuned
 
 
 class Sparsities(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases only
@@ -45,12 +45,12 @@ class Names(click.ParamType):  # type: ignore[type-arg]  # as above
 @click.command(short_help="Prune without training: accuracy over sparsity.")
 @click.option("--recipe", help="Recipe whose pruner is run; a file, or the name of one of ours.")
 @click.option("--targets", multiple=True, help="Without --recipe: weights to prune by oViT, as preset:vit.")
-@click.option("--data", required=True, help="'digits', an image folder with train/ and val/, or a timm dataset name.")
-@click.option("--data-root", type=click.Path(path_type=Path), help="Where downloaded datasets are kept.")
+@options.data
+@options.data_root
 @options.model
 @options.model_args
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Trained weights: a file, or a run's folder.")
-@click.option("--pretrained", is_flag=True, help="Take timm's weights (downloads them).")
+@options.checkpoint
+@options.pretrained
 @click.option("--sparsity", "sparsities", type=Sparsities(), default=(), help="As 0.5,0.75,0.9; none with N:M.")
 @click.option(
     "--compare", type=Names(), default=(), help="Pruners to compare, as ovit,obert,obd,grad_weight,magnitude."
@@ -60,8 +60,8 @@ class Names(click.ParamType):  # type: ignore[type-arg]  # as above
 @click.option(
     "--output", type=click.Path(path_type=Path), help="Folder of the results; runs/<recipe>-oneshot if left out."
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-@click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that read images.")
+@options.device
+@options.workers
 @options.variables
 def oneshot(
     recipe: str | None,
@@ -85,21 +85,16 @@ def oneshot(
 
     --compare draws the oViT paper's Figure 3 for your model; --tune finds a pruner's dampening.
     """
-    if checkpoint is not None and pretrained:
-        raise click.UsageError("weights come from --checkpoint or --pretrained, not both")
+    options.check_weights(checkpoint, pretrained)
     if tune and len(compare) > 1:
         raise click.UsageError("--tune is for one pruner: name one with --compare, or none")
     if tune and len(sparsities) > 1:
         raise click.UsageError("--tune compares settings at one sparsity: give one")
     from ovit_engine.post_training.pruners import choose_pruners
     from ovit_engine.post_training.setup import set_up
-    from ovit_engine.training.api import with_training
 
-    read = _recipe(recipe, targets, options.as_mapping(variables), sparsities)
-    args = options.as_mapping(model_args)
-    if model is None or model == read.training.model:  # the recipe's arguments go with the recipe's model
-        args = {**read.training.model_args, **args}
-    read = with_training(read, model=model, model_args=args, seed=seed)
+    read = _recipe(recipe, targets, dict(variables), sparsities)
+    read = options.with_options(read, model, model_args, seed=seed)
     for pruner in choose_pruners(read, compare):  # before the model and the images are read
         pruner.check_sparsities(sparsities)
     folder = output or Path("runs") / f"{read.name}-{'tune' if tune else 'oneshot'}"
@@ -147,7 +142,7 @@ def _oneshot(
     from ovit_engine.post_training.oneshot import oneshot as run
     from ovit_engine.utils.progress import ProgressReport
 
-    def tell(step: "Step") -> None:
+    def tell(step: "GridStep[OneShot]") -> None:
         if step.result.points:
             step.result.save(folder)  # after every point: what is measured is not lost
             point = step.result.points[-1]
@@ -182,7 +177,7 @@ def _tune(
     from ovit_engine.post_training.tune import tune as run
     from ovit_engine.utils.progress import ProgressReport
 
-    def tell(step: "TuneStep") -> None:
+    def tell(step: "GridStep[Tuned]") -> None:
         if not step.result.settings:
             console.print(f"dense  held-out loss {step.result.dense_loss:.4f}")
         else:

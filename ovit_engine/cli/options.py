@@ -1,12 +1,15 @@
 """Options that several commands take."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import yaml
+
+if TYPE_CHECKING:
+    from ovit_engine.core.recipe import Recipe
 
 
 class KeyValue(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases only
@@ -28,12 +31,6 @@ class KeyValue(click.ParamType):  # type: ignore[type-arg]  # generic in newer r
 
 EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 
-
-def as_mapping(pairs: tuple[tuple[str, Any], ...]) -> Mapping[str, Any]:
-    """Options given as key=value, the last of each."""
-    return dict(pairs)
-
-
 variables = click.option(
     "--var", "variables", type=KeyValue(), multiple=True, help="A variable of the recipe, as sparsity=0.9."
 )
@@ -49,6 +46,41 @@ certificate_chain = click.option(
     help="A certificate of the chain of trust (PEM), for signatures by certificate.",
 )
 epochs = click.option("--epochs", type=click.IntRange(min=1), help="Length of training; else the recipe's, or 10.")
+
+
+data = click.option(
+    "--data", required=True, help="'digits', an image folder with train/ and val/, or a timm dataset name."
+)
+data_root = click.option("--data-root", type=click.Path(path_type=Path), help="Where downloaded datasets are kept.")
+checkpoint = click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="Trained weights: a file, or a run's folder."
+)
+pretrained = click.option("--pretrained", is_flag=True, help="Take timm's weights (downloads them).")
+device = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+workers = click.option(
+    "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that read images."
+)
+
+
+def check_weights(checkpoint: Path | None, pretrained: bool) -> None:
+    """Raise UsageError if weights come from two places."""
+    if checkpoint is not None and pretrained:
+        raise click.UsageError("weights come from --checkpoint or --pretrained, not both")
+
+
+def with_options(
+    recipe: "Recipe", model: str | None, model_args: tuple[tuple[str, Any], ...], **training: Any
+) -> "Recipe":
+    """Return `recipe` with a model and options of its training from the command line.
+
+    The recipe's own arguments of the model are kept for its own model alone.
+    """
+    from ovit_engine.training.models import with_training
+
+    args = dict(model_args)
+    if model is None or model == recipe.training.model:
+        args = {**recipe.training.model_args, **args}
+    return with_training(recipe, model=model, model_args=args, **training)
 
 
 @contextmanager

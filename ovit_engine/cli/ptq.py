@@ -21,13 +21,13 @@ log = logging.getLogger(__name__)
 @click.argument("source", type=click.Path(path_type=Path), required=False, metavar="[MODEL.onnx]")
 @options.model
 @options.model_args
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Trained weights: a file, or a run's folder.")
-@click.option("--pretrained", is_flag=True, help="Take timm's weights (downloads them).")
-@click.option("--data", required=True, help="'digits', an image folder with train/ and val/, or a timm dataset name.")
-@click.option("--data-root", type=click.Path(path_type=Path), help="Where downloaded datasets are kept.")
+@options.checkpoint
+@options.pretrained
+@options.data
+@options.data_root
 @click.option("--recipe", help="Recipe whose quantize is followed; its times play no part. Defaults if left out.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="The ONNX file to write.")
-@click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that read images.")
+@options.workers
 @options.variables
 def ptq(
     source: Path | None,
@@ -49,8 +49,7 @@ def ptq(
     """
     from ovit_engine.certificate.render import print_certificate
 
-    if checkpoint is not None and pretrained:
-        raise click.UsageError("weights come from --checkpoint or --pretrained, not both")
+    options.check_weights(checkpoint, pretrained)
     if not output.absolute().parent.is_dir():
         raise FileNotFoundError(f"no folder {str(output.parent)!r} to write {output.name!r} to")
     for path, kind in ((source, "such file:"), (checkpoint, "checkpoint")):
@@ -64,10 +63,8 @@ def ptq(
             )
         found = _from_onnx(source, model, data, data_root, output, workers)
     else:
-        read = _recipe(recipe, options.as_mapping(variables))
-        found = _from_weights(
-            read, model, options.as_mapping(model_args), checkpoint, pretrained, data, data_root, output, workers
-        )
+        read = _recipe(recipe, dict(variables))
+        found = _from_weights(read, model, model_args, checkpoint, pretrained, data, data_root, output, workers)
     print_certificate(found.certificate)
     for line in found.lines():
         click.echo(line)
@@ -83,7 +80,7 @@ def _recipe(name: str | None, values: Mapping[str, Any]) -> "Recipe":
 def _from_weights(
     read: "Recipe",
     model: str | None,
-    model_args: Mapping[str, Any],
+    model_args: tuple[tuple[str, Any], ...],
     checkpoint: Path | None,
     pretrained: bool,
     data: str,
@@ -97,15 +94,12 @@ def _from_weights(
     from ovit_engine.post_training import ptq as after
     from ovit_engine.post_training.setup import set_up
     from ovit_engine.training.data import config_of, tell_classes
-    from ovit_engine.training.models import with_training
 
     modifier = after.quantize_of(read)
     run = None if checkpoint is None else after.run_of(checkpoint)
     if run is not None and read.training.model is None:  # the run tells the model
         read = replace(read, training=Recipe.parse(run["recipe"]).training)
-    if model is None or model == read.training.model:  # the recipe's arguments go with the recipe's model
-        model_args = {**read.training.model_args, **model_args}
-    read = with_training(read, model=model, model_args=model_args)
+    read = options.with_options(read, model, model_args)
     bench = set_up(
         read,
         data=data,

@@ -23,15 +23,13 @@ MOST_ROWS = 500
 @options.variables
 def show(recipe: str, epochs: int | None, steps_per_epoch: int | None, variables: tuple[tuple[str, Any], ...]) -> None:
     """Print the timeline of RECIPE: when each modifier acts, sparsity, learning rate."""
-    from rich.table import Table
-
     from ovit_engine.cli.validate import check_schedule
     from ovit_engine.core.capabilities import LearningRate, having, timeline_rows
     from ovit_engine.core.recipe import Recipe
     from ovit_engine.core.schedule import Clock
-    from ovit_engine.utils.console import table_console
+    from ovit_engine.utils.console import plain_table, table_console
 
-    read = Recipe.load(recipe, **options.as_mapping(variables))
+    read = Recipe.load(recipe, **dict(variables))
     length = epochs or read.training.epochs
     steps = steps_per_epoch or STEPS_PER_EPOCH
     clock = Clock(steps, steps * length)
@@ -40,27 +38,15 @@ def show(recipe: str, epochs: int | None, steps_per_epoch: int | None, variables
     with options.assuming(length if assumed else None):
         check_schedule(read, clock)
     assumed += [] if steps_per_epoch else [f"{steps} steps an epoch (--steps-per-epoch)"]
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("epoch", "step"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for column in ("what", "value"):
-        table.add_column(column)
     rows = timeline_rows(read.modifiers, clock)
     if trained and not having(read.modifiers, LearningRate):
-        rows.insert(
-            0,
-            (
-                0,
-                "learning rate",
-                f"{read.training.lr:.3g} ({read.training.scheduler or 'constant'}, of the training section)",
-            ),
-        )
+        rate = f"{read.training.lr:.3g} ({read.training.scheduler or 'constant'}, of the training section)"
+        rows.insert(0, (0, "learning rate", rate))
     rows.sort(key=lambda row: row[0])
-    for step, what, value in rows[:MOST_ROWS]:
-        table.add_row(f"{clock.epochs(step):g}", str(step), what, value)
+    lines = [(f"{clock.epochs(step):g}", str(step), what, value) for step, what, value in rows[:MOST_ROWS]]
     if len(rows) > MOST_ROWS:
-        table.add_row("", "", f"... {len(rows) - MOST_ROWS:,} more", "")
-    table.add_row(f"{length}", str(clock.total_steps), "end", "")
+        lines.append(("", "", f"... {len(rows) - MOST_ROWS:,} more", ""))
+    lines.append((f"{length}", str(clock.total_steps), "end", ""))
     console = table_console()
     console.print(f"{read.name}: {length} epoch{'s' * (length > 1)} of {steps} steps")
     if assumed:
@@ -69,7 +55,7 @@ def show(recipe: str, epochs: int | None, steps_per_epoch: int | None, variables
         console.print(read.description)
     if read.training.model:
         console.print(training_line(read.training), soft_wrap=True)
-    console.print(table)
+    console.print(plain_table(("epoch", "step", "what", "value"), lines, left=("what", "value")))
     for line in preset_lines(read):
         console.print(line, soft_wrap=True)
 

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from ovit_engine.sweep.folder import Index
 
 
@@ -50,7 +48,7 @@ def sweep(
     if onnx and not index.finished:
         raise ValueError(f"the run is not finished: go on with ovit train --resume {folder}, then export its points")
     if onnx:
-        index = _export(folder, index, data, data_root)
+        index = _export_points(folder, index, data, data_root)
     print_points(index)
     for file in draw(folder / FOLDER, index):
         click.echo(f"wrote {file}")
@@ -62,6 +60,7 @@ def print_points(index: "Index") -> None:
 
     from ovit_engine.certificate.render import size_text
     from ovit_engine.sweep.folder import point_name
+    from ovit_engine.utils.console import plain_table
 
     rows = [["dense", "", _metric(index, index.baseline)]] if index.baseline is not None else []
     for point in index.points:
@@ -75,9 +74,9 @@ def print_points(index: "Index") -> None:
         if point.onnx is not None and point.onnx_bytes is not None and point.onnx_gzip_bytes is not None
     ]
     console = Console(highlight=False, soft_wrap=True)
-    console.print(_table(["point", "sparsity", index.metric, "epoch", "left", "size", "gzip", "FLOPs"], rows))
+    console.print(plain_table(["point", "sparsity", index.metric, "epoch", "left", "size", "gzip", "FLOPs"], rows))
     if files:
-        console.print(_table(["ONNX file", index.metric, "size", "gzip"], files))
+        console.print(plain_table(["ONNX file", index.metric, "size", "gzip"], files))
     missing = sorted(set(index.asked) - {point.sparsity for point in index.points})
     if missing:
         console.print(f"no model yet at {', '.join(map(point_name, missing))}")
@@ -85,18 +84,7 @@ def print_points(index: "Index") -> None:
         console.print(f"no {index.metric} was reported for some: the last model before the next change")
 
 
-def _table(columns: list[str], rows: list[list[str]]) -> "Table":
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _export(folder: Path, index: "Index", data: str | None, root: Path | None) -> "Index":
+def _export_points(folder: Path, index: "Index", data: str | None, root: Path | None) -> "Index":
     from torch.utils.data import DataLoader
 
     from ovit_engine.core.recipe import Recipe

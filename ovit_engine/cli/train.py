@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--recipe", help="Recipe file, or the name of one of ours (ovit recipes).")
 @click.option("--data", help="'digits', an image folder with train/ and val/, or a timm dataset name.")
-@click.option("--data-root", type=click.Path(path_type=Path), help="Where downloaded datasets are kept.")
+@options.data_root
 @options.model
 @options.model_args
 @options.epochs
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 )
 @click.option("--amp", is_flag=True, default=None, help="Mixed precision: float16 on a GPU, bfloat16 on a CPU.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the run; runs/<recipe> if left out.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-@click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that read images.")
+@options.device
+@options.workers
 @click.option("--strict-images", is_flag=True, help="Stop at the first unreadable image.")
 @options.variables
 def train(
@@ -68,30 +68,26 @@ def train(
     (torchrun --nproc-per-node 4 -m ovit_engine train ...), --batch-size is that of all together.
     """
     from ovit_engine.distributed.launch import launched
-    from ovit_engine.training.api import SILENT, FinishedRunError, with_training
+    from ovit_engine.training.api import SILENT, FinishedRunError
     from ovit_engine.training.api import train as run
     from ovit_engine.training.checkpoint import LAST, PREVIOUS
 
     if resume is not None and (checkpoint is not None or pretrained):
         raise click.UsageError("--resume goes on with a run's own weights: no --checkpoint or --pretrained beside it")
-    if checkpoint is not None and pretrained:
-        raise click.UsageError("weights come from --checkpoint or --pretrained, not both")
+    options.check_weights(checkpoint, pretrained)
     start = _resumed(resume, output, recipe)
     if resume is not None and start is None and recipe is None:
         raise click.UsageError(f"no checkpoint in {str(output)!r} to go on from: name a --recipe to begin with")
-    read, known_data = _recipe_and_data(recipe, start, options.as_mapping(variables))
+    read, known_data = _recipe_and_data(recipe, start, dict(variables))
     data = data or known_data
     if data is None:
         raise click.UsageError("Missing option '--data'.")
-    args = options.as_mapping(model_args)
-    if model is None or model == read.training.model:  # the recipe's arguments go with the recipe's model
-        args = {**read.training.model_args, **args}
     if start is not None and recipe is None and epochs not in (None, read.training.epochs):
         raise click.UsageError(
             f"a resumed run keeps its {read.training.epochs} epochs: to train its model further, "
             f"begin a new run with --checkpoint {start}"
         )
-    read = with_training(read, model=model, model_args=args, epochs=epochs, batch_size=batch_size, seed=seed)
+    read = options.with_options(read, model, model_args, epochs=epochs, batch_size=batch_size, seed=seed)
     if output is None:
         output = Path("runs") / read.name if start is None else (start if start.is_dir() else start.parent)
     leads = launched().is_main

@@ -40,7 +40,7 @@ def validate(
 
     from ovit_engine.core.recipe import Recipe
 
-    read = Recipe.load(recipe, **options.as_mapping(variables))
+    read = Recipe.load(recipe, **dict(variables))
     console = Console(highlight=False, soft_wrap=True)
     assumed = None if epochs or read.training.model_fields_set else read.training.epochs
     if model is None and read.training.model is None:
@@ -82,12 +82,8 @@ def prepared(
 ) -> "Engine":
     """An engine of the recipe on an empty model: the recipe's own, or another by name."""
     from ovit_engine.engine import Engine
-    from ovit_engine.training.api import with_training
 
-    args = options.as_mapping(model_args)
-    if model is None or model == recipe.training.model:  # the recipe's arguments go with the recipe's model
-        args = {**recipe.training.model_args, **args}
-    changed = with_training(recipe, model=model, model_args=args, epochs=epochs)
+    changed = options.with_options(recipe, model, model_args, epochs=epochs)
     return Engine(
         empty_model(changed.training), changed, steps_per_epoch=steps_per_epoch, epochs=changed.training.epochs
     ).prepare()
@@ -108,19 +104,12 @@ def empty_model(training: "Training") -> "nn.Module":
 
 
 def _print_matches(console: Any, engine: "Engine") -> None:
-    from rich.table import Table
-
     from ovit_engine.core.capabilities import Scheduled, having
+    from ovit_engine.utils.console import plain_table
 
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("modifier", no_wrap=True)
-    table.add_column("targets")
-    table.add_column("tensors", justify="right")
-    table.add_column("weights", justify="right")
-    for row in match_rows(engine):
-        table.add_row(*row)
-    if table.row_count:
-        console.print(table)
+    rows = list(match_rows(engine))
+    if rows:
+        console.print(plain_table(("modifier", "targets", "tensors", "weights"), rows, left=("modifier", "targets")))
     for modifier in having(engine.modifiers, Scheduled):
         for line in modifier.outcome(engine.run):
             console.print(f"{modifier.name}: {line}")

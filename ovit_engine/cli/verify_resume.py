@@ -58,14 +58,14 @@ def verify_resume(
     from ovit_engine.training.verify_resume import Job
     from ovit_engine.training.verify_resume import verify_resume as verify
 
-    read = with_training(Recipe.load(recipe, **options.as_mapping(variables)), epochs=epochs)
+    read = with_training(Recipe.load(recipe, **dict(variables)), epochs=epochs)
     if model is None and read.training.model is None:
         read = with_training(read, model=MODEL)
     small, is_own = quick(read), model in (None, read.training.model)
     per_epoch = steps_per_epoch(small, steps)
     small = with_small_model(small, per_epoch) if model is None else with_training(small, model=model)
     args = small.training.model_args if is_own else {}  # the recipe's arguments go with the recipe's model
-    small = with_training(small, model_args={**args, **options.as_mapping(model_args)})
+    small = with_training(small, model_args={**args, **dict(model_args)})
     job = Job(
         build=partial(small_setup, small.training, BATCH * per_epoch),
         recipe=small.dump(),

@@ -17,20 +17,10 @@ from ovit_engine.core.recipe import Recipe
 from ovit_engine.engine import Engine
 from ovit_engine.flops import count_flops
 from ovit_engine.gradients.calibration import Calibration
-from ovit_engine.post_training.oneshot_report import OneShot, PrunedAccuracy
+from ovit_engine.post_training.oneshot_report import GridStep, OneShot, PrunedAccuracy
 from ovit_engine.post_training.pruners import Candidate, choose_pruners
 
 EVALUATION = 64  # gradients that take about as long as an evaluation: for the estimate of the time left only
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """Where a run is, told before each pruning step and after the last one."""
-
-    what: str  # "ovit at 75%"
-    done: int  # work so far, in gradients
-    total: int
-    result: OneShot  # what is known so far
 
 
 def oneshot(
@@ -43,7 +33,7 @@ def oneshot(
     compare: Sequence[str] = (),
     example_inputs: Tensor | tuple[Any, ...] | None = None,
     about: Mapping[str, Any] | None = None,
-    progress: Callable[[Step], object] = lambda step: None,
+    progress: Callable[[GridStep[OneShot]], object] = lambda step: None,
 ) -> OneShot:
     """Prune a copy of a trained model at once to each sparsity and evaluate it, without any training.
 
@@ -57,7 +47,7 @@ def oneshot(
         compare: pruners to run ("ovit", "obert", "magnitude" ...) instead of the recipe's one; see `choose_pruners`.
         example_inputs: one batch as the model takes it; without it FLOPs are not counted.
         about: what else to keep beside the results: names of model and data, the seed.
-        progress: told before each pruning step, and at the end.
+        progress: called before each pruning step, and at the end.
 
     Raises:
         RecipeError: targets or a pattern that the model does not have.
@@ -74,11 +64,11 @@ def oneshot(
     done = EVALUATION
     for pruner, sparsity, modifier in grid:
         what = pruner.label if sparsity is None else f"{pruner.label} at {100 * sparsity:g}%"
-        progress(Step(what=what, done=done, total=total, result=found))
+        progress(GridStep(what=what, done=done, total=total, result=found))
         point = _point(model, modifier, pruner.label, sparsity, found.dense, calibration, evaluate, example_inputs)
         found = replace(found, points=(*found.points, point))
         done += cost(modifier)
-    progress(Step(what="done", done=total, total=total, result=found))
+    progress(GridStep(what="done", done=total, total=total, result=found))
     return found
 
 

@@ -1,15 +1,17 @@
-"""What a one-shot run found: as a table, CSV, JSON and a plot."""
+"""What a grid of one-shot runs found: as a table, CSV, JSON and a plot."""
 
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from ovit_engine.certificate.machine import this_machine, versions
 from ovit_engine.core.recipe import Recipe
+from ovit_engine.utils.console import plain_table
 from ovit_engine.utils.files import atomic_write
 from ovit_engine.utils.plots import plot_lines
 
@@ -37,9 +39,62 @@ class PrunedAccuracy:
     seconds: float  # of the pruning step
 
 
+class GridReport(ABC):
+    """What a grid of one-shot runs found. `print` it, or `render()` it in color; `save(folder)` writes all."""
+
+    name: ClassVar[str]  # of its files
+
+    def render(self, console: "Console | None" = None) -> None:
+        """Print the tables."""
+        from rich.console import Console
+
+        self.print_to(console or Console(highlight=False, soft_wrap=True))
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        stream = io.StringIO()
+        self.print_to(Console(file=stream, highlight=False, soft_wrap=True, width=200))
+        return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write the CSV and the JSON file to an existing folder, each whole; return their paths."""
+        texts = {folder / f"{self.name}.csv": self.csv(), folder / f"{self.name}.json": self.json()}
+        for path, text in texts.items():
+            atomic_write(path, text)
+        return list(texts)
+
+    @abstractmethod
+    def print_to(self, console: "Console") -> None:
+        """Print the tables to a console."""
+
+    @abstractmethod
+    def csv(self) -> str:
+        """Return a line for each point of the grid."""
+
+    @abstractmethod
+    def json(self) -> str:
+        """Return all of it, with the recipe, versions and the machine."""
+
+
+Report = TypeVar("Report", bound=GridReport)
+
+
 @dataclass(frozen=True, kw_only=True)
-class OneShot:
-    """Accuracy over sparsity. `print` it, or `render()` it in colour; `save(folder)` writes all."""
+class GridStep(Generic[Report]):
+    """Where a grid is, reported before each pruning step and after the last one."""
+
+    what: str  # "ovit at 75%"
+    done: int  # work so far, in gradients
+    total: int
+    result: Report  # what is known so far
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneShot(GridReport):
+    """Accuracy over sparsity, of one pruner or several."""
+
+    name = NAME
 
     recipe: Recipe
     dense: float  # accuracy before pruning
@@ -47,17 +102,10 @@ class OneShot:
     points: tuple[PrunedAccuracy, ...] = ()
     about: Mapping[str, Any] = field(default_factory=dict)  # model, data, seed ...: what the caller knows
 
-    def render(self, console: "Console | None" = None) -> None:
-        """Print the table and the options."""
-        from rich.console import Console
-
-        console = console or Console(highlight=False, soft_wrap=True)
+    def print_to(self, console: "Console") -> None:
         console.print(self._table())
         for line in self._used():
             console.print(line)
-
-    def __str__(self) -> str:
-        return as_text(self.render)
 
     def csv(self) -> str:
         """One line a point, the dense model first; sparsities, accuracies and reductions are shares."""
@@ -66,17 +114,12 @@ class OneShot:
         return as_csv([*PrunedAccuracy.__dataclass_fields__, "options"], rows)
 
     def json(self) -> str:
-        """All of it, with the recipe, versions and the machine."""
         found = {
             "dense": self.dense,
             "points": [asdict(point) for point in self.points],
             "options": {label: dict(options) for label, options in self.options.items()},
         }
         return as_json(self.recipe, self.about, found)
-
-    def save(self, folder: Path) -> list[Path]:
-        """Write oneshot.csv and oneshot.json to an existing folder, each whole; returns their paths."""
-        return write_texts({folder / f"{NAME}.csv": self.csv(), folder / f"{NAME}.json": self.json()})
 
     def plot(self, folder: Path) -> list[Path]:
         """Write oneshot.svg and oneshot.png: accuracy over sparsity, a line a pruner, with the dense accuracy."""
@@ -103,7 +146,7 @@ class OneShot:
             measured = (f"{point.sparsity:.2%}", f"{point.accuracy:.2%}", drop, flops, f"{point.seconds:.1f}")
             rows.append((point.pruner, asked, *measured))
         header = ("pruner", "asked", "sparsity", "accuracy", "drop", "FLOP reduction", "seconds")
-        return plain_table(header, rows)
+        return plain_table(header, rows, left=("pruner",))
 
     def _used(self) -> list[str]:
         """A line with what all had in common, and one a pruner."""
@@ -127,27 +170,6 @@ def _value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def plain_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> "Table":
-    """A table without lines, names on the left and numbers on the right."""
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for index, column in enumerate(header):
-        table.add_column(column, justify="right" if index else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def as_text(render: Any) -> str:
-    """What `render(console)` prints, without colours."""
-    from rich.console import Console
-
-    stream = io.StringIO()
-    render(Console(file=stream, highlight=False, soft_wrap=True, width=200))
-    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
-
-
 def as_csv(columns: list[str], rows: list[dict[str, Any]]) -> str:
     """Lines of comma-separated values under a header; what a row lacks is empty."""
     stream = io.StringIO()
@@ -158,7 +180,7 @@ def as_csv(columns: list[str], rows: list[dict[str, Any]]) -> str:
 
 
 def as_json(recipe: Recipe, about: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """Results with all that belongs to them: recipe and hash, what the caller knows, versions, machine."""
+    """Return results with all that belongs to them: recipe and hash, what the caller knows, versions, machine."""
     document = {
         **about,
         **found,
@@ -168,10 +190,3 @@ def as_json(recipe: Recipe, about: Mapping[str, Any], found: Mapping[str, Any]) 
         "machine": this_machine().model_dump(mode="json"),
     }
     return json.dumps(document, indent=2) + "\n"
-
-
-def write_texts(texts: Mapping[Path, str]) -> list[Path]:
-    """Write each text to its file, whole or not at all."""
-    for path, text in texts.items():
-        atomic_write(path, text)
-    return list(texts)

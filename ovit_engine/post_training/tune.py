@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 from ovit_engine.core.recipe import Recipe
 from ovit_engine.gradients.calibration import Calibration
 from ovit_engine.post_training.oneshot import EVALUATION, check_on, checked_accuracy, cost, prune_copy
-from ovit_engine.post_training.oneshot_report import as_csv, as_json, as_text, plain_table, write_texts
+from ovit_engine.post_training.oneshot_report import GridReport, GridStep, as_csv, as_json
 from ovit_engine.post_training.pruners import Candidate, choose_pruners
+from ovit_engine.utils.console import plain_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,8 +44,10 @@ class Setting:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tuned:
+class Tuned(GridReport):
     """A grid and its best setting. Accuracies are on the validation images, which took no part in the choice."""
+
+    name = NAME
 
     recipe: Recipe
     pruner: Candidate
@@ -70,11 +72,8 @@ class Tuned:
         options = {**kept, **self.pruner.options, **self.best.options}
         return yaml.safe_dump([{self.pruner.kind.name: options}], sort_keys=False)
 
-    def render(self, console: "Console | None" = None) -> None:
+    def print_to(self, console: "Console") -> None:
         """Print the grid, the best setting, what it does on the validation images, and the lines to paste."""
-        from rich.console import Console
-
-        console = console or Console(highlight=False, soft_wrap=True)
         names = tuple(self.own)
         rows = [("dense", *("",) * (len(names) - 1), f"{self.dense_loss:.4f}", "", "")]
         rows += [
@@ -86,16 +85,13 @@ class Tuned:
             )
             for each in self.settings
         ]
-        console.print(plain_table((*names, "held-out loss", "seconds", ""), rows))
+        console.print(plain_table((*names, "held-out loss", "seconds", ""), rows, left=(names[0],)))
         if self.accuracy is not None and self.own_accuracy is not None and self.dense is not None:
             console.print(
                 f"accuracy on the validation images: dense {self.dense:.2%}, the recipe's setting "
                 f"{self.own_accuracy:.2%}, the best {self.accuracy:.2%}"
             )
         console.print(f"to paste into the recipe:\n{self.lines()}", end="")
-
-    def __str__(self) -> str:
-        return as_text(self.render)
 
     def csv(self) -> str:
         """One line a setting."""
@@ -107,7 +103,6 @@ class Tuned:
         return as_csv([*self.own, "loss", "sparsity", "seconds", "best", "recipe"], rows)
 
     def json(self) -> str:
-        """All of it, with the recipe, versions and the machine."""
         found = {
             "pruner": self.pruner.label,
             "options": self.pruner.all_options(self.asked),
@@ -121,23 +116,9 @@ class Tuned:
         }
         return as_json(self.recipe, self.about, found)
 
-    def save(self, folder: Path) -> list[Path]:
-        """Write tune.csv and tune.json to an existing folder, each whole; returns their paths."""
-        return write_texts({folder / f"{NAME}.csv": self.csv(), folder / f"{NAME}.json": self.json()})
-
     def _marks(self, setting: Setting) -> list[str]:
         marks = ["best"] if setting == self.best else []
         return [*marks, "recipe"] if setting.options == self.own else marks
-
-
-@dataclass(frozen=True, kw_only=True)
-class TuneStep:
-    """Where tuning is, told before each pruning step and after the last one."""
-
-    what: str  # "damp 1e-08, gradients 1024, block 48"
-    done: int  # work so far, in gradients
-    total: int
-    result: Tuned  # what is known so far
 
 
 def tune(
@@ -150,7 +131,7 @@ def tune(
     sparsity: float | None = None,
     pruner: str | None = None,
     about: Mapping[str, Any] | None = None,
-    progress: Callable[[TuneStep], object] = lambda step: None,
+    progress: Callable[[GridStep[Tuned]], object] = lambda step: None,
 ) -> Tuned:
     """Find damp, gradients and block of a recipe's pruner by pruning copies of a trained model at once.
 
@@ -165,7 +146,7 @@ def tune(
         sparsity: at which settings are compared; None with an N:M pattern, which implies its own.
         pruner: which one ("obert"), where the recipe has several, or one that it does not have.
         about: what else to keep beside the results.
-        progress: told before each pruning step, and at the end.
+        progress: called before each pruning step, and at the end.
 
     Raises:
         RecipeError: targets or a pattern that the model does not have.
@@ -186,7 +167,7 @@ def tune(
     done = EVALUATION
     for options, modifier in zip(grid, modifiers, strict=True):
         what = ", ".join(f"{name} {value:g}" for name, value in options.items())
-        progress(TuneStep(what=what, done=done, total=total, result=found))
+        progress(GridStep(what=what, done=done, total=total, result=found))
         pruned = prune_copy(model, modifier, calibration)
         setting = Setting(
             options=options,
@@ -202,14 +183,14 @@ def tune(
         done += cost(modifier)
     if math.isinf(found.best.loss):
         raise ValueError(f"no setting of {chosen.label} gives a finite loss on the held-out images")
-    progress(TuneStep(what="validation", done=done, total=total, result=found))
+    progress(GridStep(what="validation", done=done, total=total, result=found))
     found = replace(
         found,
         dense=checked_accuracy(evaluate, copy.deepcopy(model)),
         accuracy=checked_accuracy(evaluate, best),
         own_accuracy=checked_accuracy(evaluate, unchanged),
     )
-    progress(TuneStep(what="done", done=total, total=total, result=found))
+    progress(GridStep(what="done", done=total, total=total, result=found))
     return found
 
 

@@ -7,12 +7,13 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 
 _UNLIMITED = 1000  # characters; no table of ours is so wide, and a table takes no more than it needs
@@ -33,6 +34,18 @@ def table_console() -> Console:
     if "COLUMNS" not in os.environ:
         console.width = _UNLIMITED
     return console
+
+
+def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: Collection[str] = ()) -> Table:
+    """Return a table without lines, its columns on the right except those named in `left`."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for column in header:
+        table.add_column(column, justify="left" if column in left else "right", no_wrap=column not in left)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 class _Trimmed(io.TextIOBase):

@@ -17,7 +17,8 @@ from torch.utils.data import TensorDataset
 
 from ovit_engine import Calibration, Recipe, RecipeError
 from ovit_engine.masking.targets import find_slots
-from ovit_engine.post_training.oneshot import Step, oneshot
+from ovit_engine.post_training.oneshot import oneshot
+from ovit_engine.post_training.oneshot_report import GridStep, OneShot
 from ovit_engine.post_training.pruners import choose_pruners, pruner_names
 from ovit_engine.pruning import prune_tensors
 
@@ -196,7 +197,7 @@ def test_table_csv_json_and_plot_say_the_same(tmp_path: Path) -> None:
 
 
 def test_progress_counts_gradients_and_keeps_what_is_known() -> None:
-    steps: list[Step] = []
+    steps: list[GridStep[OneShot]] = []
     found = run(sparsities=(0.5, 0.75), compare=("ovit", "magnitude"), progress=steps.append)
     assert [step.what for step in steps] == [
         "ovit at 50%",

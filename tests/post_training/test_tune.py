@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ovit_engine import Calibration, Recipe
 from ovit_engine.post_training.oneshot import prune_copy
+from ovit_engine.post_training.oneshot_report import GridStep
 from ovit_engine.post_training.pruners import choose_pruners
 from ovit_engine.post_training.setup import set_up
-from ovit_engine.post_training.tune import Tuned, TuneStep, hold_out, mean_loss, settings, tune
+from ovit_engine.post_training.tune import Tuned, hold_out, mean_loss, settings, tune
 from tests.post_training.test_oneshot import RECIPE, accuracy, points, trained
 from tests.training.conftest import tiny_recipe
 
@@ -59,7 +60,7 @@ def test_the_grid_around_a_recipe() -> None:
 
 def test_the_best_has_the_lowest_loss_and_only_then_validation_images_are_seen() -> None:
     seen: list[str] = []
-    steps: list[TuneStep] = []
+    steps: list[GridStep[Tuned]] = []
 
     def evaluate(model: nn.Module) -> float:
         seen.append(steps[-1].what)
