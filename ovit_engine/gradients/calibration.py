@@ -32,8 +32,6 @@ class Calibration:
     """
 
     def __init__(self, data: DataLoader[Any] | Dataset[Any], loss_fn: LossFunction, *, seed: int = 0) -> None:
-        if not callable(loss_fn):
-            raise TypeError(f"loss_fn must be callable as loss_fn(outputs, targets), not {loss_fn!r}")
         self._loader_options = _worker_options(data) if isinstance(data, DataLoader) else {}
         self.dataset: Dataset[Any] = _dataset(data) if isinstance(data, DataLoader) else data
         if not isinstance(self.dataset, IterableDataset):

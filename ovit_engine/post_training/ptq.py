@@ -21,9 +21,8 @@ from ovit_engine.export.deploy import write
 from ovit_engine.integrations.neural_compressor import passes, search
 from ovit_engine.masking.masks import Masks
 from ovit_engine.modifiers.quantize import Quantize
-from ovit_engine.training.checkpoint import KEYS, LAST
+from ovit_engine.training.checkpoint import KEYS, checkpoint_file, read_state
 from ovit_engine.utils.files import staged
-from ovit_engine.utils.torch_files import load_file
 
 DEFAULT = "name: ptq\nmodifiers: [{quantize: {}}]\n"
 
@@ -183,11 +182,7 @@ def run_of(checkpoint: str | Path) -> Mapping[str, Any] | None:
         FileNotFoundError: nothing there.
         ValueError: damaged.
     """
-    path = Path(checkpoint)
-    path = path / LAST if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {str(path)!r}")
-    state = None if path.suffix == ".safetensors" else load_file(path)
+    state = read_state(checkpoint_file(Path(checkpoint)))
     return state if isinstance(state, dict) and set(state) >= KEYS else None
 
 

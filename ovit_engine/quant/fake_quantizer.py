@@ -36,10 +36,8 @@ class FakeQuantize(nn.Module):
         channels: int | None = None,
         device: torch.device | None = None,
     ) -> None:
-        """`axis` and `channels` go together: one scale for each index along `axis`; neither: one scale."""
+        """With `axis` and its number of `channels` there is one scale for each index along `axis`, otherwise one."""
         super().__init__()
-        if (axis is None) != (channels is None):
-            raise ValueError(f"axis and channels go together, got axis={axis}, channels={channels}")
         self.grid, self.observer, self.axis = grid, observer, axis
         shape = () if channels is None else (channels,)
         self.register_buffer("scale", torch.ones(shape, device=device))

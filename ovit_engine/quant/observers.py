@@ -50,10 +50,6 @@ class Averaged(Observer):
     momentum: float = 0.05
     only_in_training = True
 
-    def __post_init__(self) -> None:
-        if not 0.0 < self.momentum <= 1.0:
-            raise ValueError(f"momentum must lie in (0, 1], got {self.momentum}")
-
     @abstractmethod
     def range_of(self, x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
         """(minimum, maximum) of one batch."""
@@ -81,11 +77,6 @@ class Percentile(Averaged):
     """Average of each batch's percentiles: of 10,000 values 99.99 leaves out the largest and the smallest."""
 
     percentile: float = 99.99
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 50.0 < self.percentile <= 100.0:
-            raise ValueError(f"percentile must lie in (50, 100], got {self.percentile}")
 
     def range_of(self, x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
         return percentile_range(x, self.percentile, axis)

@@ -1,4 +1,4 @@
-"""Parameter groups in which the scorers of tokens are apart, so that their learning rate can be another."""
+"""Separate learning rates for the scorers of tokens: parameter groups, and rates scaled for one step."""
 
 from collections.abc import Iterable
 from typing import Any

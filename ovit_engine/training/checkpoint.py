@@ -1,4 +1,4 @@
-"""Checkpoints of the bundled trainer: all that it takes to go on, or to export, read without running any code."""
+"""Checkpoints of the bundled trainer: what is needed to resume or export, read without running any code."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ovit_engine.certificate.manifest import Manifest
 from ovit_engine.quant import dense_state_dict
-from ovit_engine.structured.gates import GATE, GateSite, install
+from ovit_engine.structured.gates import GATE, install
 from ovit_engine.structured.shrink_model import known_sites, manifest_of, rebuild, shrink
 from ovit_engine.training.metrics import METRICS
 from ovit_engine.utils.files import remove_leftovers
@@ -62,10 +62,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         FileNotFoundError: nothing there.
         ValueError: damaged, if by one bit, or written by something else.
     """
-    file = path / LAST if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f"no checkpoint {str(file)!r}")
-    state = _read_state(file)
+    file = checkpoint_file(path)
+    state = read_state(file)
     missing = KEYS - set(state) if isinstance(state, dict) else KEYS
     if missing:
         raise ValueError(
@@ -103,6 +101,14 @@ def last_whole(folder: Path) -> Path | None:
     return None
 
 
+def checkpoint_file(path: Path) -> Path:
+    """Return the file that `path` means: itself, or the newest checkpoint of a run's folder. FileNotFoundError."""
+    file = path / LAST if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"no checkpoint {str(file)!r}")
+    return file
+
+
 def folder_of(path: Path) -> Path:
     """The folder of a run, of which `path` is a checkpoint or that folder itself."""
     return path if path.is_dir() else path.parent
@@ -135,10 +141,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
         FileNotFoundError: nothing there.
         ValueError: damaged, or of another model; it names the first tensors that differ.
     """
-    file = path / LAST if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f"no checkpoint {str(file)!r}")
-    found = _read_state(file)
+    file = checkpoint_file(path)
+    found = read_state(file)
     manifest = saved_manifest(found) if isinstance(found, dict) else Manifest()
     if isinstance(found, dict) and set(found) >= KEYS:
         found = deployed_weights(found)
@@ -150,7 +154,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if manifest:
         rebuild(model, manifest)
     weights = dense_state_dict(found)
-    gated = [site for site in _sites(model, weights) if f"{site.name}.{GATE}" in weights]
+    has_gates = any(name.endswith(f".{GATE}") for name in weights)
+    gated = [site for site in known_sites(model) if f"{site.name}.{GATE}" in weights] if has_gates else []
     install(gated)
     own = model.state_dict()
     wrong = [f"{name} is missing" for name in own if name not in weights]
@@ -188,17 +193,14 @@ def with_manifest(model: nn.Module) -> dict[str, Any]:
     return {"manifest": manifest.model_dump(mode="json")} if manifest else {}
 
 
-def _sites(model: nn.Module, weights: Mapping[str, Tensor]) -> list[GateSite]:
-    return known_sites(model) if any(name.endswith(f".{GATE}") for name in weights) else []
-
-
 def deployed_weights(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """The weights of a checkpoint of ours that were validated, and are exported: the averaged ones, if there are."""
     weights: Mapping[str, Any] = state["ema"] if state.get("ema") else state["model"]
     return weights
 
 
-def _read_state(file: Path) -> Any:
+def read_state(file: Path) -> Any:
+    """Return what a checkpoint or a safetensors file holds. ValueError if it is damaged."""
     if file.suffix != ".safetensors":
         return load_file(file)
     try:

@@ -23,7 +23,7 @@ from ovit_engine.training.augmentation import (
     training_transform,
 )
 from ovit_engine.training.digits import SIZE, split_digits
-from ovit_engine.training.images import Images, ImageSource, ReaderSource, TorchvisionSource
+from ovit_engine.training.images import Images, ImageSource
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ def _folder_source(folder: Path, names: tuple[str, ...]) -> tuple[ImageSource, s
         raise ValueError(f"no images in {str(part)!r}: it holds a folder a class, with image files") from None
     if "" in reader.class_to_idx:
         raise ValueError(f"{str(part)!r} has images that lie in no class folder")
-    return ReaderSource(reader), set(reader.class_to_idx)
+    return ImageSource(reader), set(reader.class_to_idx)
 
 
 def _timm_sources(name: str, root: str | Path | None) -> tuple[ImageSource, ImageSource, int | None]:
@@ -218,11 +218,6 @@ def _timm_sources(name: str, root: str | Path | None) -> tuple[ImageSource, Imag
             made.append(create_dataset(name, root=str(place), split=split, **extra))
         except (AssertionError, ImportError, RuntimeError) as error:
             raise ValueError(f"timm can't load {name!r} ({split}): {' '.join(str(error).split())}") from error
-    train, val = made
-    classes = getattr(train, "classes", None)
-    return _timm_source(train), _timm_source(val), len(classes) if classes else None
-
-
-def _timm_source(dataset: Any) -> ImageSource:
-    reader = getattr(dataset, "reader", None)
-    return TorchvisionSource(dataset) if reader is None else ReaderSource(reader)
+    classes = getattr(made[0], "classes", None)
+    sources = [ImageSource(getattr(part, "reader", part)) for part in made]
+    return sources[0], sources[1], len(classes) if classes else None

@@ -4,7 +4,7 @@ import copy
 import logging
 from collections.abc import Callable
 from contextlib import closing
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -20,52 +20,26 @@ class UnreadableImageError(ValueError):
     """An image that can't be decoded; the message names it."""
 
 
-class ImageSource(Protocol):
-    """What images are read from."""
+class ImageSource:
+    """Images and their classes, from a timm reader (a folder, a tar file, Hugging Face) or a torchvision dataset."""
 
-    def __len__(self) -> int: ...
-    def read(self, index: int) -> tuple[Any, int]:
-        """An open file or a PIL image, and its class."""
-        ...
-
-    def name(self, index: int) -> str:
-        """What to call the image when it can't be read."""
-        ...
-
-
-class ReaderSource:
-    """A timm reader: an image folder, a tar file, a Hugging Face dataset."""
-
-    def __init__(self, reader: Any) -> None:
-        self._reader = reader
+    def __init__(self, items: Any) -> None:
+        self._items = items
 
     def __len__(self) -> int:
-        return len(self._reader)
+        return len(self._items)
 
     def read(self, index: int) -> tuple[Any, int]:
-        image, target, *_ = self._reader[index]
+        """Return an open file or a PIL image, and its class."""
+        image, target, *_ = self._items[index]
         return image, int(target)
 
     def name(self, index: int) -> str:
-        return str(self._reader.filename(index, absolute=True))
-
-
-class TorchvisionSource:
-    """A torchvision dataset, which decodes by itself."""
-
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def read(self, index: int) -> tuple[Any, int]:
-        image, target = self._dataset[index]
-        return image, int(target)
-
-    def name(self, index: int) -> str:
-        samples = getattr(self._dataset, "samples", None)
-        return str(samples[index][0]) if samples else f"image {index} of {type(self._dataset).__name__}"
+        """Return what to call the image when it can't be read."""
+        if hasattr(self._items, "filename"):
+            return str(self._items.filename(index, absolute=True))
+        samples = getattr(self._items, "samples", None)
+        return str(samples[index][0]) if samples else f"image {index} of {type(self._items).__name__}"
 
 
 class Images(Dataset[tuple[Tensor, int]]):

@@ -1,4 +1,4 @@
-"""timm models as the `training` section of a recipe names them."""
+"""timm models as the `training` section of a recipe names them, and small ones of their kind to try a recipe on."""
 
 import inspect
 import warnings
@@ -22,6 +22,24 @@ from ovit_engine.training.data import ImageData
 from ovit_engine.training.verify_resume import Setup
 from ovit_engine.utils.random import seed_everything
 from ovit_engine.utils.suggest import suggest
+
+LARGE = 1_000_000  # parameters from which a model is made smaller
+
+CLASSES = 10
+
+# by what a model's constructor takes: width goes, names stay; the first whose keys it has all
+_NARROW: tuple[dict[str, Any], ...] = (
+    {"embed_dim": 16, "num_heads": (1, 2, 4, 8), "depths": (2, 2, 2, 2), "window_size": 2, "img_size": 64},  # Swin
+    {"embed_dim": 32, "num_heads": 2, "depth": 2, "img_size": 32},  # ViT, DeiT, BEiT, XCiT
+    {"embed_dims": (16, 16, 32, 32), "depths": (2, 2, 2, 2)},  # EfficientFormer, whose attention has its image size
+    {"dims": (16, 16, 32, 32), "depths": (2, 2, 2, 2)},  # ConvNeXt
+    {"channels": (8, 8, 16, 16), "layers": (2, 2, 2, 2), "stem_width": 8},  # ResNet
+)
+
+_DEPTHS = {"depth", "depths", "layers"}
+
+# timm's own small ones and their arguments, by the class of models whose width no argument sets
+_STAND_INS: dict[str, tuple[str, dict[str, Any]]] = {"EfficientNet": ("test_efficientnet", {"channel_multiplier": 0.5})}
 
 
 def with_training(recipe: Recipe, **options: Any) -> Recipe:
@@ -87,25 +105,6 @@ def with_classes(recipe: Recipe, data: ImageData) -> Recipe:
     if data.classes is not None and given < data.classes:
         raise ValueError(f"the model has {given} classes, {data.name!r} has {data.classes}")
     return recipe
-
-
-LARGE = 1_000_000  # parameters from which a model is made smaller
-
-CLASSES = 10
-
-# by what a model's constructor takes: width goes, names stay; the first whose keys it has all
-_NARROW: tuple[dict[str, Any], ...] = (
-    {"embed_dim": 16, "num_heads": (1, 2, 4, 8), "depths": (2, 2, 2, 2), "window_size": 2, "img_size": 64},  # Swin
-    {"embed_dim": 32, "num_heads": 2, "depth": 2, "img_size": 32},  # ViT, DeiT, BEiT, XCiT
-    {"embed_dims": (16, 16, 32, 32), "depths": (2, 2, 2, 2)},  # EfficientFormer, whose attention has its image size
-    {"dims": (16, 16, 32, 32), "depths": (2, 2, 2, 2)},  # ConvNeXt
-    {"channels": (8, 8, 16, 16), "layers": (2, 2, 2, 2), "stem_width": 8},  # ResNet
-)
-
-_DEPTHS = {"depth", "depths", "layers"}
-
-# timm's own small ones and their arguments, by the class of models whose width no argument sets
-_STAND_INS: dict[str, tuple[str, dict[str, Any]]] = {"EfficientNet": ("test_efficientnet", {"channel_multiplier": 0.5})}
 
 
 def with_small_model(recipe: Recipe, steps_per_epoch: int) -> Recipe:

@@ -1,4 +1,4 @@
-"""A run of the bundled trainer read back from its checkpoint."""
+"""How a run of the bundled trainer begins, and how a finished one is read back from its checkpoint."""
 
 import logging
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ from ovit_engine.training.models import make_model
 from ovit_engine.training.sweep_run import clear_broken_start
 from ovit_engine.training.teachers import TeacherOfRun
 from ovit_engine.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,6 @@ def restore(path: str | Path) -> Restored:
     model.load_state_dict(deployed_weights(state))
     engine.load_state_dict(state["engine"])
     return Restored(model, engine, state["data"], state["preprocessing"], state["epoch"])
-
-
-log = logging.getLogger(__name__)
 
 
 def begin(trainer: Trainer, checkpoint: str | Path | None, pretrained: bool, resume: str | Path | None) -> None:

@@ -1,4 +1,4 @@
-"""After a sweep: what needs a model or data (FLOPs, ONNX files), and the recipe of the fine-tuning tail."""
+"""What a run does with its sweep: load a point, count FLOPs, export, and the recipe of the fine-tuning tail."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -17,6 +17,13 @@ from ovit_engine.structured.shrink_model import rebuild
 from ovit_engine.sweep.folder import FOLDER, INDEX, Index, Point, draw, point_name, read_index, write_index
 from ovit_engine.training.checkpoint import load_checkpoint
 from ovit_engine.utils.torch_files import load_file
+
+# the additional fine-tuning of the oViT paper
+TAIL_EPOCHS = 100
+
+TAIL_MAX, TAIL_MIN = 5e-5, 1e-5
+
+METRIC = "accuracy"  # what the bundled trainer reports
 
 
 def load_point(model: nn.Module, path: str | Path) -> Engine:
@@ -48,14 +55,6 @@ def load_point(model: nn.Module, path: str | Path) -> Engine:
         raise ValueError(f"{str(path)!r} does not fit the model: {' '.join(first).strip()}") from error
     engine.load_state_dict(state)
     return engine
-
-
-# the additional fine-tuning of the oViT paper
-TAIL_EPOCHS = 100
-
-TAIL_MAX, TAIL_MIN = 5e-5, 1e-5
-
-METRIC = "accuracy"  # what the bundled trainer reports
 
 
 def complete(

@@ -299,11 +299,6 @@ def test_data_that_is_none(data: Any, error: type[Exception], words: str) -> Non
         Calibration(data, mse)
 
 
-def test_a_loss_is_a_function() -> None:
-    with pytest.raises(TypeError, match=r"loss_fn must be callable as loss_fn\(outputs, targets\), not 'mse'"):
-        Calibration(DATA, "mse")  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize(
     ("loss", "words"),
     [

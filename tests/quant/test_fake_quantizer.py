@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from ovit_engine.quant import CPU, INT8_SYMMETRIC, CurrentMinMax, FakeQuantize, Scheme
+from ovit_engine.quant import CPU, Scheme
 
 
 def switched(quantizer, *, enabled=True, observing=True):
@@ -105,11 +105,6 @@ def test_a_dense_checkpoint_is_accepted_and_half_a_quantizer_is_not():
     quantizer.load_state_dict({})
     with pytest.raises(RuntimeError, match="zero_point"):
         quantizer.load_state_dict({"scale": torch.tensor(1.0)})
-
-
-def test_axis_and_channels_go_together():
-    with pytest.raises(ValueError, match="axis=0, channels=None"):
-        FakeQuantize(INT8_SYMMETRIC, CurrentMinMax(), axis=0)
 
 
 # torch 2.11's own tracing of an autograd function

@@ -119,9 +119,3 @@ def test_observers_follow_their_rule():
     assert [v.tolist() for v in by_row] == [[-3.0, 2.0], [1.0, 5.0]]
     by_column = CurrentMinMax().update(seen, minimum, maximum, tensor(True), 1)
     assert [v.tolist() for v in by_column] == [[1.0, -3.0], [5.0, 2.0]]
-
-
-@pytest.mark.parametrize("momentum", [0.0, -0.1, 1.5])
-def test_a_momentum_that_makes_no_average_is_refused(momentum):
-    with pytest.raises(ValueError, match=str(momentum)):
-        MovingAverageMinMax(momentum)

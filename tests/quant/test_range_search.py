@@ -140,12 +140,6 @@ def test_min_max_remembers_all_batches_and_averages_weigh_them() -> None:
     assert [v.item() for v in half.update(second, low, high, tensor(True), None)] == [-1.5, 2.0]
 
 
-@pytest.mark.parametrize("percentile", [50.0, 100.5, 0.0])
-def test_a_percentile_that_is_none_is_refused(percentile) -> None:
-    with pytest.raises(ValueError, match=str(percentile)):
-        Percentile(percentile=percentile)
-
-
 def test_seven_bits_keep_two_products_within_sixteen() -> None:
     """What pmaddubsw adds before it saturates."""
     assert 2 * 255 * INT7_SYMMETRIC.high <= 2**15 - 1 < 2 * 255 * INT8_SYMMETRIC.high
