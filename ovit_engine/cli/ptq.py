@@ -1,7 +1,6 @@
 """ovit ptq: int8 without training."""
 
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,18 +62,14 @@ def ptq(
             )
         found = _from_onnx(source, model, data, data_root, output, workers)
     else:
-        read = _recipe(recipe, dict(variables))
+        from ovit_engine.core.recipe import Recipe
+        from ovit_engine.post_training.ptq import DEFAULT
+
+        read = Recipe.parse(DEFAULT) if recipe is None else Recipe.load(recipe, **dict(variables))
         found = _from_weights(read, model, model_args, checkpoint, pretrained, data, data_root, output, workers)
     print_certificate(found.certificate)
     for line in found.lines():
         click.echo(line)
-
-
-def _recipe(name: str | None, values: Mapping[str, Any]) -> "Recipe":
-    from ovit_engine.core.recipe import Recipe
-    from ovit_engine.post_training.ptq import DEFAULT
-
-    return Recipe.parse(DEFAULT) if name is None else Recipe.load(name, **values)
 
 
 def _from_weights(

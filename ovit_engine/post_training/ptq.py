@@ -71,7 +71,7 @@ def quantize_of(recipe: Recipe) -> Quantize:
 
 def calibration_batches(images: Dataset[Any], count: int, *, seed: int = 0) -> list[tuple[Tensor, ...]]:
     """Return `count` images drawn at random from a dataset of (image, class), in batches; all if there are fewer."""
-    return [(batch,) for batch, *_ in DataLoader(_drawn(images, 0, count, seed), batch_size=_BATCH)]
+    return [(batch,) for batch, *_ in DataLoader(_random_subset(images, 0, count, seed), batch_size=_BATCH)]
 
 
 def search_batches(images: Dataset[Any], skip: int, *, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
@@ -80,7 +80,7 @@ def search_batches(images: Dataset[Any], skip: int, *, seed: int = 0) -> list[tu
     Raises:
         ValueError: fewer than 32 are left.
     """
-    drawn = _drawn(images, skip, _SEARCH_IMAGES, seed)
+    drawn = _random_subset(images, skip, _SEARCH_IMAGES, seed)
     if len(drawn) < _LEAST_SEARCH_IMAGES:
         raise ValueError(
             f"a search measures accuracy on training images that no range is taken from: {len(drawn)} of "
@@ -193,7 +193,7 @@ def masks_of(run: Mapping[str, Any], model: nn.Module) -> Masks:
     return masks
 
 
-def _drawn(images: Dataset[Any], first: int, count: int, seed: int) -> Subset[Any]:
+def _random_subset(images: Dataset[Any], first: int, count: int, seed: int) -> Subset[Any]:
     """Return `count` images of a random order, from place `first` on."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator, device="cpu")  # type: ignore[arg-type]
