@@ -61,7 +61,7 @@ def test_it_stays_out_of_the_student_and_of_its_copies() -> None:  # D12
     for made in (AveragedModel(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert len(list(made.parameters())) == len(list(model.parameters()))
         assert not own & {id(p) for p in made.parameters()}
-        hooks = [h for m in made.modules() for h in m._forward_hooks.values() if "Watch" in repr(h)]
+        hooks = [h for m in made.modules() for h in m._forward_hooks.values() if "StudentHooks" in repr(h)]
         assert hooks
         assert all(hook.__self__.seen is None for hook in hooks)  # type: ignore[union-attr]
     before = teacher._watch.seen
