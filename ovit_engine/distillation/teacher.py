@@ -172,11 +172,11 @@ class Teacher:
                 "another: let the model work on a copy (x = x.clone())"
             )
         inputs = _inputs_for(self.module, (seen.args, seen.kwargs))
-        tokens = _Tokens()
+        tokens: list[Tensor] = []
         handles = []
         if self._tokens is not None:
             norm = unwrapped(self.module).get_submodule(self._tokens)
-            handles.append(norm.register_forward_hook(tokens.on_tokens))
+            handles.append(norm.register_forward_hook(lambda module, args, output: tokens.append(output)))
         is_mixed, dtype = seen.autocast
         try:
             with torch.autocast(seen.device_type, dtype=dtype, enabled=is_mixed):
@@ -184,7 +184,7 @@ class Teacher:
         finally:
             for handle in handles:
                 handle.remove()
-        return ModelOutput(output, _patches(unwrapped(self.module), tokens.seen))
+        return ModelOutput(output, _patches(unwrapped(self.module), tokens[-1] if tokens else None))
 
 
 def forget_teacher(model: nn.Module) -> None:
@@ -240,14 +240,6 @@ class _StudentHooks:
             return
         if torch.is_grad_enabled() and not is_recomputed():
             self.seen.tokens = output
-
-
-class _Tokens:
-    def __init__(self) -> None:
-        self.seen: Tensor | None = None
-
-    def on_tokens(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self.seen = output
 
 
 def _is_training(module: nn.Module) -> bool:

@@ -64,7 +64,18 @@ def oneshot(
     for pruner, sparsity, modifier in grid:
         what = pruner.label if sparsity is None else f"{pruner.label} at {100 * sparsity:g}%"
         progress(GridStep(what=what, done=done, total=total, result=found))
-        point = _point(model, modifier, pruner.label, sparsity, found.dense, calibration, evaluate, example_inputs)
+        pruned = prune_copy(model, modifier, calibration)
+        masks, accuracy = pruned.engine.run.masks, checked_accuracy(evaluate, pruned.model)
+        flops = None if example_inputs is None else count_flops(pruned.model, example_inputs, masks).reduction
+        point = PrunedAccuracy(
+            pruner=pruner.label,
+            asked=sparsity,
+            sparsity=masks.sparsity(),
+            accuracy=accuracy,
+            drop=dense - accuracy,
+            flops_reduction=flops,
+            seconds=pruned.seconds,
+        )
         found = replace(found, points=(*found.points, point))
         done += cost(modifier)
     progress(GridStep(what="done", done=total, total=total, result=found))
@@ -77,31 +88,6 @@ def _grid(pruners: Sequence[Candidate], sparsities: list[float]) -> Iterator[tup
         amounts: Sequence[float | None] = sparsities or [None]
         for sparsity in amounts:
             yield pruner, sparsity, pruner.at(sparsity)
-
-
-def _point(
-    model: nn.Module,
-    modifier: Modifier,
-    label: str,
-    asked: float | None,
-    dense: float,
-    calibration: Calibration,
-    evaluate: Callable[[nn.Module], float],
-    example_inputs: Tensor | tuple[Any, ...] | None,
-) -> PrunedAccuracy:
-    pruned = prune_copy(model, modifier, calibration)
-    masks = pruned.engine.run.masks
-    flops = None if example_inputs is None else count_flops(pruned.model, example_inputs, masks).reduction
-    accuracy = checked_accuracy(evaluate, pruned.model)
-    return PrunedAccuracy(
-        pruner=label,
-        asked=asked,
-        sparsity=masks.sparsity(),
-        accuracy=accuracy,
-        drop=dense - accuracy,
-        flops_reduction=flops,
-        seconds=pruned.seconds,
-    )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The weights of a problem cut into Fisher blocks, and the way back once it is known what goes and who moves."""
+"""The weights of a problem cut into Fisher blocks, and put together again with survivors moved."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -42,8 +42,8 @@ class FakeQuantize(nn.Module):
         shape = () if channels is None else (channels,)
         self.register_buffer("scale", torch.ones(shape, device=device))
         self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32, device=device))
-        self.register_buffer("minimum", torch.zeros(shape, device=device))
-        self.register_buffer("maximum", torch.zeros(shape, device=device))
+        for limit in ("minimum", "maximum"):
+            self.register_buffer(limit, torch.zeros(shape, device=device))
         for flag in ("enabled", "observing", "observed"):
             self.register_buffer(flag, torch.zeros((), dtype=torch.bool, device=device))
 

@@ -51,13 +51,13 @@ class Scheme:
         return FakeQuantize(INT8_ACTIVATION, self._observer(INT8_ACTIVATION), device=device)
 
     def _observer(self, grid: IntegerGrid) -> Observer:
-        if self.activation_observer == "min_max":
-            return MinMax()
-        if self.activation_observer == "percentile":
-            return Percentile(self.momentum, self.percentile)
-        if self.activation_observer == "mse":
-            return LeastError(self.momentum, grid)
-        return MovingAverageMinMax(self.momentum)
+        known: dict[ActivationObserver, Observer] = {
+            "min_max": MinMax(),
+            "moving_average": MovingAverageMinMax(self.momentum),
+            "percentile": Percentile(self.momentum, self.percentile),
+            "mse": LeastError(self.momentum, grid),
+        }
+        return known[self.activation_observer]
 
 
 # int8 weights x uint8 activations: x86 with VNNI, ONNX Runtime

@@ -6,6 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# What a dropped token keeps, so that the gradient by which it may come back is a number. In float16 that of 1e-6 would
+# be lost in rounding: measured in specs/structured-and-tokens.md §7.2.
+EPSILON = 1e-6
+
+EPSILON_HALF = 1e-4
+
 
 @dataclass(frozen=True)
 class Survivors:
@@ -32,13 +38,6 @@ def gather_tokens(x: Tensor, index: Tensor, prefix: int) -> Tensor:
     patches = x[:, prefix:]
     kept = patches.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
     return torch.cat([x[:, :prefix], kept], dim=1) if prefix else kept
-
-
-# What a dropped token keeps, so that the gradient by which it may come back is a number. In float16 that of 1e-6 would
-# be lost in rounding: measured in specs/structured-and-tokens.md §7.2.
-EPSILON = 1e-6
-
-EPSILON_HALF = 1e-4
 
 
 def policy_bias(policy: Tensor, epsilon: float = EPSILON) -> Tensor:
