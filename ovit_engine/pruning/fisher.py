@@ -4,8 +4,9 @@ H is built by block Woodbury steps. With X [k, B] some k gradients of one block
 
     Z = X H,  S = N I + Z X^T,  L = chol(S),  Y = L^-1 Z,  H <- H - Y^T Y
 
-which is exactly the same H as k rank-1 steps (WoodFisher, arXiv 2004.14340; oViT, arXiv 2210.09223), but it touches H N/k times
-instead of N, in matrix products, and it is more accurate at small damping than inverting a float32 Gram matrix.
+which is exactly the same H as k rank-1 steps (WoodFisher, arXiv 2004.14340; oViT, arXiv 2210.09223), but it touches H
+N/k times instead of N, in matrix products, and it is more accurate at small damping than inverting a float32 Gram
+matrix.
 """
 
 import torch
