@@ -1,4 +1,4 @@
-"""Parameters of a model by owner and name, unwrapped of what frameworks put around a model."""
+"""Parameters of a model by owner and name, the model inside its wrappers, and whether an engine is attached to it."""
 
 import re
 from collections import Counter
@@ -9,34 +9,9 @@ from torch import Tensor, nn
 
 from ovit_engine.distributed.sharding import gathered, scattered
 
-_MARK = "_ovit_engine"
-
-
-class Mark:
-    """Says that an engine is attached to `model`, until it is removed; a handle like those of hooks.
-
-    A copy or a pickle of the model has none: no engine watches that one.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = unwrapped(model)
-        vars(self._model)[_MARK] = self
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()
-
-    def remove(self) -> None:
-        """Say that the engine is attached no more."""
-        if vars(self._model).get(_MARK) is self:
-            del vars(self._model)[_MARK]
-
-
-def is_attached(model: nn.Module) -> bool:
-    """Whether an engine is attached to `model`, which must not be cut meanwhile."""
-    return isinstance(vars(unwrapped(model)).get(_MARK), Mark)
-
-
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module)\.")
+
+_MARK = "_ovit_engine"  # the attribute of a model to which an engine is attached
 
 SCORER = "token_predictor"  # the submodule of a block that scores tokens: only a name in full chooses what lies in it
 
@@ -105,3 +80,27 @@ def unwrapped(model: nn.Module) -> nn.Module:
         assert isinstance(inner, nn.Module)
         return unwrapped(inner)
     return model
+
+
+class Mark:
+    """A handle, like those of hooks: until it is removed, an engine is attached to `model`.
+
+    A copy or a pickle of the model has none: no engine watches that one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = unwrapped(model)
+        vars(self._model)[_MARK] = self
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+    def remove(self) -> None:
+        """Say that the engine is detached."""
+        if vars(self._model).get(_MARK) is self:
+            del vars(self._model)[_MARK]
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Return whether an engine is attached to `model`, which must not lose heads or units meanwhile."""
+    return isinstance(vars(unwrapped(model)).get(_MARK), Mark)

@@ -161,14 +161,14 @@ def prune_streamed(
         solver_type = _method(method)
         problem = make_problem(weights, masks, names, _options(options))
         one_of("update", problem.options.update, solver_type.updates)
-    comm.assert_equal(lambda: _facts(problem, method, count), "before pruning")
+    comm.assert_equal(lambda: _shared_facts(problem, method, count), "before pruning")
     if problem.is_solved():
         unchanged = [weight.clone() for weight in problem.weights]
         return Pruned([mask.clone() for mask in problem.masks], unchanged, [0.0] * len(unchanged))
     if solver_type.needs_gradients and count < 1:
         raise ValueError(f"{method} needs gradients, and there are none")
     plan = make_plan(problem.names, problem.weights, solver_type, problem.options, count, memory_limit, comm)
-    source = chunks if callable(chunks) else _once(chunks, plan, solver_type.advice)
+    source = chunks if callable(chunks) else _single_pass(chunks, plan, solver_type.advice)
     return PruningStep(problem, solver_type, source, count, plan, comm, progress).run()
 
 
@@ -231,7 +231,7 @@ def estimate_memory(
     dtype: torch.dtype = torch.float32,
     gradients: int = 4096,
 ) -> int:
-    """Bytes that a method needs at its peak beside weights of these shapes and one chunk of gradients.
+    """Return the bytes that a method needs at its peak beside weights of these shapes and one chunk of gradients.
 
     For oViT and oBERT most of it is the inverse Fisher, numel * block numbers; for M-FAC all gradients,
     numel * gradients numbers; the others need a few numbers a weight. Raises ValueError for an unknown method.
@@ -261,8 +261,8 @@ def _pick(gradients: Sequence[Tensor], indices: Sequence[int], weights: int) -> 
     return [gradients[index] for index in indices]
 
 
-def _once(chunks: Iterable[Sequence[Tensor]], plan: Plan, advice: str) -> GradientSource:
-    """A source of chunks that come but once, which will do where all tensors are held together."""
+def _single_pass(chunks: Iterable[Sequence[Tensor]], plan: Plan, advice: str) -> GradientSource:
+    """Return a source of chunks that come only once, which suffices if all tensors are held together."""
     if len(plan.rounds) > 1:
         raise MemoryError(
             f"second-order pruning needs {plan.needed / GIB:.2f} GiB to hold all tensors together: {advice}, or give "
@@ -271,7 +271,7 @@ def _once(chunks: Iterable[Sequence[Tensor]], plan: Plan, advice: str) -> Gradie
     return lambda indices: chunks
 
 
-def _facts(problem: Problem, method: str, count: int) -> dict[str, object]:
+def _shared_facts(problem: Problem, method: str, count: int) -> dict[str, object]:
     """Return what must be the same on all ranks, by name."""
     facts: dict[str, object] = {"method": method, "the number of gradients": count}
     facts |= {f"option {name}": str(value) for name, value in vars(problem.options).items()}

@@ -38,7 +38,7 @@ class Stages:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
     def advance(self, stage: str, amount: int) -> None:
-        """So much more of a stage is done."""
+        """Report that `amount` more of a stage is done."""
         self._done[stage] += amount
         if self._progress is not None:
             self._progress(stage, self._done[stage], self._totals[stage])
