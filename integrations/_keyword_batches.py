@@ -66,7 +66,7 @@ class AddToOwnLoss:
 
 
 def positional(loader: Iterable[Any]) -> tuple[list[str], list[tuple[tuple[Tensor, ...], Any]]]:
-    """The names of a batch's inputs, labels left out, and all batches as (inputs in that order, labels)."""
+    """Return the names of a batch's inputs, labels left out, and all batches as (inputs in that order, labels)."""
     batches = [dict(batch) for batch in loader]
     names = [name for name in batches[0] if name not in LABELS]
     return names, [(tuple(batch[name] for name in names), batch.get("labels")) for batch in batches]

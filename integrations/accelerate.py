@@ -24,7 +24,7 @@ def accelerate_engine(
     epochs: int,
     teacher: nn.Module | None = None,
 ) -> Engine:
-    """A prepared engine. Call it before the optimizer is made and `accelerator.prepare(model, ...)`.
+    """Return a prepared engine. Call it before the optimizer is made and `accelerator.prepare(model, ...)`.
 
     Steps are counted as `accelerator.accumulate` makes them, and `accelerator.save_state` saves the engine too: call
     `load_state` after `prepare` and before `attach_accelerate`.

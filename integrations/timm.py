@@ -24,7 +24,7 @@ def timm_engine(
     grad_accum_steps: int = 1,
     teacher: nn.Module | None = None,
 ) -> Engine:
-    """A prepared engine. Call it before the optimizer, the EMA copy, DDP and torch.compile are made.
+    """Return a prepared engine. Call it before the optimizer, the EMA copy, DDP and torch.compile are made.
 
     Args:
         loader: of training, as `timm.data.create_loader` makes it.

@@ -23,7 +23,7 @@ from ovit_engine.integrations._keyword_batches import AddToOwnLoss, KeywordCalib
 
 
 def engine_state(engine: Engine) -> dict[str, Any]:
-    """The engine's state as JSON takes it, and enough of the weights to see whether they are loaded with it."""
+    """Return the engine's state as JSON takes it, and enough of the weights to see whether they are loaded with it."""
     file = io.BytesIO()
     torch.save(engine.state_dict(), file)
     return {"engine": base64.b64encode(file.getvalue()).decode(), "weights": _sampled(engine.model)}
@@ -44,7 +44,7 @@ def load_engine_state(engine: Engine, state: TrainerState, name: str) -> None:
 
 
 def _sampled(model: nn.Module) -> dict[str, float]:
-    """The first number of each parameter."""
+    """Return the first number of each parameter."""
     return {name: float(parameter.detach().flatten()[0]) for name, parameter in model.named_parameters()}
 
 

@@ -72,14 +72,14 @@ class _Masked:
     recognised: bool = False  # an operation took the weight itself, not something made from it
 
     def holds(self, view: Tensor) -> bool:
-        """Whether `view` is the weight, or a slice or transpose of it."""
+        """Return whether `view` is the weight, or a slice or transpose of it."""
         weight = self.slot.tensor
         same = StorageWeakRef(view.untyped_storage()) == StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
         offset = int(view.storage_offset()) - int(weight.storage_offset())
         return same and 0 <= offset < weight.numel()
 
     def density(self, view: Tensor) -> float:
-        """Share kept of such a view."""
+        """Return the share kept of such a view."""
         offset = view.storage_offset() - self.slot.tensor.storage_offset()
         return int(self.kept.as_strided(view.shape, view.stride(), offset).sum()) / view.numel()
 

@@ -61,7 +61,7 @@ def show(recipe: str, epochs: int | None, steps_per_epoch: int | None, variables
 
 
 def training_line(training: "Training") -> str:
-    """What the bundled trainer does besides the modifiers, with what an augmentation preset says filled in."""
+    """Return what the bundled trainer does besides the modifiers, with what an augmentation preset says filled in."""
     from ovit_engine.training.augmentation import with_preset
 
     full = with_preset(training)
@@ -80,7 +80,7 @@ def training_line(training: "Training") -> str:
 
 
 def preset_lines(recipe: "Recipe") -> Iterable[str]:
-    """What the presets of a recipe take: of the model that it names with figures, or else in words."""
+    """Return what the presets of a recipe take: of the model that it names with figures, or else in words."""
     from ovit_engine.masking.presets import is_preset, preset_of
 
     for modifier in recipe.modifiers:
@@ -96,7 +96,7 @@ def preset_lines(recipe: "Recipe") -> Iterable[str]:
 
 
 def _weights(recipe: "Recipe", modifier: "Modifier", targets: list[str]) -> dict[str, int]:
-    """How many weights each target takes of the recipe's model, by part in presets; raises RecipeError."""
+    """Return how many weights each target takes of the recipe's model, by part in presets; raises RecipeError."""
     from ovit_engine.cli.validate import empty_model
     from ovit_engine.masking.targets import match_targets
 

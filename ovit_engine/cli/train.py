@@ -127,7 +127,7 @@ def train(
 
 
 def _resumed(resume: str | None, output: Path | None, recipe: str | None) -> Path | None:
-    """The checkpoint to go on from, if there is one."""
+    """Return the checkpoint to go on from, if there is one."""
     if resume != "auto":
         return None if resume is None else Path(resume)
     if output is None and recipe is None:

@@ -80,7 +80,7 @@ def prepared(
     epochs: int | None = None,
     steps_per_epoch: int = STEPS_PER_EPOCH,
 ) -> "Engine":
-    """An engine of the recipe on an empty model: the recipe's own, or another by name."""
+    """Return an engine of the recipe on an empty model: the recipe's own, or another by name."""
     from ovit_engine.engine import Engine
 
     changed = options.with_options(recipe, model, model_args, epochs=epochs)
@@ -90,7 +90,7 @@ def prepared(
 
 
 def empty_model(training: "Training") -> "nn.Module":
-    """The model without memory for its weights, where it can be made so."""
+    """Return the model without memory for its weights, where it can be made so."""
     import torch
 
     from ovit_engine.training.api import make_model, model_name
@@ -116,7 +116,7 @@ def _print_matches(console: Any, engine: "Engine") -> None:
 
 
 def match_rows(engine: "Engine") -> Iterable[tuple[str, str, str, str]]:
-    """(modifier, target, tensors, weights) for each target of each modifier, from what the modifiers claim."""
+    """Return (modifier, target, tensors, weights) for each target of each modifier, from what the modifiers claim."""
     from ovit_engine.core.capabilities import Exclusive
     from ovit_engine.masking.parameters import parameter_slots
     from ovit_engine.masking.presets import is_preset

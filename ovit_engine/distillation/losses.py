@@ -25,7 +25,7 @@ def hard_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def token_loss(student: Tensor, teacher: Tensor, origin: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
-    """Mean square difference of patch tokens, student [B, M, C] and teacher [B, N, C].
+    """Return the mean square difference of patch tokens, student [B, M, C] and teacher [B, N, C].
 
     Args:
         origin: int64 [B, M], the teacher's token that each of the student's is compared with; None: that in its place.

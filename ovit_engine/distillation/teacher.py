@@ -265,7 +265,7 @@ def _copy_without_gradients(model: nn.Module) -> nn.Module:
 
 
 def _patches(model: nn.Module, tokens: Tensor | None) -> Tensor | None:
-    """Tokens [B, P + N, C] or [B, H, W, C] without the P prefix ones (class token, registers), [B, N, C]."""
+    """Return the tokens [B, P + N, C] or [B, H, W, C] without the P prefix ones (class token, registers), [B, N, C]."""
     prefix = getattr(model, "num_prefix_tokens", 0)
     return None if tokens is None or tokens.ndim < 3 else tokens.flatten(1, -2)[:, prefix:]
 

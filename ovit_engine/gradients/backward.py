@@ -54,7 +54,7 @@ class GradientPass:
             set_random_state(state)
 
     def gradients_at_once(self, batches: Sequence[Any]) -> int:
-        """How many gradients to take from one backward pass, tried with the first batches of the sequence.
+        """Return how many gradients to take from one backward pass, tried with the first batches of the sequence.
 
         1 where arithmetic outweighs what batching saves, or where a batched gradient is not that of a pass of its own.
         """
@@ -98,7 +98,7 @@ class GradientPass:
         self.model(inputs)
 
     def _plain(self, slots: Sequence[Slot], number: int, batch: Any) -> list[Tensor]:
-        """One gradient of each slot by a backward pass of its own."""
+        """Return one gradient of each slot by a backward pass of its own."""
         inputs, targets = _inputs_and_targets(batch, slots[0].tensor)
         seed_everything(mixed(self.seed, 1, number))
         loss = self._loss(self.model(inputs), targets)
@@ -179,7 +179,7 @@ class GradientPass:
 
 
 def _cloned(batch: Any) -> Any:
-    """A batch that a model may write into, where it is needed again."""
+    """Return a batch that a model may write into, where it is needed again."""
     return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
 
 

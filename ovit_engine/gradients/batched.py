@@ -158,7 +158,7 @@ def concatenated(batches: Sequence[Any]) -> Any:
 
 
 def batch_size_of(inputs: Any) -> int:
-    """How many images a batch of nested inputs holds.
+    """Return how many images a batch of nested inputs holds.
 
     Raises:
         ValueError: there is no tensor in it.

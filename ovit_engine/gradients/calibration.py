@@ -147,7 +147,7 @@ def _parts(count: int, size: int) -> list[range]:
 
 
 def _dataset(loader: DataLoader[Any]) -> Dataset[Any]:
-    """What a loader draws from: the part of its dataset that a sampler over indices leaves."""
+    """Return what a loader draws from: the part of its dataset that a sampler over indices leaves."""
     if loader.batch_size is None and loader.batch_sampler is None:
         raise TypeError("calibration makes its own batches: give a dataset of single images, not one of whole batches")
     indices = getattr(loader.sampler, "indices", None)
@@ -155,7 +155,7 @@ def _dataset(loader: DataLoader[Any]) -> Dataset[Any]:
 
 
 def _worker_options(loader: DataLoader[Any]) -> dict[str, Any]:
-    """How the user's loader reads: collation and workers."""
+    """Return how the user's loader reads: collation and workers."""
     return {
         "collate_fn": loader.collate_fn,
         "num_workers": loader.num_workers,

@@ -28,7 +28,7 @@ class Samples:
         self.dataset, self.images, self.seed, self.options = dataset, images, seed, options
 
     def batches(self, numbers: Sequence[int]) -> Iterator[Any]:
-        """The collated batches called for, in increasing order of their numbers.
+        """Return the collated batches called for, in increasing order of their numbers.
 
         Raises:
             ValueError: the dataset is a stream and yields nothing.
@@ -45,7 +45,7 @@ class Samples:
         return _iterate_on_cpu(loader)
 
     def _indices(self, numbers: Sequence[int]) -> list[tuple[int, list[int]]]:
-        """(number, indices) of each batch: a new order of images each epoch, without what is left over.
+        """Return (number, indices) of each batch: a new order of images each epoch, without what is left over.
 
         Whole batches only: a gradient of fewer images has another scale, which damping would feel.
         """

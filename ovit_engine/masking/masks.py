@@ -61,15 +61,15 @@ class Masks:
         self._bits[slot.name] = _kept_bits(self._pruned[slot.name], local_part(slot.tensor))
 
     def get(self, name: str) -> Tensor | None:
-        """The whole mask of a weight (True = kept), or None where it is dense."""
+        """Return the whole mask of a weight (True = kept), or None where it is dense."""
         return self._whole.get(name)
 
     def pattern(self, name: str) -> Spelling:
-        """How a recipe spells the pattern of a masked weight."""
+        """Return how a recipe spells the pattern of a masked weight."""
         return self._patterns[name]
 
     def names(self) -> list[str]:
-        """The weights that have a mask."""
+        """Return the weights that have a mask."""
         return list(self._slots)
 
     @torch.no_grad()
@@ -105,13 +105,13 @@ class Masks:
             slots[name].tensor.masked_fill_(slots[name].scatter(~mask), 0.0)
 
     def sparsity(self, name: str | None = None) -> float:
-        """Share of pruned weights, of one weight or over all masked ones (0.0 where nothing is masked)."""
+        """Return the share of pruned weights, of one weight or over all masked ones (0.0 where nothing is masked)."""
         masks = list(self._whole.values()) if name is None else [self._whole[name]]
         total = sum(mask.numel() for mask in masks)
         return sum(int((~mask).sum()) for mask in masks) / total if total else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks as packed bits: one uint8 tensor, the shape and the pattern for each weight."""
+        """Return masks as packed bits: one uint8 tensor, the shape and the pattern for each weight."""
         return {name: {**pack_mask(mask), "pattern": self._patterns[name]} for name, mask in self._whole.items()}
 
     def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
@@ -144,7 +144,7 @@ class Masks:
 
 
 def _kept_bits(pruned: Tensor, weight: Tensor) -> Tensor | None:
-    """All ones where a weight is kept. On the CPU `and` on the bits is ten times faster than `masked_fill_`."""
+    """Return all ones where a weight is kept. On the CPU `and` on the bits is ten times faster than `masked_fill_`."""
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(weight.element_size())
     if kind is None or weight.device.type != "cpu":
         return None
@@ -152,7 +152,7 @@ def _kept_bits(pruned: Tensor, weight: Tensor) -> Tensor | None:
 
 
 def pack_mask(mask: Tensor) -> dict[str, Any]:
-    """A boolean tensor as its shape and one uint8 tensor of bits."""
+    """Return a boolean tensor as its shape and one uint8 tensor of bits."""
     bits = np.packbits(mask.cpu().numpy().reshape(-1))
     return {"shape": list(mask.shape), "bits": torch.from_numpy(bits)}
 
@@ -170,7 +170,7 @@ def check_packed(name: str, packed: Any, shape: torch.Size) -> None:
 
 
 def unpack_mask(packed: Mapping[str, Any]) -> Tensor:
-    """The boolean tensor that `pack_mask` was given, on the CPU."""
+    """Return the boolean tensor that `pack_mask` was given, on the CPU."""
     shape = torch.Size(packed["shape"])
     bits = np.unpackbits(packed["bits"].cpu().numpy(), count=shape.numel())
     return torch.from_numpy(bits.astype(bool)).reshape(shape)

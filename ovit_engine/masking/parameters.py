@@ -32,7 +32,7 @@ class Slot:
         return tensor
 
     def gather(self) -> Tensor:
-        """The whole weight, detached, on every rank."""
+        """Return the whole weight, detached, on every rank."""
         return gathered(self.tensor)
 
     def scatter(self, whole: Tensor) -> Tensor:
@@ -51,12 +51,12 @@ def clean_name(name: str) -> str:
 
 
 def is_scorer(name: str) -> bool:
-    """Whether a parameter or module of this name scores tokens: what is made of it stays dense and float."""
+    """Return whether a parameter or module of this name scores tokens: what is made of it stays dense and float."""
     return SCORER in name.split(".")
 
 
 def parameter_slots(model: nn.Module) -> list[Slot]:
-    """Every parameter of `model` once, in the model's order; a tied weight stands under its first name."""
+    """Return every parameter of `model` once, in the model's order; a tied weight stands under its first name."""
     seen: set[int] = set()
     slots: list[Slot] = []
     for path, module in model.named_modules():

@@ -37,7 +37,7 @@ class LayerRole:
         self._compiled = re.compile(rf"(?:.*\.)?(?:{'|'.join(patterns)})")
 
     def find(self, names: Collection[str]) -> list[str]:
-        """Those of `names` that have the role, in their order."""
+        """Return those of `names` that have the role, in their order."""
         return [name for name in names if self._compiled.fullmatch(name)][self._spares_first :]
 
 
@@ -197,12 +197,12 @@ TARGET_PRESETS: Mapping[str, TargetPreset] = {
 
 
 def is_preset(target: str) -> bool:
-    """Whether a target is written `preset:...`."""
+    """Return whether a target is written `preset:...`."""
     return target.startswith(PREFIX)
 
 
 def preset_of(target: str) -> TargetPreset:
-    """The preset that `preset:name` names. Raises ValueError with the nearest right name."""
+    """Return the preset that `preset:name` names. Raises ValueError with the nearest right name."""
     name = target.removeprefix(PREFIX)
     if name not in TARGET_PRESETS:
         raise ValueError(f"no preset {name!r}{suggest(name, TARGET_PRESETS)}")
@@ -210,7 +210,7 @@ def preset_of(target: str) -> TargetPreset:
 
 
 def is_prunable(module: nn.Module, attribute: str) -> bool:
-    """Whether a preset may take a parameter: a matrix or kernel, but no depthwise convolution."""
+    """Return whether a preset may take a parameter: a matrix or kernel, but no depthwise convolution."""
     if isinstance(module, nn.MultiheadAttention):
         return attribute.endswith("proj_weight")
     if isinstance(module, _CONVOLUTIONS) and 1 < module.groups == module.in_channels:
@@ -221,7 +221,7 @@ def is_prunable(module: nn.Module, attribute: str) -> bool:
 def match_preset(
     target: str, sizes: Mapping[str, int], *, others: Collection[str] = (), owner: str
 ) -> dict[str, list[str]]:
-    """The names that `preset:name` takes from a model, by role.
+    """Return the names that `preset:name` takes from a model, by role.
 
     Args:
         target: the preset.
@@ -274,7 +274,7 @@ def _warn_of_strangers(target: str, sizes: Mapping[str, int], taken: Collection[
 
 
 def _block(name: str) -> str:
-    """The numbered module that a weight lies in: blocks.3 of blocks.3.attn.qkv.weight."""
+    """Return the numbered module that a weight lies in: blocks.3 of blocks.3.attn.qkv.weight."""
     found = re.match(r"(.*\.)?\d+(?=\.)", name)
     return found[0] if found else ""
 

@@ -32,7 +32,7 @@ def check_target_syntax(value: str) -> str:
 
 
 def select(names: Sequence[str], targets: Iterable[str], *, what: str, owner: str) -> list[str]:
-    """The names that `targets` choose, in the order of `names`.
+    """Return the names that `targets` choose, in the order of `names`.
 
     A target that matches nothing is an error with the nearest names, since a silent miss leaves a layer dense.
 
@@ -56,7 +56,7 @@ def _nearest(target: str, names: Sequence[str]) -> str:
 
 
 def find_slots(model: nn.Module, targets: Iterable[str]) -> list[Slot]:
-    """The parameters that `targets` choose: names, regular expressions ("re:...") and presets ("preset:vit").
+    """Return the parameters that `targets` choose: names, regular expressions ("re:...") and presets ("preset:vit").
 
     Raises:
         ValueError: a target that matches no parameter (nearest names shown), one that takes 1-D tensors by a regular

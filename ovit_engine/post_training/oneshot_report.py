@@ -108,7 +108,7 @@ class OneShot(GridReport):
             console.print(line)
 
     def csv(self) -> str:
-        """One line a point, the dense model first; sparsities, accuracies and reductions are shares."""
+        """Return one line a point, the dense model first; sparsities, accuracies and reductions are shares."""
         rows = [{"pruner": "dense", "sparsity": 0.0, "accuracy": self.dense, "drop": 0.0, "flops_reduction": 0.0}]
         rows += [{**asdict(point), "options": json.dumps(self.options[point.pruner])} for point in self.points]
         return as_csv([*PrunedAccuracy.__dataclass_fields__, "options"], rows)
@@ -149,7 +149,7 @@ class OneShot(GridReport):
         return plain_table(header, rows, left=("pruner",))
 
     def _used(self) -> list[str]:
-        """A line with what all had in common, and one a pruner."""
+        """Return a line with what all had in common, and one a pruner."""
         first = next(iter(self.options.values()))
         common = [key for key in COMMON if all(options.get(key) == first.get(key) for options in self.options.values())]
         lines = [options_text({key: first[key] for key in common})] if common else []

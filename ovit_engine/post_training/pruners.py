@@ -52,7 +52,7 @@ class Candidate:
         return modifier
 
     def all_options(self, sparsity: float | None) -> dict[str, Any]:
-        """Every option but the schedule, defaults included, that has a value."""
+        """Return every option but the schedule, defaults included, that has a value."""
         dumped = self.at(sparsity).model_dump(mode="json", by_alias=True)
         return {key: value for key, value in dumped.items() if key not in SCHEDULE and value is not None}
 

@@ -151,7 +151,7 @@ def ptq(
 def compared(
     path: Path, sample: Sample, exact: np.ndarray, certificate: Certificate, notes: Sequence[str] = ()
 ) -> Compared:
-    """The file at `path` beside the float model's logits [N, classes]."""
+    """Return the file at `path` beside the float model's logits [N, classes]."""
     rounded = run_outputs(open_session(path), sample.inputs)
     accuracies = [
         None if sample.labels is None or values.ndim != 2 else float((values.argmax(1) == sample.labels).mean())
@@ -168,7 +168,7 @@ def compared(
 
 @torch.no_grad()
 def logits(model: nn.Module, sample: Sample) -> np.ndarray:
-    """The model's outputs [N, classes] in eval mode."""
+    """Return the model's outputs [N, classes] in eval mode."""
     model.eval()
     device = next(model.parameters()).device
     parts = [model(torch.from_numpy(part).to(device)).float().cpu().numpy() for part, _ in _batches_of(sample)]
@@ -176,7 +176,7 @@ def logits(model: nn.Module, sample: Sample) -> np.ndarray:
 
 
 def run_of(checkpoint: str | Path) -> Mapping[str, Any] | None:
-    """The checkpoint of a run of `ovit train`; None for weights from elsewhere.
+    """Return the checkpoint of a run of `ovit train`; None for weights from elsewhere.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -187,7 +187,7 @@ def run_of(checkpoint: str | Path) -> Mapping[str, Any] | None:
 
 
 def masks_of(run: Mapping[str, Any], model: nn.Module) -> Masks:
-    """The masks that a run's model has."""
+    """Return the masks that a run's model has."""
     masks = Masks()
     masks.load_state_dict(run["engine"]["masks"], model)
     return masks

@@ -91,7 +91,7 @@ def ptq_onnx(
 
 
 def read(source: Path) -> onnx.ModelProto:
-    """A float ONNX file with one image input, its weights named after their modules where it tells them.
+    """Return a float ONNX file with one image input, its weights named after their modules where it tells them.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -129,7 +129,7 @@ def _keep_weights_inside(model: onnx.ModelProto) -> None:
 
 
 def image_config(source: Path, model: str | None, data: str) -> dict[str, Any]:
-    """How the file wants its images, for `load_data`.
+    """Return how the file wants its images, for `load_data`.
 
     Read from a file of ours; otherwise that of timm's `model`, or ImageNet's mean and deviation, with a warning where
     the images of `data` have none of their own.
@@ -155,7 +155,7 @@ def image_config(source: Path, model: str | None, data: str) -> dict[str, Any]:
 
 
 def classes_of(source: Path) -> int | None:
-    """How many classes the first output tells apart; None where its size is free."""
+    """Return how many classes the first output tells apart; None where its size is free."""
     shape = read(source).graph.output[0].type.tensor_type.shape
     return shape.dim[-1].dim_value or None if shape.dim else None
 

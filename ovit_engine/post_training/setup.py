@@ -58,7 +58,7 @@ def set_up(
     root: str | Path | None = None,
     config: dict[str, Any] | None = None,
 ) -> ModelSetup:
-    """The model of `recipe.training` with weights from `checkpoint` (or timm's), and the images of `data`.
+    """Return the model of `recipe.training` with weights from `checkpoint` (or timm's), and the images of `data`.
 
     `config` says how the weights want their images, where that is known; otherwise the timm model's own is taken.
 

@@ -66,7 +66,7 @@ class Tuned(GridReport):
         return min(self.settings, key=lambda each: (each.loss, *(each.options.get(name, 0) for name in COSTLY)))
 
     def lines(self) -> str:
-        """The pruner with the best setting, as YAML to paste into a recipe."""
+        """Return the pruner with the best setting, as YAML to paste into a recipe."""
         same = [each for each in self.recipe.modifiers if type(each) is self.pruner.kind]
         kept = [*same, self.pruner.at(self.asked)][0].model_dump(mode="json", by_alias=True, exclude_unset=True)
         options = {**kept, **self.pruner.options, **self.best.options}
@@ -94,7 +94,7 @@ class Tuned(GridReport):
         console.print(f"to paste into the recipe:\n{self.lines()}", end="")
 
     def csv(self) -> str:
-        """One line a setting."""
+        """Return one line a setting."""
         rows = [
             {**each.options, "loss": each.loss, "sparsity": each.sparsity, "seconds": each.seconds}
             | {"best": each == self.best, "recipe": each.options == self.own}
@@ -231,7 +231,7 @@ def hold_out(count: int, *, seed: int = 0) -> tuple[list[int], list[int]]:
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Iterable[tuple[Any, Any]], calibration: Calibration) -> float:
-    """Mean over all images in eval mode of the calibration's loss; infinite if it is no number."""
+    """Return the mean over all images in eval mode of the calibration's loss; infinite if it is no number."""
     model.eval()
     device = next(model.parameters()).device
     total, count = 0.0, 0

@@ -75,7 +75,7 @@ def masked(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _lowest_of_groups(problem: Problem, index: int, costs: Tensor) -> Tensor:
-    """The mask of one tensor under N:M, which is a matter of each group."""
+    """Return the mask of one tensor under N:M, which is a matter of each group."""
     pattern, mask = problem.options.pattern, problem.masks[index]
     return pattern.mask(pattern.from_layout(_bounded(costs), mask.shape).masked_fill(~mask, -torch.inf))
 

@@ -73,7 +73,7 @@ class BlockInverse(Blocks):
         return (0.5 / self.fisher_diagonal(number)).clamp_(min=torch.finfo(self.problem.options.dtype).tiny)
 
     def lowest(self, number: int) -> Tensor:
-        """What no eigenvalue of H can be below: one over the trace of F, [blocks]."""
+        """Return what no eigenvalue of H can be below: one over the trace of F, [blocks]."""
         return 1 / self.fisher_diagonal(number).sum(1)
 
     def tiles(self, number: int, here: slice) -> tuple[Tensor, Tensor]:
@@ -85,7 +85,7 @@ class BlockInverse(Blocks):
         return torch.bmm(self.inverse[number][here], vectors.unsqueeze(2)).squeeze(2)
 
     def joint_change(self, number: int, here: slice, removed: Tensor) -> Tensor:
-        """What to add to the weights when all of `removed` [c, B] go at once."""
+        """Return what to add to the weights when all of `removed` [c, B] go at once."""
         weights = self.weights(number)[here].to(self.problem.options.dtype)
         return joint_change(self.inverse[number][here], weights, removed, self.lowest(number)[here])
 

@@ -27,7 +27,7 @@ class Segment:
     size: int
 
     def cut(self, flat: Tensor) -> Tensor:
-        """The segment's part [..., count, size] of a tensor [..., numel] in layout order: a view."""
+        """Return the segment's part [..., count, size] of a tensor [..., numel] in layout order: a view."""
         part = flat[..., self.offset : self.offset + self.count * self.size]
         return part.unflatten(-1, (self.count, self.size))  # type: ignore[no-untyped-call,no-any-return]
 
@@ -47,7 +47,7 @@ def partition(numel: int, block: int, group: int) -> list[tuple[int, int, int]]:
 
 
 def segments(shapes: Sequence[torch.Size], pattern: Pattern, block: int) -> list[Segment]:
-    """The segments of all tensors, in order."""
+    """Return the segments of all tensors, in order."""
     return [
         Segment(index, offset, count, size)
         for index, shape in enumerate(shapes)
@@ -61,7 +61,7 @@ def matrix_entries(shapes: Sequence[torch.Size], pattern: Pattern, block: int) -
 
 
 def blocks_a_chunk(entries: int, segment: Segment, on_cpu: bool) -> int:
-    """How many blocks to work on at once, where the matrices of all blocks of an event have so many entries.
+    """Return how many blocks to work on at once, where the matrices of all blocks of an event have so many entries.
 
     A thirty-second of them, so that temporaries stay small beside the inverse Fisher. On a CPU no more than fits its
     caches; a GPU wants as many as memory allows. What else is held at the time plays no part, so neither memory nor
@@ -87,14 +87,14 @@ class Blocks:
         self.has_pruned = [not bool(mask.all()) for mask in problem.masks]
 
     def chunks(self, number: int) -> Iterator[slice]:
-        """The blocks of a segment, as many at once as is fast and small."""
+        """Return the blocks of a segment, as many at once as is fast and small."""
         segment = self.segments[number]
         on_cpu = self.problem.weights[segment.tensor].device.type == "cpu"
         step = blocks_a_chunk(self._entries, segment, on_cpu)
         return (slice(start, min(start + step, segment.count)) for start in range(0, segment.count, step))
 
     def weights(self, number: int) -> Tensor:
-        """Weights of a segment [blocks, B] in their own type."""
+        """Return the weights of a segment [blocks, B] in their own type."""
         segment = self.segments[number]
         return segment.cut(self.problem.options.pattern.to_layout(self.problem.weights[segment.tensor]))
 
@@ -105,7 +105,7 @@ class Blocks:
         """Free what is held for a segment that is done."""
 
     def move(self, masks: Sequence[Tensor], change: Change, advance: Advance) -> list[Tensor]:
-        """New weights under new masks, survivors moved by `change` where a block loses something."""
+        """Return new weights under new masks, survivors moved by `change` where a block loses something."""
         pattern, dtype = self.problem.options.pattern, self.problem.options.dtype
         flat = [
             pattern.to_layout(weight).to(torch.promote_types(weight.dtype, dtype), copy=True)

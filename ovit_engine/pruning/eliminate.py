@@ -96,7 +96,7 @@ def eliminate(
 
 
 def _start(inverse: Tensor, weights: Tensor, alive: Tensor, floor: Tensor, unit: int) -> Front:
-    """The front without units pruned before, save those that fill up blocks where others have more left."""
+    """Return the front without units pruned before, save those that fill up blocks where others have more left."""
     left = int(alive.sum(1).max())
     position = (~alive).byte().argsort(dim=1, stable=True)[:, :left]
     barrier = alive.gather(1, position).to(weights.dtype) - 1
@@ -137,7 +137,7 @@ def _scores(front: Front, unit: int) -> Tensor:
 
 
 def _pivot(front: Front, pivot: Tensor, columns: Tensor, row: Tensor, unit: int) -> tuple[Tensor, Tensor]:
-    """New rows of the factor [c, unit, m] and their change of the weights [c, unit]."""
+    """Return new rows of the factor [c, unit, m] and their change of the weights [c, unit]."""
     change = front.weights.gather(1, columns)
     floor = front.floor.gather(1, columns)
     if unit == 1:
@@ -193,7 +193,7 @@ def _close(front: Front, quota: Tensor, group: int) -> None:
 
 
 def _compact(front: Front, rows: Tensor, unit: int) -> Front:
-    """The front without the units of this panel, H brought up to date."""
+    """Return the front without the units of this panel, H brought up to date."""
     left = front.barrier.shape[1] - rows.shape[1] // unit
     kept = front.barrier.isposinf().byte().argsort(dim=1, stable=True)[:, :left]
     columns = _columns(kept, unit)
@@ -211,33 +211,33 @@ def _compact(front: Front, rows: Tensor, unit: int) -> Front:
 
 
 def _columns(units: Tensor, unit: int) -> Tensor:
-    """The weights of units: [c, n] -> [c, n * unit]."""
+    """Return the weights of units: [c, n] -> [c, n * unit]."""
     if unit == 1:
         return units
     return (units.unsqueeze(2) * unit + torch.arange(unit, device=units.device)).flatten(1)
 
 
 def _take_submatrix(inverse: Tensor, columns: Tensor) -> Tensor:
-    """Rows and columns [c, n] of [c, m, m]."""
+    """Return the rows and columns [c, n] of [c, m, m]."""
     return _take_rows(inverse, columns).gather(2, columns.unsqueeze(1).expand(-1, columns.shape[1], -1))
 
 
 def _take_rows(inverse: Tensor, rows: Tensor) -> Tensor:
-    """Rows [c, n] of [c, m, m]: whole lines of memory, which `gather` would take number by number."""
+    """Return the rows [c, n] of [c, m, m]: whole lines of memory, which `gather` would take number by number."""
     first = torch.arange(len(inverse), device=inverse.device).unsqueeze(1) * inverse.shape[1]
     lines = inverse.flatten(0, 1).index_select(0, (first + rows).flatten())
     return lines.reshape(*rows.shape, inverse.shape[2])
 
 
 def _diagonal(inverse: Tensor, unit: int) -> Tensor:
-    """A copy of the diagonal [c, m], or of its tiles [c, units, unit, unit]."""
+    """Return a copy of the diagonal [c, m], or of its tiles [c, units, unit, unit]."""
     if unit == 1:
         return inverse.diagonal(dim1=1, dim2=2).clone()
     return diagonal_tiles(inverse, unit).contiguous()
 
 
 def diagonal_tiles(inverse: Tensor, unit: int) -> Tensor:
-    """The tiles [c, units, unit, unit] on the diagonal of matrices [c, m, m]: a view."""
+    """Return the tiles [c, units, unit, unit] on the diagonal of matrices [c, m, m]: a view."""
     units = inverse.shape[1] // unit
     tiles = inverse.reshape(len(inverse), units, unit, units, unit)
     return tiles.diagonal(dim1=1, dim2=3).movedim(-1, 1)

@@ -36,7 +36,7 @@ def absorb(inverse: Tensor, gradients: Tensor, total: int) -> None:
 
 
 def sound_inverse(inverse: Tensor, lowest: Tensor) -> Tensor:
-    """The inverse [blocks, B, B] in float64 with no eigenvalue below `lowest` [blocks], its exact lower bound.
+    """Return the inverse [blocks, B, B] in float64 with no eigenvalue below `lowest` [blocks], its exact lower bound.
 
     Where the condition of F is beyond float32, small eigenvalues of H drown in the rounding of large ones and come out
     negative; the large ones, which decide what is pruned first, are right.
@@ -82,7 +82,7 @@ def _products(inverse: Tensor, gradients: Tensor, total: int) -> tuple[Tensor, T
 
 
 def joint_change(inverse: Tensor, weights: Tensor, removed: Tensor, lowest: Tensor) -> Tensor:
-    """What to add to weights [c, B] when `removed` [c, B] (True = goes) become zero; H is [c, B, B].
+    """Return what to add to weights [c, B] when `removed` [c, B] (True = goes) become zero; H is [c, B, B].
 
     A chunk that float32 cannot solve is done in float64; where that fails too the stored H has become indefinite, and
     its eigenvalues are held above `lowest` [c]. Exactly 0 in blocks that lose nothing. Raises FloatingPointError.
@@ -98,7 +98,7 @@ def joint_change(inverse: Tensor, weights: Tensor, removed: Tensor, lowest: Tens
 
 
 def _solve(inverse: Tensor, weights: Tensor, removed: Tensor) -> Tensor | None:
-    """The change, or None if the system is not positive definite."""
+    """Return the change, or None if the system is not positive definite."""
     system = inverse * removed.unsqueeze(1)
     system.mul_(removed.unsqueeze(2))
     system.diagonal(dim1=1, dim2=2).masked_fill_(~removed, 1)

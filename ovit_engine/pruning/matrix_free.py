@@ -79,7 +79,7 @@ class MatrixFree(Blocks):
         return product.squeeze(2) / self.problem.options.damp
 
     def joint_change(self, number: int, here: slice, removed: Tensor) -> Tensor:
-        """What to add to the weights when all of `removed` [c, B] go at once (they themselves become zero)."""
+        """Return what to add to the weights when all of `removed` [c, B] go at once (they themselves become zero)."""
         weights = self.weights(number)[here].double()
         rows = self._rows(number, here)
         lost = rows @ (weights * removed).unsqueeze(2)
@@ -92,7 +92,7 @@ class MatrixFree(Blocks):
             self._gradients[self.segments[number].tensor] = torch.empty(0)
 
     def _rows(self, number: int, here: slice) -> Tensor:
-        """Gradients of some blocks, [c, N, B] in float64: a copy."""
+        """Return the gradients of some blocks, [c, N, B] in float64: a copy."""
         segment = self.segments[number]
         part = segment.cut(self._gradients[segment.tensor])[:, here].transpose(0, 1)
         return part.to(torch.float64, copy=True)

@@ -30,7 +30,7 @@ def format_bytes(size: int) -> str:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had on the device, or None where the system does not tell."""
+    """Return the bytes that can still be had on the device, or None where the system does not tell."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -88,7 +88,7 @@ def _meminfo() -> int | None:
 
 
 def _cgroup() -> int | None:
-    """What is left of a container's limit (Linux, cgroup v2); file cache can be dropped and does not count."""
+    """Return what is left of a container's limit (Linux, cgroup v2); file cache can be dropped and does not count."""
     root = Path("/sys/fs/cgroup")
     limit, current, stat = root / "memory.max", root / "memory.current", root / "memory.stat"
     if not (limit.exists() and current.exists() and stat.exists()) or limit.read_text().strip() == "max":

@@ -80,7 +80,7 @@ def make_plan(
 
 
 def _exchange(weights: Sequence[Tensor], comm: Comm, options: Options) -> int:
-    """Bytes of a chunk of sixteen gradients on its way to other ranks."""
+    """Return the bytes of a chunk of sixteen gradients on its way to other ranks."""
     if comm.count == 1:
         return 0
     return 2 * RANK * sum(weight.numel() for weight in weights) * options.dtype.itemsize

@@ -64,7 +64,7 @@ class Obert(Solver[Tensor]):
         return costs
 
     def move(self, masks: Sequence[Tensor], candidates: Sequence[Tensor], advance: Advance) -> list[Tensor]:
-        """New weights, moved as the option `update` says."""
+        """Return new weights, moved as the option `update` says."""
         self._fisher.finish()
         is_joint = self._problem.options.update == "joint"
         return self._fisher.move(masks, self._fisher.joint_change if is_joint else self._independent_change, advance)

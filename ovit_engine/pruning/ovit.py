@@ -73,7 +73,7 @@ class Ovit(Solver[list[RemovalOrder]]):
         self._fisher.observe(chunk)
 
     def candidates(self, advance: Advance) -> list[list[RemovalOrder]]:
-        """The course of every segment, by tensor."""
+        """Return the removal order of every segment, by tensor."""
         self._fisher.finish()
         courses: list[list[RemovalOrder]] = [[] for _ in self._problem.weights]
         for number, segment in enumerate(self._fisher.segments):
@@ -81,7 +81,7 @@ class Ovit(Solver[list[RemovalOrder]]):
         return courses
 
     def move(self, masks: Sequence[Tensor], candidates: Sequence[list[RemovalOrder]], advance: Advance) -> list[Tensor]:
-        """New weights, the survivors at the best place."""
+        """Return new weights, the survivors at the best place."""
         self._fisher.finish()
         is_sound = [course.is_sound for courses in candidates for course in courses]
 
@@ -146,7 +146,7 @@ class Ovit(Solver[list[RemovalOrder]]):
 
 
 def _allocate(problem: Problem, candidates: Sequence[list[RemovalOrder]]) -> list[list[Tensor]]:
-    """Which steps [blocks, units] of each course are taken, by tensor."""
+    """Return which steps [blocks, units] of each removal order are taken, by tensor."""
     if isinstance(problem.options.pattern, NM):
         return [[course.cost >= 0 for course in courses] for courses in candidates]
     removals: list[list[Tensor]] = [[] for _ in candidates]
@@ -161,7 +161,7 @@ def _allocate(problem: Problem, candidates: Sequence[list[RemovalOrder]]) -> lis
 
 
 def _removed(order: Tensor, removal: Tensor, unit: int) -> Tensor:
-    """Weights [blocks, units * unit] that go, from the steps that are taken."""
+    """Return the weights [blocks, units * unit] that go, from the steps that are taken."""
     removed = torch.zeros_like(removal)
     block, step = removal.nonzero(as_tuple=True)
     removed[block, order[block, step].long()] = True

@@ -129,7 +129,7 @@ class NM(Pattern):
         return own
 
     def to_layout(self, tensor: Tensor, leading: int = 0) -> Tensor:
-        """Rows of the hardware layout, one after the other."""
+        """Return the rows of the hardware layout, one after the other."""
         return to_hardware(tensor, leading).flatten(leading)
 
     def from_layout(self, flat: Tensor, shape: torch.Size) -> Tensor:

@@ -108,7 +108,7 @@ class Problem:
         return Problem(names, weights, [self.masks[i] for i in indices], self.options, quotas, self.shapes)
 
     def alive_units(self, index: int) -> Tensor:
-        """Which units of a tensor still have a weight, [units] in layout order."""
+        """Return which units of a tensor still have a weight, [units] in layout order."""
         return _alive_units(self.masks[index], self.options)
 
     def group_quotas(self, index: int) -> Tensor:
@@ -119,7 +119,7 @@ class Problem:
         return (kept - pattern.keep).clamp(min=0)
 
     def is_solved(self) -> bool:
-        """Whether the masks already reach the target, so that nothing may change."""
+        """Return whether the masks already reach the target, so that nothing may change."""
         if isinstance(self.options.pattern, NM):
             return not any(bool(self.group_quotas(index).any()) for index in range(len(self.weights)))
         return all(count == 0 for _, count in self.quotas)

@@ -212,7 +212,7 @@ def plan_pruning(
     comm: Comm = SINGLE_PROCESS,
     **options: Unpack[PruneOptions],
 ) -> Plan:
-    """How `prune_streamed` would go about these weights with so many gradients, if all of them had to lose some.
+    """Return how `prune_streamed` would go about these weights with so many gradients, if all of them had to lose some.
 
     Only shapes and devices are read. `held_besides` are bytes on each device that will be taken by then, and count
     where there is no limit. Raises MemoryError where a single tensor does not fit, on all ranks.

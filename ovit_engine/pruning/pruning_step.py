@@ -80,7 +80,7 @@ class PruningStep:
         return Pruned(masks, weights, errors, self._passes, dict(self._stages.seconds))
 
     def _by_round(self) -> tuple[list[Tensor], list[Tensor], list[float]]:
-        """Where a round decides for itself."""
+        """Choose round by round, each for itself."""
         masks, weights = list(self._problem.masks), list(self._problem.weights)
         errors = [0.0] * len(masks)
         for held in self._plan.rounds:
@@ -105,7 +105,7 @@ class PruningStep:
         return masks, weights, errors
 
     def _jointly(self) -> tuple[list[Tensor], list[Tensor], list[float]]:
-        """Where the choice is one over all tensors: rank 0 makes it once all rounds have said what removals cost."""
+        """Choose over all tensors at once: rank 0 does so once all rounds have said what removals cost."""
         problem, me = self._problem, self._comm.rank
         candidates: dict[int, Any] = {}
         solver: Solver[Any] | None = None
@@ -139,7 +139,7 @@ class PruningStep:
         return masks, weights, errors
 
     def _choose(self, candidates: dict[int, Any]) -> tuple[list[Tensor], list[float]]:
-        """Masks and errors by rank 0, for everyone."""
+        """Return masks and errors, chosen by rank 0 for all ranks."""
         every = self._comm.gather_entries(candidates)
         masks, errors = list(self._problem.masks), [0.0] * len(self._problem.masks)
         with self._comm.fail_together(), exact_arithmetic():
@@ -149,7 +149,7 @@ class PruningStep:
         return [self._comm.broadcast(mask, 0) for mask in masks], self._comm.gather(errors)[0]
 
     def _observe(self, held: list[list[int]]) -> Solver[Any] | None:
-        """A solver for the tensors that this rank holds, which has seen all gradients; None for no tensors."""
+        """Return a solver for the tensors that this rank holds, which has seen all gradients; None for no tensors."""
         mine, union = held[self._comm.rank], sorted(chain.from_iterable(held))
         with self._comm.fail_together(), exact_arithmetic(), self._stages.timed("fisher"):
             solver = self._solver_type(self._problem.part(mine), self._count) if mine else None
@@ -194,12 +194,12 @@ class PruningStep:
             return solver.move(masks, candidates, lambda weights: self._stages.advance("move", weights))
 
     def _owners(self) -> list[tuple[int, int]]:
-        """(rank, tensor) in the same order everywhere."""
+        """Return (rank, tensor) in the same order everywhere."""
         return [(rank, i) for held in self._plan.rounds for rank, mine in enumerate(held) for i in mine]
 
 
 def _beside(candidate: Any, weight: Tensor) -> Any:
-    """A candidate that came from another rank, on the device of its weight."""
+    """Return a candidate that came from another rank, on the device of its weight."""
     return candidate.to(weight.device) if isinstance(candidate, Tensor) else candidate
 
 

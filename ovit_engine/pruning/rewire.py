@@ -16,7 +16,7 @@ from ovit_engine.utils.random import mixed
 
 
 def rewire(weight: Tensor, mask: Tensor, gain: Tensor, *, pattern: Pattern, fraction: float, name: str) -> Tensor:
-    """The mask (True = kept) after `fraction` of what is kept has moved; it keeps exactly as much as before.
+    """Return the mask (True = kept) after `fraction` of what is kept has moved; it keeps exactly as much as before.
 
     Of n kept units ceil(fraction * n) of lowest sum |w| go; as many of highest sum `gain` come among those that are
     not there then, so that one which has just gone may come back. A unit is a weight, or a tile of a block pattern.
@@ -59,7 +59,7 @@ def _units(tensor: Tensor, pattern: Pattern) -> Tensor:
 
 
 def _sums(values: Tensor, pattern: Pattern, name: str, what: str) -> Tensor:
-    """One finite number a unit, on the CPU, where choosing the lowest is deterministic."""
+    """Return one finite number a unit, on the CPU, where choosing the lowest is deterministic."""
     wide = values.detach().to(torch.promote_types(values.dtype, torch.float32))
     sums = _units(wide, pattern).sum(1).cpu()
     if bool(sums.isnan().any()):
@@ -68,5 +68,5 @@ def _sums(values: Tensor, pattern: Pattern, name: str, what: str) -> Tensor:
 
 
 def _lowest_of_each(order: Tensor, counts: Tensor) -> Tensor:
-    """The counts[i] lowest of row i, ties by position."""
+    """Return the counts[i] lowest of row i, ties by position."""
     return order.argsort(dim=1, stable=True).argsort(dim=1) < counts.unsqueeze(1)

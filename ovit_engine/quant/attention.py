@@ -66,7 +66,7 @@ def _quantized_class(kind: Any) -> type[nn.Module]:
 
 
 def attention_modules(model: nn.Module) -> list[str]:
-    """Names of the modules that are attention themselves: timm's, and others whose class is called so.
+    """Return the names of the modules that are attention themselves: timm's, and others whose class is called so.
 
     Told by `fused_attn`, which timm's have, or the name of the class; modules that only hold another one are not
     meant, and neither is `nn.MultiheadAttention`, whose products are inside torch.

@@ -11,18 +11,18 @@ _WITH_ACTIVATION = {"BatchNormAct2d", "SyncBatchNormAct"}
 
 
 def has_activation(module: nn.Module) -> bool:
-    """Whether `module` is a timm batch-norm that also applies an activation."""
+    """Return whether `module` is a timm batch-norm that also applies an activation."""
     return isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module).__name__ in _WITH_ACTIVATION
 
 
 def is_foldable(module: nn.Module) -> bool:
-    """Whether `module` is an affine map of each channel in eval mode, which a convolution can take over."""
+    """Return whether `module` is an affine map of each channel in eval mode, which a convolution can take over."""
     known = type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) or has_activation(module)
     return known and isinstance(module.running_mean, Tensor)
 
 
 def fold_factors(norm: nn.Module, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(factor, new bias), float64 [channels]: `norm(y + bias) == factor * y + new_bias` in eval mode."""
+    """Return (factor, new bias), float64 [channels]: `norm(y + bias) == factor * y + new_bias` in eval mode."""
     assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None

@@ -17,7 +17,7 @@ from ovit_engine.quant.prepare import rounding_layers, run_watched
 
 
 def mean_shift(rounded: Tensor, exact: Tensor, channel_axis: int) -> Tensor:
-    """Mean of `rounded - exact` for each channel, float64 [channels]."""
+    """Return the mean of `rounded - exact` for each channel, float64 [channels]."""
     difference = (rounded.double() - exact.double()).transpose(0, channel_axis).flatten(1)
     return difference.mean(dim=1)
 

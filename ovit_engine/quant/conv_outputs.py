@@ -75,7 +75,7 @@ class _Walker:
         return ConvOutput(norm=norm, rounded_at=place)
 
     def _only_user(self, node: fx.Node) -> fx.Node | None:
-        """The one node that takes this output, looking through `nn.Identity`; None if there are several."""
+        """Return the one node that takes this output, looking through `nn.Identity`; None if there are several."""
         while len(node.users) == 1:
             (user,) = node.users
             if not (user.op == "call_module" and type(self.model.get_submodule(str(user.target))) is nn.Identity):
@@ -98,7 +98,7 @@ class _Walker:
 
 
 def place_after_norm(model: nn.Module, norm: str) -> str:
-    """Where the output of a batch-norm can be rounded so that the runtime still fuses the convolution.
+    """Return where the output of a batch-norm can be rounded so that the runtime still fuses the convolution.
 
     After a fused ReLU; but before any other activation: timm's modules call `drop` between the two.
     """
@@ -114,7 +114,7 @@ def _fits(conv: nn.Module, norm: nn.Module) -> bool:
 
 
 def _by_registration(model: nn.Module, name: str) -> ConvOutput:
-    """The batch-norm registered right after the convolution in the same parent, if it fits."""
+    """Return the batch-norm registered right after the convolution in the same parent, if it fits."""
     parent, _, child = name.rpartition(".")
     siblings = list(model.get_submodule(parent).named_children())
     after = siblings[[sibling for sibling, _ in siblings].index(child) + 1 :]

@@ -63,13 +63,13 @@ def along(values: Tensor, like: Tensor, axis: int | None) -> Tensor:
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: IntegerGrid, axis: int | None = None) -> Tensor:
-    """The integer levels of `x`, same shape, dtype `grid.dtype`."""
+    """Return the integer levels of `x`, same shape, dtype `grid.dtype`."""
     levels = torch.round(x.float() / along(scale, x, axis)) + along(zero_point, x, axis)
     return levels.clamp(grid.low, grid.high).to(grid.dtype)
 
 
 def dequantize(levels: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None = None) -> Tensor:
-    """The float32 values that the integer `levels` stand for."""
+    """Return the float32 values that the integer `levels` stand for."""
     return (levels.float() - along(zero_point, levels, axis)) * along(scale, levels, axis)
 
 

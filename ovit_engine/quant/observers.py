@@ -24,7 +24,7 @@ class Observer(ABC):
     def update(
         self, x: Tensor, minimum: Tensor, maximum: Tensor, observed: Tensor, axis: int | None
     ) -> tuple[Tensor, Tensor]:
-        """The new (minimum, maximum) after `x`; `observed` (0-d bool) is false for the first tensor."""
+        """Return the new (minimum, maximum) after `x`; `observed` (0-d bool) is false for the first tensor."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Averaged(Observer):
 
     @abstractmethod
     def range_of(self, x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
-        """(minimum, maximum) of one batch."""
+        """Return (minimum, maximum) of one batch."""
 
     def update(
         self, x: Tensor, minimum: Tensor, maximum: Tensor, observed: Tensor, axis: int | None

@@ -80,7 +80,7 @@ def prepare_quantization(
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, FakeQuantize]]:
-    """Every fake quantizer of `model` with its name."""
+    """Return every fake quantizer of `model` with its name."""
     for name, module in model.named_modules():
         if isinstance(module, FakeQuantize):
             yield name, module

@@ -33,7 +33,7 @@ def extremes(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
 
 
 def percentile_range(x: Tensor, percentile: float, axis: int | None = None) -> tuple[Tensor, Tensor]:
-    """The smallest and largest value once `100 - percentile` percent of the values at either end are left out.
+    """Return the smallest and largest value once `100 - percentile` percent of the values at either end are left out.
 
     Counts are rounded down: with fewer values than one in that share these are the extremes. So they are, not to be
     hidden, where the tensor holds NaN or infinity.
@@ -50,7 +50,7 @@ def percentile_range(x: Tensor, percentile: float, axis: int | None = None) -> t
 
 
 def least_error_range(x: Tensor, grid: IntegerGrid, axis: int | None = None) -> tuple[Tensor, Tensor]:
-    """The range whose rounding and saturation to `grid` leave the least squared error.
+    """Return the range whose rounding and saturation to `grid` leave the least squared error.
 
     A whole tensor is searched through its histogram, both ends for themselves on an affine grid; channels value by
     value, both ends by the same factor.
@@ -85,7 +85,7 @@ def _search_channels(
 
 
 def _histogram(x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """(centres, counts) of equal bins over [low, high]."""
+    """Return (centres, counts) of equal bins over [low, high]."""
     width = ((high - low) / _BINS).clamp(min=torch.finfo(torch.float32).tiny)
     index = ((x.reshape(-1) - low) / width).long().clamp(0, _BINS - 1)
     counts = torch.zeros(_BINS, dtype=torch.int64, device=x.device).scatter_add_(0, index, torch.ones_like(index))

@@ -35,7 +35,7 @@ class Smoothed:
     difference: float
 
     def describe(self) -> str:
-        """One line."""
+        """Return one line."""
         done = f"smoothed {sum(map(len, self.folded.values()))} layers behind {len(self.folded)} LayerNorms"
         left = "".join(f"; left {name}: {reason}" for name, reason in self.left.items())
         return f"{done}, float outputs equal to {self.difference:.0e}{left}"
@@ -97,7 +97,7 @@ def _fold(norm: nn.Module, layers: Sequence[nn.Module], reach: Tensor, strength:
 
 
 def _exact_output(model: nn.Module, batch: tuple[Any, ...]) -> Tensor:
-    """The first output in float64, of a copy."""
+    """Return the first output in float64, of a copy."""
     exact = copy.deepcopy(model).double()
     output = exact(*(value.double() if _is_float(value) else value for value in batch))
     while not isinstance(output, Tensor):
@@ -159,7 +159,7 @@ class _CallRecorder(TorchFunctionMode):
 
 
 def _asks_only(result: Any) -> bool:
-    """Whether a call gave no tensors: a shape, a type, a number."""
+    """Return whether a call gave no tensors: a shape, a type, a number."""
     return not any(isinstance(value, Tensor) for value in _flat([result]))
 
 
@@ -173,7 +173,7 @@ def _flat(values: Any) -> list[Any]:
 def _readers(
     model: nn.Module, names: Collection[str], batch: tuple[Any, ...]
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """(LayerNorm -> layers that read it, LayerNorm -> why it is left), seen in one run."""
+    """Return (LayerNorm -> layers that read it, LayerNorm -> why it is left), seen in one run."""
     norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)}
     linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
     watch, handles = _CallRecorder(), []

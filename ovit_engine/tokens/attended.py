@@ -14,7 +14,7 @@ from ovit_engine.utils.autograd import is_recomputed
 
 
 def class_attention(queries: Tensor, keys: Tensor, prefix: int, gate: Tensor | None = None) -> Tensor:
-    """How much attention each patch token gets [images, N], mean over heads and queries; at least float32.
+    """Return how much attention each patch token gets [images, N], mean over heads and queries; at least float32.
 
     Fused kernels never show the map of attention: of it only the rows of a few queries are computed again, each over
     all P + N keys.
@@ -30,7 +30,7 @@ def class_attention(queries: Tensor, keys: Tensor, prefix: int, gate: Tensor | N
 
 
 def keep_attended(x: Tensor, attention: Tensor, keep: int, prefix: int, *, fuse: bool) -> tuple[Tensor, Tensor]:
-    """The `keep` patch tokens that get most attention, behind the prefix, and their places [images, keep].
+    """Return the `keep` patch tokens that get most attention, behind the prefix, and their places [images, keep].
 
     x [images, P + N, C] becomes [images, P + keep, C]; with `fuse` one more comes last, the sum of the others weighted
     by their attention [images, N], not renormalised (equation 4).
@@ -47,7 +47,7 @@ def keep_attended(x: Tensor, attention: Tensor, keep: int, prefix: int, *, fuse:
 
 
 def shares_at(step: int, shares: Sequence[float], start: int, end: int) -> list[float]:
-    """What stages keep in training at `step`: all until `start`, down a cosine, from `end` on their share."""
+    """Return what stages keep in training at `step`: all until `start`, down a cosine, from `end` on their share."""
     progress = (step - start) / (end - start) if start <= step < end else float(step >= end)
     return [Schedule(1.0, share, "cosine").value(progress) for share in shares]
 

@@ -62,7 +62,7 @@ class BetweenHooks(TokenHooks):
     def reduce(
         self, number: int, x: Tensor, queries: Tensor, keys: Tensor, gate: Tensor | None, *, training: bool
     ) -> Tensor:
-        """The tokens that the MLP of that block gets, and all blocks after it.
+        """Return the tokens that the MLP of that block gets, and all blocks after it.
 
         Args:
             x: tokens after attention [images, tokens, width].

@@ -39,7 +39,7 @@ def quarter_blocks(depth: int) -> list[int]:
 
 
 def ceil_counts(patches: int, shares: Sequence[float], *, fuse: bool) -> list[int]:
-    """Tokens kept at each stage, where each keeps a share of those that come to it, rounded up.
+    """Return the tokens kept at each stage, where each keeps a share of those that come to it, rounded up.
 
     With `fuse` each stage that drops any leaves one more token, which comes to the next stage like all others.
     """
@@ -51,7 +51,7 @@ def ceil_counts(patches: int, shares: Sequence[float], *, fuse: bool) -> list[in
 
 
 def shares_of(patches: int, counts: Sequence[int], *, fuse: bool) -> list[float]:
-    """The shares of which `ceil_counts` makes these counts."""
+    """Return the shares of which `ceil_counts` makes these counts."""
     shares = []
     for keep in counts:
         shares.append(keep / patches)
@@ -60,7 +60,7 @@ def shares_of(patches: int, counts: Sequence[int], *, fuse: bool) -> list[float]
 
 
 def after_stage(before: int, keep: int, *, fuse: bool) -> int:
-    """Tokens that leave a stage which keeps `keep` of `before`: a fused one counts."""
+    """Return the tokens that leave a stage which keeps `keep` of `before`: a fused one counts."""
     return keep + (fuse and keep < before)
 
 

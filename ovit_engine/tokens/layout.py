@@ -20,7 +20,7 @@ class Layout:
 
 
 def find_transformer(model: nn.Module) -> Any:
-    """The vision transformer of `model`: itself, or the one inside it.
+    """Return the vision transformer of `model`: itself, or the one inside it.
 
     Raises:
         ValueError: there is none with a layout as timm's VisionTransformer has it, or more than one.
@@ -40,7 +40,7 @@ def find_transformer(model: nn.Module) -> Any:
 
 
 def find_layout(model: nn.Module) -> Layout:
-    """The layout of the vision transformer in `model`.
+    """Return the layout of the vision transformer in `model`.
 
     Raises:
         ValueError: there is none, or one that needs all its tokens: pooling over patches, positions inside the blocks,
@@ -79,12 +79,12 @@ def _why_not_reducible(vit: Any) -> str | None:
 
 
 def _forwards(module: nn.Module) -> list[Any]:
-    """The classes of `module` that say what it takes."""
+    """Return the classes of `module` that say what it takes."""
     return [kind for kind in type(module).__mro__ if "forward" in vars(kind)]
 
 
 def mean_of_heads(x: Tensor, gate: Tensor | None) -> Tensor:
-    """The mean of x [images, heads, ...] over heads, of those that `gate`, bool [heads], keeps.
+    """Return the mean of x [images, heads, ...] over heads, of those that `gate`, bool [heads], keeps.
 
     A head that is off is gone in the model that is deployed: it must have no say in training either.
     """

@@ -32,12 +32,12 @@ def param_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, 
 
 
 def scorer_parameters(model: nn.Module) -> set[int]:
-    """Identities of the parameters of scorers, as they are now."""
+    """Return the identities of the parameters of scorers, as they are now."""
     return {id(parameter) for name, parameter in unwrapped(model).named_parameters() if is_scorer(name)}
 
 
 def backbone_groups(model: nn.Module, groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of an optimizer's groups that hold no scorer.
+    """Return those of an optimizer's groups that hold no scorer.
 
     Raises:
         ValueError: a group that holds scorers and other weights.

@@ -75,13 +75,13 @@ def follow_places(origin: Tensor, matching: Matching, prefix: int) -> Tensor:
 
 
 def _halves(x: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
-    """The patch tokens of x [images, P + N, C] that are in A, and those in B."""
+    """Return the patch tokens of x [images, P + N, C] that are in A, and those in B."""
     patches = x[:, prefix:]
     return patches[:, prefix % 2 :: 2], patches[:, (prefix + 1) % 2 :: 2]
 
 
 def _take_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """The tokens of x [images, N, C] at index [images, k]."""
+    """Return the tokens of x [images, N, C] at index [images, k]."""
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 

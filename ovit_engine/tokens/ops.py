@@ -26,7 +26,7 @@ class Survivors:
 
 
 def top_tokens(scores: Tensor, keep: int) -> Tensor:
-    """Places of the `keep` largest scores of each image, int64 [images, keep]; scores [images, tokens].
+    """Return the places of the `keep` largest scores of each image, int64 [images, keep]; scores [images, tokens].
 
     In the order of the scores, not of the image: behind the position embedding attention does not ask for places.
     """
@@ -41,7 +41,7 @@ def gather_tokens(x: Tensor, index: Tensor, prefix: int) -> Tensor:
 
 
 def policy_bias(policy: Tensor, epsilon: float = EPSILON) -> Tensor:
-    """What to add to attention scores so that no token sees a dropped one, but each sees itself.
+    """Return what to add to attention scores so that no token sees a dropped one, but each sees itself.
 
     policy [images, tokens] between 0 and 1; returns log(policy + epsilon) [images, 1, tokens, tokens], 0 on the
     diagonal. Softmax of scores with it is the published masked softmax, exp(s_ij) p_j over its sum, also in its
@@ -53,7 +53,7 @@ def policy_bias(policy: Tensor, epsilon: float = EPSILON) -> Tensor:
 
 
 def compute_epsilon(x: Tensor) -> float:
-    """The epsilon for the type in which attention of `x` is computed, autocast included."""
+    """Return the epsilon for the type in which attention of `x` is computed, autocast included."""
     kind = x.device.type
     computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     return EPSILON_HALF if computed == torch.float16 else EPSILON
@@ -65,11 +65,11 @@ def widened(x: Tensor) -> Tensor:
 
 
 def is_autocast(x: Tensor) -> bool:
-    """Whether autocast is on where `x` is."""
+    """Return whether autocast is on where `x` is."""
     kind = x.device.type
     return kind != "meta" and torch.is_autocast_enabled(kind)  # torch 2.11 can't trace `is_autocast_available`
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """A context in which autocast lets products on the device of `x` be."""
+    """Return a context in which autocast lets products on the device of `x` be."""
     return torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext()

@@ -14,7 +14,7 @@ class Scorer(nn.Module):
     """
 
     def forward(self, patches: Tensor, kept: Tensor | None) -> Tensor:
-        """Scores [images, tokens] of patches [images, tokens, width].
+        """Return the scores [images, tokens] of patches [images, tokens, width].
 
         kept: [images, tokens], 1 for tokens that are still there; None where all are.
         """
@@ -25,7 +25,7 @@ class Scorer(nn.Module):
         return self.score(patches, kept)
 
     def score(self, patches: Tensor, kept: Tensor | None) -> Tensor:
-        """The scores, of patches in the type of the weights."""
+        """Return the scores, of patches in the type of the weights."""
         raise NotImplementedError
 
 
@@ -41,7 +41,7 @@ class Predictor(Scorer):
         self.logits = nn.Linear(width // 4, 2)  # keep, drop
 
     def score(self, patches: Tensor, kept: Tensor | None) -> Tensor:
-        """The logit of keeping less that of dropping: as log-softmax orders tokens, at less cost."""
+        """Return the logit of keeping less that of dropping: as log-softmax orders tokens, at less cost."""
         own, common = self.local(patches).chunk(2, dim=-1)
         if kept is None:
             mean = common.mean(1, keepdim=True)
@@ -67,7 +67,7 @@ class LinearScorer(Scorer):
 
 
 def make_scorer(kind: type[Predictor] | type[LinearScorer], like: Tensor, width: int, seed: int) -> Scorer:
-    """A scorer with weights that depend on `seed` alone, on the device and in the type of `like`."""
+    """Return a scorer with weights that depend on `seed` alone, on the device and in the type of `like`."""
     state = random_state()
     try:
         seed_cpu(mixed(seed))

@@ -174,7 +174,7 @@ class _BlockHook:
         self._hooks, self._number, self._begins = hooks, number, begins
 
     def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """The forward pre-hook."""
+        """Act before the block's forward."""
         x, *others = args
         hooks, number = self._hooks, self._number
         if hooks.is_training:

@@ -62,10 +62,10 @@ class TokenHooks(ABC):
 
     @abstractmethod
     def patches_left(self) -> list[tuple[int, int]]:
-        """(block, patch tokens left by it in inference), blocks rising."""
+        """Return (block, patch tokens left by it in inference), blocks rising."""
 
     def token_counts(self) -> TokenCounts:
-        """Tokens along the blocks in inference, which an exported file must have."""
+        """Return the tokens along the blocks in inference, which an exported file must have."""
         left = [(block, self.layout.prefix + count) for block, count in self.patches_left()]
         return counts_after(self.layout.prefix + self.layout.patches, self.layout.depth, left, within=self.within)
 
@@ -94,7 +94,7 @@ class TokenHooks(ABC):
 
 
 def hooks_of(model: nn.Module) -> TokenHooks | None:
-    """What reduces the tokens of `model`, or of the model inside a wrapper; None where nothing does."""
+    """Return what reduces the tokens of `model`, or of the model inside a wrapper; None where nothing does."""
     for module in unwrapped(model).modules():
         found = vars(module).get(ATTRIBUTE)
         if isinstance(found, TokenHooks):

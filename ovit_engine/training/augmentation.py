@@ -108,7 +108,7 @@ def with_preset(training: Training) -> Training:
 
 
 def data_config(config: Mapping[str, Any], augmentation: str) -> Mapping[str, Any]:
-    """How images are evaluated where the training images are augmented so: a preset may name another crop."""
+    """Return how images are evaluated where the training images are augmented so: a preset may name another crop."""
     preset = AUGMENTATION_PRESETS.get(augmentation)
     return config if preset is None or preset.crop is None else {**config, "crop_pct": preset.crop}
 
@@ -141,7 +141,7 @@ def calibration_transform(config: Mapping[str, Any], augmentation: str) -> Trans
 
 
 def known_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a `config` that timm's transforms take."""
+    """Return the part of a `config` that timm's transforms take."""
     keys = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
     return {key: config[key] for key in keys}
 

@@ -78,7 +78,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def last_whole(folder: Path) -> Path | None:
-    """The newest checkpoint of a run that can be read, None where there is none at all; a damaged one is told.
+    """Return the newest checkpoint of a run that can be read, None where there is none at all; a damaged one is told.
 
     Raises:
         ValueError: there are some, and all are damaged.
@@ -110,7 +110,7 @@ def checkpoint_file(path: Path) -> Path:
 
 
 def folder_of(path: Path) -> Path:
-    """The folder of a run, of which `path` is a checkpoint or that folder itself."""
+    """Return the folder of a run, of which `path` is a checkpoint or that folder itself."""
     return path if path.is_dir() else path.parent
 
 
@@ -174,7 +174,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def saved_manifest(state: Mapping[str, Any]) -> Manifest:
-    """Which heads and units the model of a checkpoint has left; empty where it has all.
+    """Return which heads and units the model of a checkpoint has left; empty where it has all.
 
     Raises:
         ValueError: it is no manifest.
@@ -188,7 +188,7 @@ def saved_manifest(state: Mapping[str, Any]) -> Manifest:
 
 
 def with_manifest(model: nn.Module) -> dict[str, Any]:
-    """What a checkpoint says besides of a model that has lost heads or units."""
+    """Return what a checkpoint says besides of a model that has lost heads or units."""
     manifest = manifest_of(model)
     return {"manifest": manifest.model_dump(mode="json")} if manifest else {}
 

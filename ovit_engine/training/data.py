@@ -112,7 +112,7 @@ def load_data(
 
 
 def model_data_config(model: str, model_args: Mapping[str, Any]) -> dict[str, Any]:
-    """How a timm model wants its images: input_size [C, H, W], mean, std, crop and interpolation."""
+    """Return how a timm model wants its images: input_size [C, H, W], mean, std, crop and interpolation."""
     known = get_pretrained_cfg(model)
     cfg: dict[str, Any] = known.to_dict() if known else {}  # type: ignore[no-untyped-call]
     channels, *own_size = tuple[int, ...](cfg.get("input_size") or (3, 224, 224))
@@ -135,7 +135,7 @@ def tell_classes(images: ImageData, outputs: int | None) -> None:
 
 
 def config_of(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """The `config` that `preprocessing` (of a checkpoint or an ONNX file) came from.
+    """Return the `config` that `preprocessing` (of a checkpoint or an ONNX file) came from.
 
     Raises:
         ValueError: something is missing or is no such value.

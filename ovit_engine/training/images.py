@@ -82,7 +82,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         raise UnreadableImageError(f"none of the {count} images can be read, {self._source.name(index)!r} for one")
 
     def decode(self, index: int) -> tuple[Image.Image, int]:
-        """One image as it is stored, in the right mode, and its class.
+        """Return one image as it is stored, in the right mode, and its class.
 
         Raises:
             UnreadableImageError: it is no image, cut off, or gone.
@@ -98,7 +98,7 @@ class Images(Dataset[tuple[Tensor, int]]):
             raise UnreadableImageError(f"{self._source.name(index)!r} is unreadable: {reason}") from None
 
     def with_transform(self, transform: Callable[[Any], Tensor]) -> "Images":
-        """The same images looked at in another way; what is unreadable is known to both."""
+        """Return the same images looked at in another way; what is unreadable is known to both."""
         other = copy.copy(self)
         other._transform = transform
         return other

@@ -61,7 +61,7 @@ def with_training(recipe: Recipe, **options: Any) -> Recipe:
 
 
 def model_name(training: Training) -> str:
-    """The timm model of a `training` section.
+    """Return the timm model of a `training` section.
 
     Raises:
         ValueError: none is named, or one that timm does not have; the nearest names are shown.
@@ -75,7 +75,7 @@ def model_name(training: Training) -> str:
 
 
 def make_model(training: Training, *, pretrained: bool = False) -> nn.Module:
-    """The timm model of a `training` section, its weights seeded.
+    """Return the timm model of a `training` section, its weights seeded.
 
     Raises:
         ValueError: as `model_name`, or a model without stochastic depth where a preset wants it.
@@ -130,7 +130,7 @@ def with_small_model(recipe: Recipe, steps_per_epoch: int) -> Recipe:
 
 
 def _can_follow(recipe: Recipe, steps_per_epoch: int) -> bool:
-    """Whether the recipe can be followed on its model."""
+    """Return whether the recipe can be followed on its model."""
     training = recipe.training
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of this model, which is not the user's
@@ -147,7 +147,7 @@ def _empty(training: Training) -> nn.Module:
 
 
 def small_setup(training: Training, images: int) -> Setup:
-    """The timm model of `training` as it is, its optimizer, and `images` random images with random classes."""
+    """Return the timm model of `training` as it is, its optimizer, and `images` random images with random classes."""
     model = make_model(training)
     channels = next(parameter.shape[1] for parameter in model.parameters() if parameter.ndim == 4)
     side = _side(training, model)

@@ -83,6 +83,6 @@ def begin(trainer: Trainer, checkpoint: str | Path | None, pretrained: bool, res
 
 
 def _prunes_at_once(recipe: Recipe) -> bool:
-    """Whether weights become zero before the first step."""
+    """Return whether weights become zero before the first step."""
     clock = Clock(100, 100 * recipe.training.epochs)
     return any(0 in modifier.changes(clock) for modifier in having(recipe.modifiers, Masking))

@@ -19,7 +19,7 @@ from ovit_engine.engine import Engine
 
 
 def mixed_precision(device: torch.device) -> tuple[torch.dtype, bool]:
-    """The type in which a device computes under `amp`, and whether gradients must be scaled to fit into it."""
+    """Return the type in which a device computes under `amp`, and whether gradients must be scaled to fit into it."""
     return (torch.float16, True) if device.type == "cuda" else (torch.bfloat16, False)
 
 
@@ -75,7 +75,7 @@ class Steps:
         return total
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The loss to differentiate, of images [N, C, H, W] and classes [N]."""
+        """Return the loss to differentiate, of images [N, C, H, W] and classes [N]."""
         smoothing = self._training.label_smoothing
         if self._mixup is not None:
             images, labels = self._mixup(images, labels)

@@ -101,7 +101,7 @@ def complete(
 
 
 def find_point(index: Index, asked: float) -> Point:
-    """The point of a sparsity. Raises ValueError with the points there are."""
+    """Return the point of a sparsity. Raises ValueError with the points there are."""
     found = next((point for point in index.points if point_name(point.sparsity) == point_name(asked)), None)
     if found is None:
         there_are = ", ".join(point_name(point.sparsity) for point in index.points) or "none yet"
@@ -110,7 +110,7 @@ def find_point(index: Index, asked: float) -> Point:
 
 
 def tail_recipe(checkpoint: Path, epochs: int = TAIL_EPOCHS) -> Recipe:
-    """The fine-tuning tail of the oViT paper for a point that the bundled trainer left.
+    """Return the fine-tuning tail of the oViT paper for a point that the bundled trainer left.
 
     Zeros are held, the learning rate falls on a cosine from 5e-5 to 1e-5, the `training` section is that of the run.
     Where the point was quantized already, the tail is too, from its start.
@@ -149,7 +149,7 @@ def clear_broken_start(output: Path, recipe: Recipe) -> None:
 
 
 def _entries(recipe: Recipe, name: str) -> list[dict[str, Any]]:
-    """The options, as written, of the modifiers of one kind."""
+    """Return the options, as written, of the modifiers of one kind."""
     document = yaml.safe_load(recipe.dump())
     return [entry[name] for entry in document["modifiers"] if name in entry]
 

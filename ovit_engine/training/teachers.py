@@ -29,7 +29,7 @@ class TeacherOfRun:
         return self.recipe.training.teacher is not None or bool(having(self.recipe.modifiers, Distillation))
 
     def make(self) -> nn.Module | None:
-        """A teacher that the recipe's training names; None for a copy of the model that training starts from.
+        """Return a teacher that the recipe's training names; None for a copy of the model that training starts from.
 
         Raises:
             ValueError: no such model, or weights that are not its own.
@@ -47,7 +47,7 @@ class TeacherOfRun:
         return teacher
 
     def saved(self, folder: Path) -> nn.Module | None:
-        """The teacher of the run in a folder; None where there is none.
+        """Return the teacher of the run in a folder; None where there is none.
 
         Raises:
             ValueError: damaged, or of another recipe.

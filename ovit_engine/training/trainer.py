@@ -272,7 +272,7 @@ class Trainer:
         self._saved = time.monotonic()
 
     def _train_epoch(self, epoch: int, listener: TrainingListener) -> float:
-        """Mean loss of an epoch, or of what is left of it."""
+        """Return the mean loss of an epoch, or of what is left of it."""
         self.model.train()
         within, start = self.within, time.perf_counter() - self.within.seconds
         if within.loss is None:
@@ -319,12 +319,12 @@ class Trainer:
         )
 
     def accuracy(self) -> float:
-        """Top-1 on the validation images, of what is deployed."""
+        """Return the top-1 accuracy on the validation images, of what is deployed."""
         with worker_errors():
             return evaluate(self.deployed, self.val_share, self.device, comm=self.comm)
 
     def _about(self) -> dict[str, Any]:
-        """What a checkpoint tells besides model, optimizer and engine."""
+        """Return what a checkpoint tells besides model, optimizer and engine."""
         return {
             "epoch": len(self.metrics),
             "recipe": self.recipe.dump(),
