@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from ovit_engine.quant.prepare import run_watched
 
@@ -100,9 +101,7 @@ def _exact_output(model: nn.Module, batch: tuple[Any, ...]) -> Tensor:
     """Return the first output in float64, of a copy."""
     exact = copy.deepcopy(model).double()
     output = exact(*(value.double() if _is_float(value) else value for value in batch))
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
-    return output
+    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
 
 
 def _is_float(value: Any) -> bool:
@@ -144,8 +143,8 @@ class _CallRecorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) or not _asks_only(result):
-            for value in (*_flat(args), *_flat((kwargs or {}).values())):
+        if any(isinstance(value, Tensor) for value in tree_leaves(result)):  # not where a shape or a type is asked for
+            for value in tree_leaves((args, kwargs)):
                 self._note(func, value)
         return result
 
@@ -156,18 +155,6 @@ class _CallRecorder(TorchFunctionMode):
                     use.layers.append(self.layer)
                 else:
                     use.other = use.other or getattr(func, "__name__", str(func))
-
-
-def _asks_only(result: Any) -> bool:
-    """Return whether a call gave no tensors: a shape, a type, a number."""
-    return not any(isinstance(value, Tensor) for value in _flat([result]))
-
-
-def _flat(values: Any) -> list[Any]:
-    found: list[Any] = []
-    for value in values:
-        found += _flat(value) if isinstance(value, (tuple, list)) else [value]
-    return found
 
 
 def _readers(
@@ -206,7 +193,7 @@ def _readers(
         for handle in handles:
             handle.remove()
     for use in watch.uses.values():
-        if any(value is use.output for value in _flat([output])):
+        if any(value is use.output for value in tree_leaves(output)):
             use.other = use.other or "the model's output"
     readers, left = {}, {}
     for name, use in watch.uses.items():

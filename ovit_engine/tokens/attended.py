@@ -92,11 +92,6 @@ class AttendedHooks(BetweenHooks):
         now = shares_at(step, self.shares, *self.shrink)
         self.training_counts = ceil_counts(self.layout.patches, now, fuse=self.fuse)
 
-    def begin(self, x: Tensor, *, training: bool) -> None:
-        super().begin(x, training=training)
-        if training:
-            self.survivors = None
-
     def reduce(
         self, number: int, x: Tensor, queries: Tensor, keys: Tensor, gate: Tensor | None, *, training: bool
     ) -> Tensor:

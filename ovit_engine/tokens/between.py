@@ -49,6 +49,8 @@ class BetweenHooks(TokenHooks):
             ValueError: another number of tokens than the model had at PREPARE.
         """
         self.check_tokens(x, self.layout.patches)
+        if training:
+            self.survivors = None
 
     def run_again(self, *, training: bool) -> None:
         """One of the blocks is called again, in backward: gradient checkpointing. RuntimeError where that can't be."""

@@ -121,8 +121,6 @@ class MergingHooks(BetweenHooks):
         self._sizes = None
         # grad is off where reentrant checkpointing runs the first time, and what comes to it requires a gradient
         self._with_gradient = training and (torch.is_grad_enabled() or x.requires_grad)
-        if training:
-            self.survivors = None
 
     def run_again(self, *, training: bool) -> None:
         super().run_again(training=training)
