@@ -16,7 +16,7 @@ from ovit_engine.structured.shrink_model import rebuild
 from ovit_engine.training.checkpoint import LAST, PREVIOUS, deployed_weights, folder_of, load_checkpoint, saved_manifest
 from ovit_engine.training.models import make_model
 from ovit_engine.training.sweep_run import clear_broken_start
-from ovit_engine.training.teachers import TeacherOfRun
+from ovit_engine.training.teachers import load_teacher
 from ovit_engine.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def restore(path: str | Path) -> Restored:
         recipe,
         steps_per_epoch=state["engine"]["steps_per_epoch"],
         epochs=recipe.training.epochs,
-        teacher=None if state["engine"].get("finished") else TeacherOfRun(recipe).saved(folder_of(Path(path))),
+        teacher=None if state["engine"].get("finished") else load_teacher(recipe, folder_of(Path(path))),
     ).prepare()
     model.load_state_dict(deployed_weights(state))
     engine.load_state_dict(state["engine"])

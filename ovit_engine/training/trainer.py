@@ -46,7 +46,7 @@ from ovit_engine.training.models import make_model, model_name, with_classes
 from ovit_engine.training.schedulers import make_scheduler
 from ovit_engine.training.steps import Steps
 from ovit_engine.training.sweep_run import METRIC, complete
-from ovit_engine.training.teachers import TeacherOfRun
+from ovit_engine.training.teachers import load_teacher, make_teacher, save_teacher
 from ovit_engine.utils.random import mixed, seed_everything
 
 log = logging.getLogger(__name__)
@@ -146,8 +146,7 @@ class Trainer:
         if checkpoint is not None:
             load_weights(self.model, checkpoint)
         self.model.to(self.device)
-        self.teachers = TeacherOfRun(self.recipe)
-        teacher = self.teachers.make() if resumed is None else self.teachers.saved(folder_of(resumed))
+        teacher = make_teacher(self.recipe) if resumed is None else load_teacher(self.recipe, folder_of(resumed))
         self.engine = Engine(
             self.model,
             self.recipe,
@@ -215,7 +214,7 @@ class Trainer:
         if self.comm.is_main:
             self.output.mkdir(parents=True, exist_ok=True)
             if self.engine.run.teacher is not None:
-                self.teachers.save(self.engine.run.teacher.module, self.output)
+                save_teacher(self.engine.run.teacher.module, self.output)
         epochs = self.training.epochs
         with self.engine as engine:
             if listener.work is not None:
