@@ -17,7 +17,7 @@ from ovit_engine.engine import Engine
 from ovit_engine.flops import count_flops
 from ovit_engine.gradients.calibration import Calibration
 from ovit_engine.post_training.oneshot_report import GridStep, OneShot, PrunedAccuracy
-from ovit_engine.post_training.pruners import Candidate, choose_pruners
+from ovit_engine.post_training.pruners import OneShotPruner, choose_pruners
 
 EVALUATION = 64  # gradients that take about as long as an evaluation: for the estimate of the time left only
 
@@ -82,7 +82,7 @@ def oneshot(
     return found
 
 
-def _grid(pruners: Sequence[Candidate], sparsities: list[float]) -> Iterator[tuple[Candidate, float | None, Modifier]]:
+def _grid(pruners: Sequence[OneShotPruner], sparsities: list[float]) -> Iterator[tuple[OneShotPruner, float | None, Modifier]]:
     for pruner in pruners:
         pruner.check_sparsities(sparsities)
         amounts: Sequence[float | None] = sparsities or [None]

@@ -28,7 +28,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidate:
+class OneShotPruner:
     """A pruner of a comparison: its options without a schedule."""
 
     label: str
@@ -67,7 +67,7 @@ class Candidate:
             self.at(sparsity)
 
 
-def choose_pruners(recipe: Recipe, compare: Sequence[str] = ()) -> list[Candidate]:
+def choose_pruners(recipe: Recipe, compare: Sequence[str] = ()) -> list[OneShotPruner]:
     """The recipe's one pruner, or those that `compare` names ("ovit", "obert", "magnitude" ...), in that order.
 
     One that is in the recipe has the recipe's options; another takes from the recipe's first pruner what all have in
@@ -111,7 +111,7 @@ def _only(recipe: Recipe, own: Sequence[Pruner]) -> str:
     return names[0]
 
 
-def _pruner(recipe: Recipe, own: Sequence[Pruner], label: str) -> Candidate:
+def _pruner(recipe: Recipe, own: Sequence[Pruner], label: str) -> OneShotPruner:
     short, more = VARIANTS.get(label, (label, {}))
     kind = _pruners()[short]
     same = [modifier for modifier in own if type(modifier) is kind]
@@ -121,4 +121,4 @@ def _pruner(recipe: Recipe, own: Sequence[Pruner], label: str) -> Candidate:
     given = source.model_dump(mode="json", by_alias=True, exclude_unset=True)
     wanted = set(kind.model_fields) - set(SCHEDULE) if same else set(SHARED) & set(kind.model_fields)
     options = {key: value for key, value in given.items() if key in wanted}
-    return Candidate(label=label, kind=kind, options={**options, **more}, origins=source._origins)
+    return OneShotPruner(label=label, kind=kind, options={**options, **more}, origins=source._origins)

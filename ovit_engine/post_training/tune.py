@@ -15,7 +15,7 @@ from ovit_engine.core.recipe import Recipe
 from ovit_engine.gradients.calibration import Calibration
 from ovit_engine.post_training.oneshot import EVALUATION, check_on, checked_accuracy, cost, prune_copy
 from ovit_engine.post_training.oneshot_report import GridReport, GridStep, as_csv, as_json
-from ovit_engine.post_training.pruners import Candidate, choose_pruners
+from ovit_engine.post_training.pruners import OneShotPruner, choose_pruners
 from ovit_engine.utils.console import plain_table
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Tuned(GridReport):
     name = NAME
 
     recipe: Recipe
-    pruner: Candidate
+    pruner: OneShotPruner
     asked: float | None  # the sparsity; None where the pattern implies it
     own: Mapping[str, float]  # the recipe's setting
     dense_loss: float  # before pruning, on the held-out training images
@@ -194,7 +194,7 @@ def tune(
     return found
 
 
-def settings(pruner: Candidate, sparsity: float | None) -> tuple[dict[str, float], list[dict[str, float]]]:
+def settings(pruner: OneShotPruner, sparsity: float | None) -> tuple[dict[str, float], list[dict[str, float]]]:
     """The pruner's own damp, gradients and block (those that it has), and the grid around them.
 
     Damp takes `DAMPS` and its own value, gradients and block a quarter of their value and all of it.
