@@ -53,16 +53,16 @@ class TrainerLog:
 
     def __init__(self, engine: Engine, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._told: dict[str, float] = {}
+        self._values: dict[str, float] = {}
         engine.log_to(self._note, every=None)  # the Trainer logs its rate
 
     def _note(self, values: dict[str, float], step: int) -> None:
-        self._told.update(values)
+        self._values.update(values)
 
     def flush(self, control: TrainerControl) -> None:
         """Log what was noted."""
-        if self._told:
-            values, self._told = self._told, {}
+        if self._values:
+            values, self._values = self._values, {}
             due = control.should_log
             self._trainer.log(values)
             control.should_log = due  # the Trainer's own line at this step is still to come

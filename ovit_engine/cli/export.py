@@ -46,7 +46,7 @@ def export(
 
     from ovit_engine.certificate import signing
     from ovit_engine.certificate.render import print_certificate
-    from ovit_engine.training.data import config_of, load_data, tell_classes
+    from ovit_engine.training.data import config_of, load_data, warn_if_classes_differ
     from ovit_engine.training.runs import restore
 
     if key is None and (sign_certificate is not None or certificate_chain):
@@ -65,7 +65,7 @@ def export(
         )
     images = load_data(data or run.data, config=config_of(run.preprocessing), root=data_root)
     with torch.no_grad():
-        tell_classes(images, run.model.eval()(torch.zeros(1, *run.preprocessing["size"])).shape[-1])
+        warn_if_classes_differ(images, run.model.eval()(torch.zeros(1, *run.preprocessing["size"])).shape[-1])
     certificate = run.engine.export(
         output,
         torch.zeros(1, *run.preprocessing["size"]),

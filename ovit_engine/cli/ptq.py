@@ -88,7 +88,7 @@ def _from_weights(
     from ovit_engine.core.recipe import Recipe
     from ovit_engine.post_training import ptq as after
     from ovit_engine.post_training.setup import set_up
-    from ovit_engine.training.data import config_of, tell_classes
+    from ovit_engine.training.data import config_of, warn_if_classes_differ
 
     modifier = after.quantize_of(read)
     run = None if checkpoint is None else after.run_of(checkpoint)
@@ -113,7 +113,7 @@ def _from_weights(
     search_data: Any = ()
     if modifier.search is not None:
         search_data = after.search_batches(images.train, modifier.calibration_images, seed=read.training.seed)
-    tell_classes(images, bench.model(bench.example_inputs).shape[-1])
+    warn_if_classes_differ(images, bench.model(bench.example_inputs).shape[-1])
     return after.ptq(
         bench.model,
         read,
@@ -134,10 +134,10 @@ def _from_onnx(
 
     from ovit_engine.post_training.ptq import calibration_batches
     from ovit_engine.post_training.ptq_onnx import IMAGES, classes_of, image_config, ptq_onnx
-    from ovit_engine.training.data import load_data, tell_classes
+    from ovit_engine.training.data import load_data, warn_if_classes_differ
 
     images = load_data(data, config=image_config(source, model, data), root=data_root)
-    tell_classes(images, classes_of(source))
+    warn_if_classes_differ(images, classes_of(source))
     return ptq_onnx(
         source,
         output,

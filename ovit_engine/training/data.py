@@ -126,11 +126,11 @@ def model_data_config(model: str, model_args: Mapping[str, Any]) -> dict[str, An
     return dict(resolve_data_config(wanted, pretrained_cfg=cfg))  # type: ignore[no-untyped-call]
 
 
-def tell_classes(images: ImageData, outputs: int | None) -> None:
-    """Warn where a model tells other classes apart than the images have: its accuracy would be none."""
+def warn_if_classes_differ(images: ImageData, outputs: int | None) -> None:
+    """Warn if a model has other classes than the images: its accuracy would mean nothing."""
     if None not in (images.classes, outputs) and images.classes != outputs:
         log.warning(
-            "%s has %d classes, the model tells %d apart: accuracy says nothing", images.name, images.classes, outputs
+            "%s has %d classes, the model has %d: its accuracy means nothing", images.name, images.classes, outputs
         )
 
 

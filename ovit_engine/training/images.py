@@ -76,7 +76,7 @@ class Images(Dataset[tuple[Tensor, int]]):
             except UnreadableImageError as error:
                 if self._strict:
                     raise
-                self._tell(candidate % count, error)
+                self._report(candidate % count, error)
                 continue
             return self._transform(image), IGNORED if self._ignore and candidate != index else target
         raise UnreadableImageError(f"none of the {count} images can be read, {self._source.name(index)!r} for one")
@@ -108,7 +108,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         """Names of the unreadable images met so far, in all workers."""
         return [self._source.name(int(index)) for index in self._unreadable.nonzero()]
 
-    def _tell(self, index: int, error: UnreadableImageError) -> None:
+    def _report(self, index: int, error: UnreadableImageError) -> None:
         if not self._unreadable[index]:
             self._unreadable[index] = True
             log.warning("image %s; the next one stands in for it", error)
