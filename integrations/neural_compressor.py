@@ -24,7 +24,7 @@ _OBSERVERS = {"moving_average": "minmax", "mse": "kl"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidate:
+class Configuration:
     """One configuration: an observer of activations, and the layers that stay float."""
 
     observer: str
@@ -39,8 +39,8 @@ class Candidate:
 class SearchResult:
     """What a search picked; accuracies are top-1 on `images` training images that no range was taken from."""
 
-    picked: Candidate
-    trials: tuple[tuple[Candidate, float], ...]
+    picked: Configuration
+    trials: tuple[tuple[Configuration, float], ...]
     float_accuracy: float
     images: int
 
@@ -115,12 +115,12 @@ def search(
     return SearchResult(picked=passing[0], trials=trials, float_accuracy=accuracies[0], images=images)
 
 
-def make_candidates(ranked: Sequence[str], observers: Sequence[str], count: int) -> list[Candidate]:
+def make_candidates(ranked: Sequence[str], observers: Sequence[str], count: int) -> list[Configuration]:
     """Return the first `count` of: no layer float, the most sensitive one, two, four ..., each with every observer."""
-    found: list[Candidate] = []
+    found: list[Configuration] = []
     spared = 0
     while len(found) < count and spared < len(ranked):
-        found += [Candidate(observer=observer, exclude=tuple(ranked[:spared])) for observer in observers]
+        found += [Configuration(observer=observer, exclude=tuple(ranked[:spared])) for observer in observers]
         spared = max(1, 2 * spared)
     return found[:count]
 
@@ -159,7 +159,7 @@ def _observers(quantize: Quantize) -> list[str]:
     return list(_OBSERVERS) if given is None else [given]
 
 
-def _config(layers: Sequence[str], candidate: Candidate, scheme: Scheme) -> Any:
+def _config(layers: Sequence[str], candidate: Configuration, scheme: Scheme) -> Any:
     """Return its configuration, in which everything is float but the layers named."""
     from neural_compressor.torch.quantization import StaticQuantConfig
 

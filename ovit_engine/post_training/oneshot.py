@@ -82,7 +82,9 @@ def oneshot(
     return found
 
 
-def _grid(pruners: Sequence[OneShotPruner], sparsities: list[float]) -> Iterator[tuple[OneShotPruner, float | None, Modifier]]:
+def _grid(
+    pruners: Sequence[OneShotPruner], sparsities: list[float]
+) -> Iterator[tuple[OneShotPruner, float | None, Modifier]]:
     for pruner in pruners:
         pruner.check_sparsities(sparsities)
         amounts: Sequence[float | None] = sparsities or [None]

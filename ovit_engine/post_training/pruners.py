@@ -37,7 +37,7 @@ class OneShotPruner:
     origins: Mapping[str, Origin]  # where in a recipe they stand
 
     def at(self, sparsity: float | None, **options: Any) -> Pruner:
-        """The modifier that prunes at once to `sparsity` (None: what an N:M pattern implies).
+        """Return the modifier that prunes at once to `sparsity` (None: what an N:M pattern implies).
 
         Raises:
             ValueError: options that do not fit, or a sparsity that the pattern contradicts.
@@ -68,7 +68,7 @@ class OneShotPruner:
 
 
 def choose_pruners(recipe: Recipe, compare: Sequence[str] = ()) -> list[OneShotPruner]:
-    """The recipe's one pruner, or those that `compare` names ("ovit", "obert", "magnitude" ...), in that order.
+    """Return the recipe's one pruner, or those that `compare` names ("ovit", "obert", "magnitude" ...), in that order.
 
     One that is in the recipe has the recipe's options; another takes from the recipe's first pruner what all have in
     common (`SHARED`), and its own defaults.
@@ -85,7 +85,7 @@ def choose_pruners(recipe: Recipe, compare: Sequence[str] = ()) -> list[OneShotP
 
 
 def pruner_names() -> list[str]:
-    """What can be compared."""
+    """Return what can be compared."""
     return sorted([*(name for name, kind in _pruners().items() if not kind.needs_training), *VARIANTS])
 
 

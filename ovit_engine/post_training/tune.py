@@ -195,7 +195,7 @@ def tune(
 
 
 def settings(pruner: OneShotPruner, sparsity: float | None) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """The pruner's own damp, gradients and block (those that it has), and the grid around them.
+    """Return the pruner's own damp, gradients and block (those that it has), and the grid around them.
 
     Damp takes `DAMPS` and its own value, gradients and block a quarter of their value and all of it.
 
