@@ -1,5 +1,6 @@
 """Fires a recipe's events from hooks that PyTorch optimizers already have."""
 
+import copy
 import logging
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -344,19 +345,45 @@ class Engine:
             dynamic_batch: leave the first dimension of every input free; otherwise it is that of `example_inputs`.
 
         Raises:
+            RuntimeError: training under the recipe is not over, the model is sharded, or not as training left it.
             ExportError: what the file fails of its promise.
         """
-        from ovit_engine.export.deploy import deploy
+        from ovit_engine.export.deploy import write
 
-        return deploy(
-            self,
+        self._check_finished()
+        source = self.model if model is None else model
+        if sharded_modules(source):
+            whole = "enter `with whole_model(engine.model):` on all ranks, and export inside it on one"
+            raise RuntimeError(f"the model is sharded: {whole}")
+        reference = copy.deepcopy(unwrapped(source))
+        if model is not None:
+            self.apply_to(reference)
+        for modifier in having(self.modifiers, Deployable):
+            modifier.check(reference)
+        if "_original_forward" in vars(reference):  # Accelerate put one on the object that computes in half precision
+            del reference.forward, reference._original_forward
+        return write(
+            reference,
             Path(path),
             example_inputs,
-            model=model,
+            recipe=self.recipe,
+            modifiers=self.modifiers,
+            masks=self.run.masks,
             data=data,
             preprocessing=preprocessing,
             dynamic_batch=dynamic_batch,
         )
+
+    def _check_finished(self) -> None:
+        """Raise RuntimeError where a file could not be what the recipe promises, since training is not over."""
+        if not self.modifiers or self._finished:
+            return
+        where = f"the recipe is at step {self.run.step} of {self.run.total_steps}"
+        if self.run.step == 0 and not self.run.optimizers:
+            raise RuntimeError(f"{where}: attach an optimizer and train first")
+        if self.is_attached:
+            raise RuntimeError(f"{where}: call engine.detach() before export")
+        raise RuntimeError(f"{where}, and training was cut short: the file could not be what the recipe promises")
 
     def _change(self, event: Event) -> None:
         """Fire an event at which the model may become another one."""

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import TypeAdapter
 
-from ovit_engine.analysis.paired_timing import Ratio
 from ovit_engine.certificate.machine import Conditions
+from ovit_engine.certificate.ratio import Ratio
 from ovit_engine.utils.console import table_console
 from ovit_engine.utils.files import atomic_write
 

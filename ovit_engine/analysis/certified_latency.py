@@ -56,5 +56,6 @@ def _row(row: BenchRow, baseline: Path, threads: int, repeats: int) -> Latency:
         high=row.quartiles[1],
         throughput=row.throughput,
         baseline=None if ratio is None else baseline.name,
-        verdict=None if ratio is None else ratio.describe(),
+        verdict=None if ratio is None else ratio.verdict,
+        ratio=ratio,
     )

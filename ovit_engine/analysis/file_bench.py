@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from ovit_engine.analysis.bench_report import BenchReport, BenchRow
-from ovit_engine.analysis.paired_timing import SESSION_NOISE, Timer, measure_rounds, paired_ratio, self_noise
+from ovit_engine.analysis.paired_timing import Timer, measure_rounds, paired_ratio, self_noise
 from ovit_engine.certificate.kernels import open_session
 from ovit_engine.certificate.machine import conditions_now, load_average, physical_cores
+from ovit_engine.certificate.ratio import SESSION_NOISE
 
 # called with what is timed, the rounds done and all rounds
 Progress = Callable[[str, int, int], None]

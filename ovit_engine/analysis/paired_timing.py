@@ -6,18 +6,13 @@ Whatever else the machine does affects all of a round alike; the interval comes 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
+from ovit_engine.certificate.ratio import SESSION_NOISE, Ratio
+
 # called with a number of runs, returns the seconds of one
 Timer = Callable[[int], float]
-
-Speed = Literal["faster", "slower", "within noise"]
-
-# on a quiet machine one file opened twice differs by up to 2 % (where its memory came to lie); under load by more
-SESSION_NOISE = 0.03
 
 # the least that one timing covers: a clock read and a wake-up cost microseconds
 _MIN_SECONDS = 0.004
@@ -25,33 +20,6 @@ _MIN_SECONDS = 0.004
 _WARM_UP = 3
 
 _RESAMPLES = 2000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ratio:
-    """How many times faster than the baseline: median over rounds, 95 % interval."""
-
-    median: float
-    low: float
-    high: float
-    # how far the baseline is from itself, set up twice and measured in the same rounds
-    noise: float = SESSION_NOISE
-
-    @property
-    def verdict(self) -> Speed:
-        """ "faster" or "slower" only if the whole interval is further from 1 than the baseline is from itself."""
-        if self.low > 1 + self.noise:
-            return "faster"
-        return "slower" if self.high < 1 / (1 + self.noise) else "within noise"
-
-    def describe(self) -> str:
-        """The verdict with the interval."""
-        if self.verdict == "within noise":
-            itself = f"; the baseline varies by {self.noise:.0%}" if self.noise > SESSION_NOISE else ""
-            return f"within noise ({self.low:.2f}-{self.high:.2f}x{itself})"
-        if self.verdict == "slower":
-            return f"{1 / self.median:.2f}x slower ({1 / self.high:.2f}-{1 / self.low:.2f}x)"
-        return f"{self.median:.2f}x faster ({self.low:.2f}-{self.high:.2f}x)"
 
 
 def paired_ratio(

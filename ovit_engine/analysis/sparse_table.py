@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.table import Table
 
 from ovit_engine.analysis.bench_report import read_kind, with_kind
-from ovit_engine.analysis.paired_timing import Ratio
+from ovit_engine.certificate.ratio import Ratio
 from ovit_engine.utils.console import table_console
 from ovit_engine.utils.files import atomic_write
 

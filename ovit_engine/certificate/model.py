@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from ovit_engine.certificate.manifest import Manifest, check_unique
 from ovit_engine.certificate.notes import Note
+from ovit_engine.certificate.ratio import Ratio, Speed
 from ovit_engine.certificate.token_counts import TokenCounts
 
 # of certificates; any change of their fields raises it, and no other format is read
@@ -104,8 +105,8 @@ class Latency(_Facts):
     throughput: float
     # None for the baseline itself
     baseline: str | None
-    # how many times faster or slower with its 95 % interval, or that it lies within the noise
-    verdict: str | None
+    verdict: Speed | None
+    ratio: Ratio | None
 
 
 class Machine(_Facts):

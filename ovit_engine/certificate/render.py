@@ -174,7 +174,7 @@ def parity_text(certificate: Certificate) -> str:
 
 
 def _latency(row: Latency) -> str:
-    against = "" if row.baseline is None else f", {row.verdict} against {row.baseline}"
+    against = "" if row.ratio is None else f", {row.ratio.describe()} against {row.baseline}"
     return (
         f"{row.file}: {row.median * 1e3:.3f} ms ({row.low * 1e3:.3f}-{row.high * 1e3:.3f}) a batch of {row.batch_size}"
         f", {row.throughput:.0f} images/s, {row.threads} thread(s){against}"

@@ -1,9 +1,9 @@
-"""From a trained model to a promise and a file: what `Engine.export` does."""
+"""From a model in training form to a promise and a file."""
 
 import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,65 +12,14 @@ from ovit_engine.core.capabilities import Deployable, having
 from ovit_engine.core.modifier import Modifier
 from ovit_engine.core.recipe import Recipe
 from ovit_engine.distillation.teacher import forget_teacher
-from ovit_engine.distributed.sharding import sharded_modules
 from ovit_engine.export.exporter import export_model
 from ovit_engine.masking.masks import Masks
-from ovit_engine.masking.parameters import clean_name, unwrapped
+from ovit_engine.masking.parameters import clean_name
 from ovit_engine.quant import QuantConv2d, QuantLinear
 from ovit_engine.structured.gates import installed
 from ovit_engine.structured.removal import hold_ranges
 from ovit_engine.structured.shrink_model import harvest, manifest_of, shrink
 from ovit_engine.tokens import hooks_of
-
-if TYPE_CHECKING:
-    from ovit_engine.engine import Engine
-
-
-def deploy(
-    engine: "Engine",
-    path: Path,
-    example_inputs: Tensor | tuple[Tensor, ...],
-    *,
-    model: nn.Module | None,
-    data: Iterable[Any] | None,
-    preprocessing: Mapping[str, Any] | None,
-    dynamic_batch: bool,
-) -> Certificate:
-    """Write `path` and its certificate from copies of the model; the model itself stays as it is, in training form.
-
-    Raises:
-        RuntimeError: training under the recipe is not over, the model is sharded, or not as training left it.
-        ExportError: the file is not what the recipe promised.
-    """
-    if engine.modifiers and not engine.finished:
-        where = f"the recipe is at step {engine.run.step} of {engine.run.total_steps}"
-        if engine.run.step == 0 and not engine.run.optimizers:
-            raise RuntimeError(f"{where}: attach an optimizer and train first")
-        if engine.is_attached:
-            raise RuntimeError(f"{where}: call engine.detach() before export")
-        raise RuntimeError(f"{where}, and training was cut short: the file could not be what the recipe promises")
-    if sharded_modules(engine.model if model is None else model):
-        raise RuntimeError(
-            "the model is sharded: enter `with whole_model(engine.model):` on all ranks, and export inside it on one"
-        )
-    reference = copy.deepcopy(unwrapped(engine.model if model is None else model))
-    if model is not None:
-        engine.apply_to(reference)
-    for modifier in having(engine.modifiers, Deployable):
-        modifier.check(reference)
-    if "_original_forward" in vars(reference):  # Accelerate put one on the object that computes in half precision
-        del reference.forward, reference._original_forward
-    return write(
-        reference,
-        path,
-        example_inputs,
-        recipe=engine.recipe,
-        modifiers=engine.modifiers,
-        masks=engine.run.masks,
-        data=data,
-        preprocessing=preprocessing,
-        dynamic_batch=dynamic_batch,
-    )
 
 
 def write(
@@ -114,7 +63,7 @@ def write(
 
 
 def smaller(model: nn.Module, masks: Masks, *, dead: bool) -> Promise:
-    """Remove from a copy of the model what gates switch off and, if asked, what is `dead`; what is promised of it."""
+    """Remove from a copy of the model what gates switch off and, if asked, what is `dead`; return what is promised."""
     if not dead and not installed(model):
         return promise_of(model, masks)
     own = Masks()  # of the copy: those of training stay as they are
@@ -131,7 +80,7 @@ def smaller(model: nn.Module, masks: Masks, *, dead: bool) -> Promise:
 def promise_of(
     model: nn.Module, masks: Masks, *, whole: Mapping[str, int] | None = None, gated: Mapping[str, int] | None = None
 ) -> Promise:
-    """What a file of `model` must hold: the zeros and patterns of `masks`, int8 in each layer quantized by now, tokens.
+    """Return what a file of `model` must hold: zeros and patterns of `masks`, int8 in each quantized layer, tokens.
 
     `whole` are the sizes of masked weights before heads and units were removed, `gated` those once gates had
     had theirs.
@@ -163,7 +112,7 @@ def promise_of(
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:
-    """Name of each parameter -> the name that its mask has, where two layers share it."""
+    """Return the name of each parameter's mask: of two layers that share a parameter, the first has it."""
     first = {parameter: clean_name(name) for name, parameter in model.named_parameters()}
     every = model.named_parameters(remove_duplicate=False)
     return {clean_name(name): first[parameter] for name, parameter in every}

@@ -18,9 +18,9 @@ from ovit_engine.analysis.bench_report import (
     to_markdown,
     write_bench,
 )
-from ovit_engine.analysis.paired_timing import Ratio
 from ovit_engine.certificate.machine import Conditions, count_cores, load_average, physical_cores
 from ovit_engine.certificate.model import Machine
+from ovit_engine.certificate.ratio import Ratio
 
 
 def report(spread: float = 0.02) -> BenchReport:

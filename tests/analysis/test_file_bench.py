@@ -10,8 +10,9 @@ from torch import nn
 
 from ovit_engine.analysis import file_bench
 from ovit_engine.analysis.file_bench import bench_files
-from ovit_engine.analysis.paired_timing import Ratio, paired_ratio
+from ovit_engine.analysis.paired_timing import paired_ratio
 from ovit_engine.certificate.machine import physical_cores
+from ovit_engine.certificate.ratio import Ratio
 from ovit_engine.export.writer import write_onnx
 
 

@@ -20,9 +20,10 @@ from torch import nn
 
 from ovit_engine.analysis import sparse_bench as module
 from ovit_engine.analysis.layer_shapes import LayerShape, count_shapes, linear_shapes, onnx_shapes
-from ovit_engine.analysis.paired_timing import Ratio, measure_rounds, self_noise
+from ovit_engine.analysis.paired_timing import measure_rounds, self_noise
 from ovit_engine.analysis.sparse_bench import bench_sparse, two_of_four
 from ovit_engine.analysis.sparse_table import ProductRow, SparseTable, read_table, write_table
+from ovit_engine.certificate.ratio import Ratio
 from ovit_engine.export.writer import write_onnx
 
 FASTER, SLOWER = Ratio(median=1.5, low=1.4, high=1.6), Ratio(median=0.5, low=0.4, high=0.6)

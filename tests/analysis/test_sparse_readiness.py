@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from ovit_engine.analysis.paired_timing import Ratio
 from ovit_engine.analysis.sparse_table import ProductRow, SparseTable, write_table
+from ovit_engine.certificate.ratio import Ratio
 from ovit_engine.certificate.sparse_cores import (
     SparseLayer,
     blockers,

@@ -27,7 +27,10 @@ def test_latency_against_two_files(vit_copy, tmp_path):
     for row in certificate.latency:
         assert 0 < row.low <= row.median <= row.high
         assert row.throughput == pytest.approx(row.batch_size / row.median)
-        assert (row.verdict is None) is (row.baseline is None)
+        assert (row.verdict is None) is (row.ratio is None) is (row.baseline is None)
+        if row.ratio is not None:
+            assert row.verdict == row.ratio.verdict
+            assert row.ratio.low <= row.ratio.median <= row.ratio.high
     words = table_of(certificate)
     assert "against dense-int8.onnx" in words
     assert "images/s, 1 thread(s)" in words

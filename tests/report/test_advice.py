@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from ovit_engine.analysis.bench_report import BenchReport, BenchRow
-from ovit_engine.analysis.paired_timing import Ratio
 from ovit_engine.analysis.sparse_table import SparseTable
 from ovit_engine.certificate.machine import Conditions
+from ovit_engine.certificate.ratio import Ratio
 from ovit_engine.core.schedule import Clock
 from ovit_engine.report import read_run
 from ovit_engine.report.advice import advise

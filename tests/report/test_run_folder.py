@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from onnx import numpy_helper
 
 from ovit_engine import Engine, Recipe
-from ovit_engine.analysis.paired_timing import Ratio
 from ovit_engine.analysis.sparse_table import ProductRow, SparseTable, write_table
+from ovit_engine.certificate.ratio import Ratio
 from ovit_engine.cli import main
 from ovit_engine.report import read_run, render_page
 from ovit_engine.report.advice import advise
