@@ -7,7 +7,7 @@ from pathlib import Path
 from ovit_engine.certificate.model import Certificate
 from ovit_engine.certificate.render import LAYER_COLUMNS, fact_rows, layer_rows
 from ovit_engine.certificate.sparse_cores import READINESS_COLUMNS, from_facts, has_2_4, matrices, readiness_row
-from ovit_engine.utils.html import render_html
+from ovit_engine.utils.templates import render_html
 
 
 def to_html(certificate: Certificate) -> str:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from ovit_engine.gradients.batched import Recorder, Trace, batch_size_of, batched_gradients, record, split_outputs
 from ovit_engine.masking.parameters import Slot
 from ovit_engine.utils.autograd import eval_mode
-from ovit_engine.utils.random import mixed, random_state, seed_everything, set_random_state
+from ovit_engine.utils.random_states import mixed, random_state, seed_everything, set_random_state
 
 LossFunction = Callable[[Any, Any], Tensor]
 

@@ -12,7 +12,7 @@ from ovit_engine.distributed.sharding import is_shard
 from ovit_engine.gradients.backward import LEAST_AT_ONCE, GradientPass, LossFunction
 from ovit_engine.gradients.samples import Samples
 from ovit_engine.masking.parameters import Slot, parameter_slots, unwrapped
-from ovit_engine.utils.random import mixed
+from ovit_engine.utils.random_states import mixed
 
 # Fewer gradients than this are taken one by one: to prove that batching is right costs as much as about four of them.
 LEAST_COUNT = 16

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from ovit_engine.utils.random import mixed, seed_everything
+from ovit_engine.utils.random_states import mixed, seed_everything
 
 
 class Samples:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ovit_engine.pruning.allocation import take_lowest
 from ovit_engine.pruning.patterns import NM, Pattern
-from ovit_engine.utils.random import mixed
+from ovit_engine.utils.random_states import mixed
 
 
 def rewire(weight: Tensor, mask: Tensor, gain: Tensor, *, pattern: Pattern, fraction: float, name: str) -> Tensor:

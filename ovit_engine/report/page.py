@@ -15,7 +15,7 @@ from ovit_engine.report.run_folder import OnnxFile, RunFolder
 from ovit_engine.report.timeline import timeline_of
 from ovit_engine.report.tradeoff import metric_of, over_latency, over_size
 from ovit_engine.report.words import megabytes, percent
-from ovit_engine.utils.html import render_html
+from ovit_engine.utils.templates import render_html
 
 SECTIONS = (
     ("next", "What to try next"),

@@ -6,10 +6,12 @@ import csv
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from ovit_engine.analysis.bench_report import KIND as BENCH
 from ovit_engine.analysis.bench_report import BenchReport, BenchRow, read_bench
@@ -25,8 +27,8 @@ from ovit_engine.utils.torch_files import load_file
 CHECKPOINT = "last.pt"
 METRICS = "metrics.csv"
 _SUFFIX = ".certificate.json"
-_COLUMNS = ("epoch", "loss", "accuracy", "lr", "sparsity")
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -148,16 +150,18 @@ class RunFolder:
         return same[0] if same else named[0] if len(named) == 1 else None
 
 
-@dataclass
-class _Problems:
-    lines: list[str] = field(default_factory=list)
+class _Reader:
+    """Reads files; a damaged one becomes a line in `problems`."""
 
-    def tried(self, read: Callable[[], T]) -> T | None:
-        """What `read` returns; None, and a line, where the file is damaged."""
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def __call__(self, read: Callable[[S], T], source: S | None) -> T | None:
+        """Return what `read(source)` returns; None if there is no source, or a damaged one."""
         try:
-            return read()
+            return None if source is None else read(source)
         except (ValueError, OSError, KeyError, TypeError) as error:
-            self.lines.append(" ".join(str(error).split()) or type(error).__name__)
+            self.problems.append(" ".join(str(error).split()) or type(error).__name__)
             return None
 
 
@@ -178,28 +182,25 @@ def read_run(
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {str(folder)!r}")
-    problems = _Problems()
-    state = checkpoint or _checkpoint(folder)
-    training = None if state is None else problems.tried(lambda: _read_training(state))
+    tried = _Reader()
+    training = tried(_read_training, checkpoint or _checkpoint(folder))
     text = None if training is None else training.recipe_text
-    recipe = None if text is None else problems.tried(lambda: Recipe.parse(text, file=f"recipe in {folder}"))
-    epochs = problems.tried(lambda: _read_metrics(folder / METRICS)) if (folder / METRICS).is_file() else None
-    index = problems.tried(lambda: read_index(folder / SWEEP)) if (folder / SWEEP / INDEX).is_file() else None
     certificates = sorted(folder.glob(f"*{_SUFFIX}")) + sorted((folder / SWEEP).glob(f"*{_SUFFIX}"))
     named = [certificate_path(path) for path in dict.fromkeys(onnx)]
-    files = [problems.tried(lambda path=path: _read_file(path)) for path in certificates if path not in named]  # type: ignore[misc]
-    files += [_read_file(path) for path in named]
-    speeds, tables = _read_benches(folder, list(benches), problems)
+    files = [tried(_read_file, path) for path in certificates if path not in named] + [
+        _read_file(path) for path in named
+    ]
+    benched = _read_benches(folder, list(benches), tried)
     found = RunFolder(
         path=folder,
-        recipe=recipe,
+        recipe=tried(lambda text: Recipe.parse(text, file=f"recipe in {folder}"), text),
         training=training,
-        epochs=epochs or (),
-        sweep=index,
+        epochs=tried(_read_metrics, _existing(folder / METRICS)) or (),
+        sweep=tried(lambda index: read_index(index.parent), _existing(folder / SWEEP / INDEX)),
         files=tuple(file for file in files if file is not None),
-        benches=tuple(speeds),
-        tables=tuple(tables),
-        problems=tuple(problems.lines),
+        benches=tuple(each for each in benched if isinstance(each, BenchReport)),
+        tables=tuple(each for each in benched if isinstance(each, SparseTable)),
+        problems=tuple(tried.problems),
     )
     if not (found.training or found.epochs or found.sweep or found.files or found.benches or found.tables):
         why = f": {found.problems[0]}" if found.problems else ""
@@ -210,12 +211,14 @@ def read_run(
     return found
 
 
+def _existing(path: Path) -> Path | None:
+    return path if path.is_file() else None
+
+
 def _checkpoint(folder: Path) -> Path | None:
     """The newest state of a run: its last checkpoint, or else a point of its sweep."""
-    if (folder / CHECKPOINT).is_file():
-        return folder / CHECKPOINT
-    points = sorted((folder / SWEEP).glob("*.pt"), key=lambda path: path.stat().st_mtime)
-    return points[-1] if points else None
+    points = (folder / SWEEP).glob("*.pt")
+    return _existing(folder / CHECKPOINT) or max(points, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _read_training(path: Path) -> TrainingRecord:
@@ -252,10 +255,11 @@ def _pattern(spelling: str | Mapping[str, Any]) -> str:
 def _read_metrics(path: Path) -> tuple[Epoch, ...]:
     try:
         rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-        return tuple(Epoch(epoch=int(row["epoch"]), **{key: float(row[key]) for key in _COLUMNS[1:]}) for row in rows)
-    except (ValueError, KeyError, TypeError) as error:
-        wanted = ", ".join(_COLUMNS)
-        raise ValueError(f"{str(path)!r} is damaged, or no metrics of a run ({wanted}): {error}") from error
+        return TypeAdapter(tuple[Epoch, ...]).validate_python(rows)
+    except ValidationError as error:
+        row, *column = error.errors()[0]["loc"]
+        what = f"row {row}, {' '.join(map(str, column))}: {error.errors()[0]['msg']}"
+        raise ValueError(f"{str(path)!r} is damaged, or no metrics of a run: {what}") from error
 
 
 def _read_file(certificate: Path) -> OnnxFile:
@@ -272,22 +276,12 @@ def _read_file(certificate: Path) -> OnnxFile:
     return OnnxFile(path=path, certificate=facts, unchanged=unchanged)
 
 
-def _read_benches(folder: Path, named: list[Path], problems: _Problems) -> tuple[list[BenchReport], list[SparseTable]]:
-    speeds, tables = [], []
-    for path in dict.fromkeys([*sorted(folder.glob("*.json")), *named]):
-        kind = _kind(path)
-        if kind == BENCH or (path in named and kind != BREAK_EVEN):
-            read: Any = read_bench
-        elif kind == BREAK_EVEN:
-            read = read_table
-        else:
-            continue
-        found = read(path) if path in named else problems.tried(lambda read=read, path=path: read(path))  # type: ignore[misc]
-        if isinstance(found, BenchReport):
-            speeds.append(found)
-        elif isinstance(found, SparseTable):
-            tables.append(found)
-    return speeds, tables
+def _read_benches(folder: Path, named: list[Path], tried: _Reader) -> list[BenchReport | SparseTable | None]:
+    readers: dict[str | None, Callable[[Path], BenchReport | SparseTable]]
+    readers = {BENCH: read_bench, BREAK_EVEN: read_table}
+    there = [path for path in sorted(folder.glob("*.json")) if path not in named and _kind(path) in readers]
+    found = [tried(readers[_kind(path)], path) for path in there]
+    return found + [readers.get(_kind(path), read_bench)(path) for path in dict.fromkeys(named)]
 
 
 def _kind(path: Path) -> str | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ovit_engine.structured.gates import KINDS, GateSite, Kind
 from ovit_engine.structured.recording import GateScores
 from ovit_engine.structured.similarity import stationary_distribution
-from ovit_engine.utils.random import mixed
+from ovit_engine.utils.random_states import mixed
 from ovit_engine.utils.suggest import suggest
 
 Needs = Literal["nothing", "gradients", "outputs"]

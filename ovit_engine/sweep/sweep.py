@@ -24,7 +24,7 @@ from ovit_engine.distributed.comm import world
 from ovit_engine.masking.masks import Masks
 from ovit_engine.quant import dense_state_dict
 from ovit_engine.sweep.folder import FOLDER, INDEX, Index, Point, draw, is_of, point_name, weigh, write_index
-from ovit_engine.utils.random import random_state, set_random_state
+from ovit_engine.utils.random_states import random_state, set_random_state
 from ovit_engine.utils.torch_files import load_file, save_file
 
 log = logging.getLogger(__name__)

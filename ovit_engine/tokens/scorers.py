@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ovit_engine.tokens.ops import is_autocast
-from ovit_engine.utils.random import mixed, random_state, seed_cpu, set_random_state
+from ovit_engine.utils.random_states import mixed, random_state, seed_cpu, set_random_state
 
 
 class Scorer(nn.Module):

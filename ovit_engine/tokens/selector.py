@@ -15,7 +15,7 @@ from ovit_engine.tokens.samplers import Sampler, gumbel
 from ovit_engine.tokens.scorers import Scorer
 from ovit_engine.tokens.token_hooks import TokenHooks
 from ovit_engine.utils.autograd import is_recomputed
-from ovit_engine.utils.random import mixed
+from ovit_engine.utils.random_states import mixed
 
 Masking = Literal["attention", "zero"]
 

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Sampler
 from ovit_engine.core.training_options import Training
 from ovit_engine.distributed.comm import Comm
 from ovit_engine.training.images import UnreadableImageError
-from ovit_engine.utils.random import mixed, seed_cpu
+from ovit_engine.utils.random_states import mixed, seed_cpu
 
 Key = tuple[int, int]  # the seed of an image's augmentation, and the image's index
 

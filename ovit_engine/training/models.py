@@ -20,7 +20,7 @@ from ovit_engine.engine import Engine
 from ovit_engine.training.augmentation import with_preset
 from ovit_engine.training.data import ImageData
 from ovit_engine.training.verify_resume import Setup
-from ovit_engine.utils.random import seed_everything
+from ovit_engine.utils.random_states import seed_everything
 from ovit_engine.utils.suggest import suggest
 
 LARGE = 1_000_000  # parameters from which a model is made smaller

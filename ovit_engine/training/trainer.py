@@ -47,7 +47,7 @@ from ovit_engine.training.schedulers import make_scheduler
 from ovit_engine.training.steps import Steps
 from ovit_engine.training.sweep_run import METRIC, complete
 from ovit_engine.training.teachers import load_teacher, make_teacher, save_teacher
-from ovit_engine.utils.random import mixed, seed_everything
+from ovit_engine.utils.random_states import mixed, seed_everything
 
 log = logging.getLogger(__name__)
 

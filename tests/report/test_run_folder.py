@@ -106,7 +106,11 @@ def test_a_file_that_was_changed_or_is_gone_is_seen(run_copy):
     ("name", "content", "words"),
     [
         ("last.pt", b"no zip", "last.pt' is damaged, or no checkpoint"),
-        ("metrics.csv", b"epoch,loss\n1,2\n", "metrics.csv' is damaged, or no metrics of a run (epoch, loss"),
+        (
+            "metrics.csv",
+            b"epoch,loss\n1,2\n",
+            "metrics.csv' is damaged, or no metrics of a run: row 0, accuracy: F",
+        ),
         ("sweep/sweep.json", b"{}", "sweep.json' is damaged, or no index"),
         ("model.certificate.json", b"{}", "model.certificate.json' is damaged, or of another version"),
     ],
