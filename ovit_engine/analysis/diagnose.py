@@ -1,4 +1,4 @@
-"""`diagnose`: which layer, and which part of it, costs an int8 file its accuracy. NumPy, onnx and onnxruntime alone.
+"""`diagnose_file`: which layer and which part of it costs an int8 file its accuracy. Needs no PyTorch.
 
 How much rounding changes an activation or a weight is measured by ONNX Runtime's `qdq_loss_debug`. What that costs the
 logits is measured by running the file again with some of it in float. A layer's cost is the error that it alone makes
@@ -52,7 +52,7 @@ _LEFT = 0.01
 _UNLIKE = 0.02
 
 
-def diagnose(path: str | Path, data: Any, *, reference: str | Path | None = None) -> Diagnosis:
+def diagnose_file(path: str | Path, data: Any, *, reference: str | Path | None = None) -> Diagnosis:
     """Measure what each part and each layer of an int8 file costs, and which changes of the recipe help.
 
     Args:

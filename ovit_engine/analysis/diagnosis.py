@@ -1,4 +1,4 @@
-"""What `diagnose` finds, and how it is printed."""
+"""What `diagnose_file` finds, and how it is printed."""
 
 from __future__ import annotations
 

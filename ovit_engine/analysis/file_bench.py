@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,7 @@ from ovit_engine.analysis.paired_timing import Timer, measure_rounds, paired_rat
 from ovit_engine.certificate.kernels import open_session
 from ovit_engine.certificate.machine import conditions_now, load_average, physical_cores
 from ovit_engine.certificate.ratio import SESSION_NOISE
-
-# called with what is timed, the rounds done and all rounds
-Progress = Callable[[str, int, int], None]
+from ovit_engine.utils.progress import Progress
 
 _TYPES = {
     "tensor(float)": np.float32,

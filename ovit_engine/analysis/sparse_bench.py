@@ -23,6 +23,7 @@ from ovit_engine.analysis.layer_shapes import LayerShape
 from ovit_engine.analysis.paired_timing import Timer, measure_rounds, paired_ratio, self_noise
 from ovit_engine.analysis.sparse_table import ProductRow, SparseTable
 from ovit_engine.certificate.machine import versions
+from ovit_engine.utils.progress import Progress
 from ovit_engine.utils.suggest import suggest
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -42,9 +43,6 @@ _WARM_UP_SECONDS = 0.1
 _TOLERANCE = {"float16": 1e-2, "bfloat16": 5e-2, "int8": 0.0}
 
 Product = Callable[[Tensor], Tensor]
-
-# called with what is timed, and how many of how many products are done
-Progress = Callable[[str, int, int], None]
 
 
 def bench_sparse(

@@ -16,7 +16,7 @@ import click
 )
 def diagnose(file: Path, data: str, data_root: Path | None, reference: Path | None) -> None:
     """Run FILE with parts and layers of it in float, and print what each costs and the recipe line that helps."""
-    from ovit_engine.analysis.diagnose import diagnose as measure
+    from ovit_engine.analysis.diagnose import diagnose_file
     from ovit_engine.cli.verify import images_for
 
-    measure(file, images_for(file, data, data_root), reference=reference).render()
+    diagnose_file(file, images_for(file, data, data_root), reference=reference).render()

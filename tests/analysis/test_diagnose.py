@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ovit_engine import Recipe
-from ovit_engine.analysis.diagnose import diagnose
+from ovit_engine.analysis.diagnose import diagnose_file
 from ovit_engine.analysis.diagnosis import Diagnosis
 from ovit_engine.analysis.qdq import QdqLayer, find_layers, rewrite
 from ovit_engine.certificate import Promise
@@ -136,7 +136,7 @@ def broken(trained: Net, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(broken: Path) -> Diagnosis:
-    return diagnose(broken / "bad.onnx", data(), reference=broken / "float.onnx")
+    return diagnose_file(broken / "bad.onnx", data(), reference=broken / "float.onnx")
 
 
 def shares(diagnosis: Diagnosis) -> dict[str, float]:
@@ -168,7 +168,7 @@ def test_parts_are_told_apart_with_a_reference(broken: Path, found: Diagnosis) -
     assert parts["activations"].without.agreement > 0.9
     assert parts["weights"].alone.agreement > 0.9
     assert parts["weights"].without.agreement < 0.8
-    without = diagnose(broken / "bad.onnx", data())
+    without = diagnose_file(broken / "bad.onnx", data())
     assert [part.name for part in without.parts] == ["activations"]
     assert without.parts[0].without.agreement == 1
     assert without.changes[0].layers == ("c",)
@@ -177,7 +177,7 @@ def test_parts_are_told_apart_with_a_reference(broken: Path, found: Diagnosis) -
 
 
 def test_a_good_file_needs_no_change(broken: Path) -> None:
-    good = diagnose(broken / "good.onnx", data())
+    good = diagnose_file(broken / "good.onnx", data())
     assert good.whole.agreement >= 0.99
     assert not good.changes
     assert "nothing to change" in good.advice()[0]
@@ -190,7 +190,7 @@ def test_rounded_weights_are_named_as_the_part(broken: Path, trained: Net, tmp_p
     scale = np.full(32, 0.8, np.float32)
     levels = np.rint(trained.c.weight.detach().numpy().T / scale).astype(np.int8)
     edited(good, tmp_path / "bad.onnx", c__weight=levels, **{scale_names(good, "c")[0]: scale})
-    found = diagnose(tmp_path / "bad.onnx", data(), reference=broken / "dense.onnx")
+    found = diagnose_file(tmp_path / "bad.onnx", data(), reference=broken / "dense.onnx")
     parts = {part.name: part for part in found.parts}
     assert set(parts) == {"activations", "weights"}
     assert parts["weights"].alone.agreement < 0.8
@@ -205,7 +205,7 @@ def test_sparsity_is_named_as_the_part(broken: Path, tmp_path: Path) -> None:
     levels = stored(good)["a.weight"].copy()
     levels[::2] = 0
     edited(good, tmp_path / "bad.onnx", a__weight=levels)
-    found = diagnose(tmp_path / "bad.onnx", data(), reference=broken / "dense.onnx")
+    found = diagnose_file(tmp_path / "bad.onnx", data(), reference=broken / "dense.onnx")
     parts = {part.name: part for part in found.parts}
     assert set(parts) == {"activations", "weights", "sparsity"}
     assert parts["sparsity"].alone.agreement < 0.9
@@ -219,7 +219,7 @@ def test_ranges_that_are_too_wide_are_helped_by_another_observer(broken: Path, t
     good = broken / "good.onnx"
     name = scale_names(good, "c")[1]
     edited(good, tmp_path / "bad.onnx", **{name: stored(good)[name] * np.float32(400)})
-    found = diagnose(tmp_path / "bad.onnx", data())
+    found = diagnose_file(tmp_path / "bad.onnx", data())
     assert found.whole.agreement < 0.9
     assert shares(found)["c"] > 0.9
     agreements = [change.score.agreement for change in found.changes]
@@ -233,7 +233,7 @@ def test_ranges_that_are_too_wide_are_helped_by_another_observer(broken: Path, t
 def test_a_reference_of_other_weights_is_not_compared_weight_by_weight(broken: Path, tmp_path: Path) -> None:
     bias = np.full(48, 2.0, np.float32)
     other = edited(broken / "dense.onnx", tmp_path / "other.onnx", a__bias=bias)
-    found = diagnose(broken / "good.onnx", data(), reference=other)
+    found = diagnose_file(broken / "good.onnx", data(), reference=other)
     assert [part.name for part in found.parts] == ["activations"]
     assert found.not_compared == "other outputs"
     assert found.layers[0].weight_sqnr is None
@@ -244,7 +244,7 @@ def test_a_reference_of_before_more_training_is_not_compared_weight_by_weight(br
     weight = stored(broken / "dense.onnx")["a.weight"]
     noise = np.random.default_rng(0).normal(size=weight.shape).astype(np.float32) * np.abs(weight).max() / 50
     other = edited(broken / "dense.onnx", tmp_path / "other.onnx", a__weight=weight + noise)
-    found = diagnose(broken / "good.onnx", data(), reference=other)
+    found = diagnose_file(broken / "good.onnx", data(), reference=other)
     assert [part.name for part in found.parts] == ["activations"]
     assert found.not_compared == "other weights"
 
@@ -301,19 +301,19 @@ def test_variants_compute_what_numpy_computes(kept: tuple[str, ...], broken: Pat
     # a level that falls the other way shows as 1e-3; a layer rounded or not as more
     np.testing.assert_allclose(found, x, atol=2e-2 if kept else 1e-4)
     if kept == NAMES:
-        for layer in diagnose(path, [images]).layers:
+        for layer in diagnose_file(path, [images]).layers:
             assert layer.input_sqnr == pytest.approx(ratios[layer.name], abs=0.2)
             assert layer.total_sqnr == pytest.approx(totals[layer.name], abs=0.2)
 
 
 def test_errors_say_what_is_wrong(broken: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no such file: .*lost.onnx"):
-        diagnose(tmp_path / "lost.onnx", data())
+        diagnose_file(tmp_path / "lost.onnx", data())
     (tmp_path / "text.onnx").write_text("hello")
     with pytest.raises(ValueError, match="is no ONNX file"):
-        diagnose(tmp_path / "text.onnx", data())
+        diagnose_file(tmp_path / "text.onnx", data())
     with pytest.raises(ValueError, match=r"float.onnx rounds no activations: give the float file with --reference"):
-        diagnose(broken / "float.onnx", data())
+        diagnose_file(broken / "float.onnx", data())
     operators = onnx.helper.make_graph([onnx.helper.make_node("QLinearMatMul", list("abcdefgh"), ["y"])], "g", [], [])
     with pytest.raises(ValueError, match="the file has QLinearMatMul: only QuantizeLinear"):
         find_layers(onnx.helper.make_model(operators))
@@ -381,7 +381,7 @@ def test_products_of_attention_and_layer_norms_are_layers(tmp_path: Path) -> Non
     ]
     assert [len(layer.roundings) for layer in rounded_ones if layer.recipe_name == "blocks.0.attn"] == [2, 2]
     without_rounding(onnx.load(tmp_path / "a.onnx"), layers)
-    found = diagnose(tmp_path / "a.onnx", data())
+    found = diagnose_file(tmp_path / "a.onnx", data())
     assert found.parts[0].without.agreement == 1
     assert sum(layer.input_sqnr is not None for layer in found.layers) == len(rounded_ones)
 
@@ -391,9 +391,9 @@ def test_pytorch_is_not_needed(broken: Path) -> None:
     np.savez(broken / "images.npz", images=images, labels=np.array([VAL[index][1] for index in range(64)]))
     code = (
         "import sys\nfor name in ('torch', 'timm', 'onnxscript'): sys.modules[name] = None\n"
-        "import numpy as np\nfrom ovit_engine.analysis.diagnose import diagnose\n"
+        "import numpy as np\nfrom ovit_engine.analysis.diagnose import diagnose_file\n"
         "data = np.load('images.npz')\n"
-        "print(diagnose('bad.onnx', [(data['images'], data['labels'])]).changes[0].recipe())"
+        "print(diagnose_file('bad.onnx', [(data['images'], data['labels'])]).changes[0].recipe())"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=broken, env=environment, capture_output=True, text=True)
