@@ -321,7 +321,7 @@ def test_errors_say_what_is_wrong(broken: Path, tmp_path: Path) -> None:
 
 def test_the_command_prints_the_table_and_the_recipe_lines(broken: Path) -> None:
     arguments = ["diagnose", broken / "bad.onnx", "--data", "digits", "--reference", broken / "float.onnx"]
-    done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    done = CliRunner().invoke(main, [str(argument) for argument in arguments], env={"COLUMNS": None})
     assert done.exit_code == 0, done.output
     assert "  - quantize: {exclude: [c]}" in done.output
     assert "share of the error" in done.output
