@@ -5,8 +5,8 @@ from ovit_engine.analysis.certified_latency import add_latency
 from ovit_engine.analysis.diagnose import diagnose_file
 from ovit_engine.analysis.diagnosis import Diagnosis
 from ovit_engine.analysis.file_bench import bench_files
-from ovit_engine.analysis.paired_timing import Ratio
 from ovit_engine.analysis.sparse_table import ProductRow, SparseTable, read_table, write_table
+from ovit_engine.certificate.ratio import Ratio
 
 __all__ = [
     "BenchReport",
