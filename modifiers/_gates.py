@@ -9,18 +9,8 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 
-from ovit_engine.core.capabilities import (
-    Coordinated,
-    Deployable,
-    Exclusive,
-    Patterned,
-    Scheduled,
-    Surgical,
-    Synchronized,
-    having,
-)
-from ovit_engine.core.modifier import Modifier
-from ovit_engine.core.run import Run
+from ovit_engine import Coordinated, Deployable, Exclusive, Modifier, Patterned, Run, Scheduled, Surgical, Synchronized
+from ovit_engine.core.capabilities import having
 from ovit_engine.masking.parameters import is_scorer
 from ovit_engine.structured.gates import GateSite, Kind, copy_gates, find_sites, install, installed, set_gate
 from ovit_engine.structured.groups import Groups, tiles_of
@@ -75,10 +65,8 @@ class GateModifier(Scheduled, Surgical, Deployable, Exclusive, Coordinated, Sync
         return GradientTally(site)
 
     def prepare(self, run: Run) -> None:
-        try:
+        with self.errors_at():
             self._sites = find_sites(run.model, self.kinds())
-        except ValueError as error:
-            raise self.error(str(error)) from None
         install(self._sites)
         self._model = run.model
 
@@ -172,10 +160,8 @@ class GateModifier(Scheduled, Surgical, Deployable, Exclusive, Coordinated, Sync
         """What the window that ends now says of a site; RecipeError where it saw no gradient."""
         if site.name not in self._sums:
             raise self.error("no gradients were recorded: training ended before the steps that would have told scores")
-        try:
+        with self.errors_at():
             return GateScores.of(site, self._sums[site.name])
-        except ValueError as error:
-            raise self.error(str(error)) from None
 
     def write(self, run: Run, keeps: Mapping[str, Tensor]) -> None:
         """Put gates in force, by site name; a window that led to them is over."""

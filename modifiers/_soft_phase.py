@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ovit_engine.core.run import Run
+from ovit_engine import Run, Slot
 from ovit_engine.distributed.sharding import gathered, is_shard, local_part
-from ovit_engine.masking.parameters import Slot
 from ovit_engine.modifiers._gohsp_options import Penalty
 from ovit_engine.structured import soft_pruning
 from ovit_engine.structured.gates import GateSite, GroupLayout, Kind

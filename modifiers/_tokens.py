@@ -7,11 +7,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 from torch import nn
 
-from ovit_engine import tokens
-from ovit_engine.core.capabilities import Claim, Deployable, Exclusive, Row, Scheduled, Surgical
-from ovit_engine.core.modifier import Modifier
-from ovit_engine.core.run import Run
-from ovit_engine.core.schedule import Clock
+from ovit_engine import Claim, Clock, Deployable, Exclusive, Modifier, Row, Run, Scheduled, Surgical, tokens
 from ovit_engine.tokens.counts import check_counts
 from ovit_engine.tokens.token_hooks import finish
 
@@ -47,12 +43,10 @@ class TokenReduction(Scheduled, Surgical, Deployable, Exclusive):
         """The hooks for a model of this layout, and what modules they need put into `run.model`."""
 
     def prepare(self, run: Run) -> None:
-        try:
+        with self.errors_at():
             layout = tokens.find_layout(run.model)
             if (others := tokens.hooks_of(run.model)) is not None:
                 raise ValueError(f"the model's tokens are reduced already, by {others.made_by}")
-        except ValueError as error:
-            raise self.error(str(error)) from None
         self._hooks = self.make_hooks(run, layout)
         self._hooks.made_by = f"{self.name} ({self._origins.get('', 'another recipe')})"
         self._hooks.install(run.model)
@@ -126,15 +120,13 @@ class TokenPruning(TokenReduction):
             RecipeError: counts that do not fit the model, or not the number of stages.
         """
         option = next(name for name in ("keep", "prune", "keep_tokens") if getattr(self, name) is not None)
-        try:
+        with self.errors_at(option):
             if self.keep_tokens is None:
                 assert self.kept_share is not None
                 return self.share_counts(patches, self.kept_share, stages)
             if len(self.keep_tokens) != stages:
                 raise ValueError(f"{self.keep_tokens} has {len(self.keep_tokens)} counts for {stages} stages")
             check_counts(patches, self.keep_tokens)
-        except ValueError as error:
-            raise self.error(str(error), option) from None
         return list(self.keep_tokens)
 
     def share_counts(self, patches: int, keep: float, stages: int) -> list[int]:

@@ -7,9 +7,8 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ovit_engine.core.capabilities import Scheduled
-from ovit_engine.core.schedule import Clock, Schedule, Time
-from ovit_engine.masking.parameters import Slot
+from ovit_engine import Clock, Scheduled, Slot, Time
+from ovit_engine.core.schedule import Schedule
 
 
 class UpdatingModifier(Scheduled):

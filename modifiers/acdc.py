@@ -6,12 +6,9 @@ from typing import Literal
 import torch
 from pydantic import Field, PrivateAttr, model_validator
 
+from ovit_engine import Claim, Clock, Row, Run, Time, register
 from ovit_engine.bases.amounts import Sparsity
 from ovit_engine.bases.pruner import Masking
-from ovit_engine.core.capabilities import Claim, Row
-from ovit_engine.core.registry import register
-from ovit_engine.core.run import Run
-from ovit_engine.core.schedule import Clock, Time
 from ovit_engine.modifiers._updates import forget
 from ovit_engine.pruning import prune_tensors
 

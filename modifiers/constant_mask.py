@@ -6,15 +6,25 @@ from typing import Any
 from pydantic import Field, PrivateAttr
 from torch import Tensor
 
-from ovit_engine.bases.pruner import Targets, check_gates
-from ovit_engine.core.capabilities import Claim, Coordinated, Exclusive, Patterned, Row, Scheduled
-from ovit_engine.core.modifier import Modifier
-from ovit_engine.core.registry import register
-from ovit_engine.core.run import Run
-from ovit_engine.core.schedule import Clock
-from ovit_engine.masking.parameters import Slot, parameter_slots
-from ovit_engine.masking.targets import find_slots
-from ovit_engine.pruning.patterns import NM, Pattern
+from ovit_engine import (
+    NM,
+    Claim,
+    Clock,
+    Coordinated,
+    Exclusive,
+    Modifier,
+    Pattern,
+    Patterned,
+    Row,
+    Run,
+    Scheduled,
+    Slot,
+    Targets,
+    find_slots,
+    register,
+)
+from ovit_engine.bases.pruner import check_gates
+from ovit_engine.masking.parameters import parameter_slots
 from ovit_engine.utils.warn import warn
 
 _PATTERN = NM(2, 4)  # what hardware reads: units beside it leave by fours
@@ -40,10 +50,8 @@ class ConstantMask(Scheduled, Exclusive, Patterned, Coordinated):
 
     def prepare(self, run: Run) -> None:
         if self.targets is not None:
-            try:
+            with self.errors_at("targets"):
                 self._named = find_slots(run.model, self.targets)
-            except ValueError as error:
-                raise self.error(str(error), "targets") from None
         slots = [slot for slot in self._named or _sparse(run) if not slot.tensor.is_meta]
         self._patterns = {slot.name: _PATTERN for slot in slots if _is_2_4(slot.gather() != 0)}
 

@@ -7,10 +7,8 @@ from typing import Any
 from pydantic import Field, PositiveFloat, PrivateAttr, model_validator
 from torch import Tensor
 
-from ovit_engine.core.capabilities import Claim, Exclusive, LearningRate, Row, Scheduled
-from ovit_engine.core.registry import register
-from ovit_engine.core.run import Run
-from ovit_engine.core.schedule import Clock, CurveName, Cyclic, Schedule, Time
+from ovit_engine import Claim, Clock, Exclusive, LearningRate, Row, Run, Scheduled, Time, register
+from ovit_engine.core.schedule import CurveName, Cyclic, Schedule
 from ovit_engine.core.training_length import is_nearly_done
 from ovit_engine.utils.warn import warn
 

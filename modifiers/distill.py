@@ -5,10 +5,7 @@ from collections.abc import Iterable
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PrivateAttr, model_validator
 from torch import Tensor
 
-from ovit_engine.core.capabilities import Distillation, Row, Scheduled
-from ovit_engine.core.registry import register
-from ovit_engine.core.run import Run
-from ovit_engine.core.schedule import Clock, Time
+from ovit_engine import Clock, Distillation, Row, Run, Scheduled, Time, register
 from ovit_engine.distillation.losses import hard_loss, soft_loss, token_loss
 from ovit_engine.distillation.teacher import OutputPair, Teacher, logits_of
 from ovit_engine.distributed.comm import world
@@ -72,10 +69,8 @@ class Distill(Distillation, Scheduled):
     def prepare(self, run: Run) -> None:
         self._times = self._resolve(run.clock)
         if self.tokens:
-            try:
+            with self.errors_at("tokens"):
                 _teacher(run).watch_tokens()
-            except ValueError as error:
-                raise self.error(str(error), "tokens") from None
 
     def has_loss_term(self, step: int) -> bool:
         start, end = self._times

@@ -6,11 +6,7 @@ from typing import Any
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PrivateAttr
 from torch import Tensor
 
-from ovit_engine import tokens
-from ovit_engine.core.capabilities import LossTerm, Row
-from ovit_engine.core.registry import register
-from ovit_engine.core.run import Run
-from ovit_engine.core.schedule import Clock, Time
+from ovit_engine import Clock, LossTerm, Row, Run, Time, register, tokens
 from ovit_engine.distributed.comm import world
 from ovit_engine.masking.parameters import SCORER
 from ovit_engine.modifiers._tokens import TokenPruning, check_blocks
@@ -84,10 +80,8 @@ class DynamicViT(TokenPruning, LossTerm):
             return
         self._backbone = []
         for optimizer in run.optimizers:
-            try:
+            with self.errors_at("freeze" if self._frozen_until else "backbone_lr_scale"):
                 self._backbone += backbone_groups(run.model, optimizer.param_groups)
-            except ValueError as error:
-                raise self.error(str(error), "freeze" if self._frozen_until else "backbone_lr_scale") from None
 
     def loss_term(self, run: Run) -> Tensor | None:
         decisions = self.selector.take_decisions()

@@ -4,11 +4,7 @@ from collections.abc import Iterable
 
 from pydantic import Field, NonNegativeInt
 
-from ovit_engine import tokens
-from ovit_engine.core.capabilities import Row
-from ovit_engine.core.registry import register
-from ovit_engine.core.run import Run
-from ovit_engine.core.schedule import Clock, Time
+from ovit_engine import Clock, Row, Run, Time, register, tokens
 from ovit_engine.modifiers._tokens import TokenPruning, check_blocks
 from ovit_engine.tokens.attended import AttendedHooks
 from ovit_engine.tokens.between import check_blocks_open
@@ -56,10 +52,8 @@ class EViT(TokenPruning):
         shrink = self._resolve(run.clock)
         vit = tokens.find_transformer(run.model)
         places = check_blocks(self, self.blocks, layout.depth)
-        try:
+        with self.errors_at():
             check_blocks_open(vit, places)
-        except ValueError as error:
-            raise self.error(str(error)) from None
         counts = self.counts(layout.patches, len(places))
         share = self.kept_share
         shares = [share] * len(places) if share is not None else shares_of(layout.patches, counts, fuse=self.fuse)

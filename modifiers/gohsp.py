@@ -16,14 +16,9 @@ import torch
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 
+from ovit_engine import Claim, Clock, Modifier, Row, Run, Time, register, whole_model
 from ovit_engine.bases.amounts import Sparsity
-from ovit_engine.core.capabilities import Claim, Row
-from ovit_engine.core.modifier import Modifier
-from ovit_engine.core.registry import register
-from ovit_engine.core.run import Run
-from ovit_engine.core.schedule import Clock, Time
 from ovit_engine.distributed.comm import world
-from ovit_engine.distributed.sharding import whole_model
 from ovit_engine.modifiers._gates import GateModifier, count_parameters
 from ovit_engine.modifiers._gohsp_options import BATCH, Penalty, Ranking
 from ovit_engine.modifiers._soft_phase import SoftPhase
@@ -226,10 +221,8 @@ class Gohsp(GateModifier):
         for site in sites:
             gradients = self.scores(site) if ranker.needs == "gradients" else None
             known = Statistics(gradients=gradients, similarity=similarity.get(site.name), seed=self.rank.seed)
-            try:
+            with self.errors_at("rank", site.owner_name):
                 found = ranker.scores(site, known)
-            except ValueError as error:
-                raise self.error(f"{site.owner_name}: {error}", "rank") from None
             scores[site.name] = -found if self.rank.invert else found
             log.info("%s: %s of the heads of %s: %s", self.name, self.rank.score, site.owner_name, found.tolist())
         return scores
@@ -248,10 +241,8 @@ class Gohsp(GateModifier):
                 comm.sum(each)
         if not sums:
             raise self.error("no outputs of heads were recorded: training ended before the steps that would tell them")
-        try:
+        with self.errors_at("rank"):
             return {site.name: mean_similarity(site, sums[site.name]) for site in sites}
-        except ValueError as error:
-            raise self.error(str(error), "rank") from None
 
     # --- soft
 
@@ -263,10 +254,8 @@ class Gohsp(GateModifier):
         if not phase.rates:
             phase.start_rates(run)
             self._log(run, "penalty", phase.rates)
-        try:
+        with self.errors_at():
             phase.add_gradients(run.grad_scale)
-        except ValueError as error:
-            raise self.error(str(error)) from None
 
     def _update(self, run: Run) -> None:
         self._log(run, "residual", self._soft_phase.update())

@@ -4,10 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ovit_engine.bases.pruner import Pruner
-from ovit_engine.core.registry import register
-from ovit_engine.core.run import Run
-from ovit_engine.masking.parameters import Slot
+from ovit_engine import Pruner, Run, Slot, register
 
 
 @register("magnitude_prune")

@@ -4,8 +4,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from ovit_engine import register
 from ovit_engine.bases.gradient_pruner import BrainSurgeon
-from ovit_engine.core.registry import register
 from ovit_engine.pruning import LARGEST_BLOCK
 
 

@@ -12,12 +12,8 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor
 
+from ovit_engine import Clock, Pruner, Run, Slot, register
 from ovit_engine.bases.amounts import SparsitySteps
-from ovit_engine.bases.pruner import Pruner
-from ovit_engine.core.registry import register
-from ovit_engine.core.run import Run
-from ovit_engine.core.schedule import Clock
-from ovit_engine.masking.parameters import Slot
 
 
 @register("movement_prune")

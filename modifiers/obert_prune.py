@@ -2,8 +2,8 @@
 
 from typing import ClassVar
 
+from ovit_engine import register
 from ovit_engine.bases.gradient_pruner import BrainSurgeon
-from ovit_engine.core.registry import register
 
 
 @register("obert_prune")

@@ -7,12 +7,21 @@ import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
-from ovit_engine import quant
-from ovit_engine.bases.pruner import Targets
-from ovit_engine.core.capabilities import Claim, Deployable, Exclusive, Row, Scheduled, Surgical, Synchronized
-from ovit_engine.core.registry import register
-from ovit_engine.core.run import Run
-from ovit_engine.core.schedule import Clock, Time
+from ovit_engine import (
+    Claim,
+    Clock,
+    Deployable,
+    Exclusive,
+    Row,
+    Run,
+    Scheduled,
+    Surgical,
+    Synchronized,
+    Targets,
+    Time,
+    quant,
+    register,
+)
 from ovit_engine.distributed.comm import world
 from ovit_engine.modifiers._quantize_options import (
     DEFAULT_GROUPS,
@@ -255,10 +264,8 @@ class Quantize(Scheduled, Surgical, Deployable, Exclusive, Synchronized):
         chosen = self._choose(model)
         notes = []
         if options.smooth is not None:
-            try:
+            with self.errors_at("ptq.smooth"):
                 smoothed = quant.smooth(model, chosen.layers, batches, options.smooth)
-            except ValueError as error:
-                raise self.error(str(error), "ptq.smooth") from None
             notes.append(smoothed.describe())
         self._install(model, chosen, observer="mse")
         unseen = quant.calibrate(model, batches)
@@ -336,12 +343,10 @@ class Quantize(Scheduled, Surgical, Deployable, Exclusive, Synchronized):
     def _install(self, model: nn.Module, chosen: Chosen, observer: str) -> None:
         """Put quantizers into a model."""
         spelled = scheme(self.preset, self.weights, self.activations, observer=observer)
-        try:
+        with self.errors_at():
             prepared = quant.prepare_quantization(
                 model, chosen.layers, scheme=spelled, attention=chosen.attention, outputs=chosen.layer_norms
             )
-        except ValueError as error:
-            raise self.error(str(error)) from None
         refused = [name for name in prepared.skipped if self.targets is not None]
         if refused:
             raise self.error(f"{refused[0]!r} can't be quantized: {prepared.skipped[refused[0]]}", "targets")

@@ -12,12 +12,8 @@ import torch
 from pydantic import Field, NonNegativeInt, PrivateAttr, model_validator
 from torch import Tensor
 
+from ovit_engine import Claim, Clock, Modifier, Row, Run, register
 from ovit_engine.bases.amounts import Sparsity
-from ovit_engine.core.capabilities import Claim, Row
-from ovit_engine.core.modifier import Modifier
-from ovit_engine.core.registry import register
-from ovit_engine.core.run import Run
-from ovit_engine.core.schedule import Clock
 from ovit_engine.distributed.sharding import gathered
 from ovit_engine.modifiers._gates import GateModifier
 from ovit_engine.modifiers._updates import UpdatingModifier

@@ -2,10 +2,7 @@
 
 from collections.abc import Iterable
 
-from ovit_engine.core.capabilities import Deployable, Row, Scheduled
-from ovit_engine.core.registry import register
-from ovit_engine.core.run import Run
-from ovit_engine.core.schedule import Clock
+from ovit_engine import Clock, Deployable, Row, Run, Scheduled, register
 from ovit_engine.structured.shrink_model import known_sites
 
 
@@ -21,10 +18,8 @@ class Shrink(Scheduled, Deployable):
     removes_units = removes_dead = True
 
     def prepare(self, run: Run) -> None:
-        try:
+        with self.errors_at():
             known_sites(run.model)
-        except ValueError as error:
-            raise self.error(str(error)) from None
 
     def timeline(self, clock: Clock) -> Iterable[Row]:
         yield clock.total_steps, "export", "heads and units without effect are removed"

@@ -11,12 +11,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, PositiveInt, PrivateAttr, model_validator
 from torch import Tensor
 
+from ovit_engine import Claim, Clock, Modifier, Row, Run, register
 from ovit_engine.bases.amounts import Amount, Given, PruningSchedule, SparsitySteps, spelled
-from ovit_engine.core.capabilities import Claim, Row
-from ovit_engine.core.modifier import Modifier
-from ovit_engine.core.registry import register
-from ovit_engine.core.run import Run
-from ovit_engine.core.schedule import Clock
 from ovit_engine.modifiers._gates import GateModifier, count_parameters
 from ovit_engine.structured.gates import GateSite, Kind
 from ovit_engine.structured.ranking import Statistics, find_ranker
@@ -204,10 +200,8 @@ class StructuredPrune(PruningSchedule, GateModifier):
     def _score(self, site: GateSite) -> Tensor:
         ranker = find_ranker(self.score)
         gradients = self.scores(site) if ranker.needs == "gradients" else None
-        try:
+        with self.errors_at("score"):
             return ranker.scores(site, Statistics(gradients=gradients, seed=self.seed))
-        except ValueError as error:
-            raise self.error(str(error), "score") from None
 
     def _keep(self, budget: Budget, share: float, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
         sites = self._sites if budget == "parameters" else self.sites(budget)

@@ -12,15 +12,11 @@ from typing import Any, Literal
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 
+from ovit_engine import Claim, Clock, Row, Run, Slot, register
 from ovit_engine.bases.amounts import Sparsity
 from ovit_engine.bases.pruner import Masking
-from ovit_engine.core.capabilities import Claim, Row
-from ovit_engine.core.registry import register
-from ovit_engine.core.run import Run
-from ovit_engine.core.schedule import Clock
 from ovit_engine.core.training_length import is_nearly_done
 from ovit_engine.masking.masks import check_packed, pack_mask, unpack_mask
-from ovit_engine.masking.parameters import Slot
 from ovit_engine.modifiers._updates import UpdatingModifier, forget
 from ovit_engine.pruning import prune_by_scores
 from ovit_engine.pruning.rewire import random_scores, rewire

@@ -4,9 +4,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt
 
-from ovit_engine import tokens
-from ovit_engine.core.registry import register
-from ovit_engine.core.run import Run
+from ovit_engine import Run, register, tokens
 from ovit_engine.masking.parameters import SCORER
 from ovit_engine.modifiers._tokens import TokenPruning
 from ovit_engine.tokens.samplers import TopTokens

@@ -6,11 +6,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from ovit_engine import tokens
-from ovit_engine.core.capabilities import Row
-from ovit_engine.core.registry import register
-from ovit_engine.core.run import Run
-from ovit_engine.core.schedule import Clock
+from ovit_engine import Clock, Row, Run, register, tokens
 from ovit_engine.modifiers._tokens import TokenReduction
 from ovit_engine.tokens.between import check_blocks_open
 from ovit_engine.tokens.counts import falling_amounts, merged_counts
@@ -51,10 +47,8 @@ class ToMe(TokenReduction):
         yield 0, "tokens", f"{spelled} ({self.name})"
 
     def make_hooks(self, run: Run, layout: tokens.Layout) -> MergingHooks:
-        try:
+        with self.errors_at():
             check_blocks_open(tokens.find_transformer(run.model), range(layout.depth))
-        except ValueError as error:
-            raise self.error(str(error)) from None
         return MergingHooks(layout, self.amounts(layout), proportional=self.proportional_attention)
 
     def kept(self) -> dict[str, float]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ovit_engine.core.capabilities import LearningRate as LearningRate
     from ovit_engine.core.capabilities import LossTerm as LossTerm
     from ovit_engine.core.capabilities import Patterned as Patterned
+    from ovit_engine.core.capabilities import Row as Row
     from ovit_engine.core.capabilities import Scheduled as Scheduled
     from ovit_engine.core.capabilities import Surgical as Surgical
     from ovit_engine.core.capabilities import Synchronized as Synchronized
@@ -55,6 +56,7 @@ _MODULES = {
     "LearningRate": "core.capabilities",
     "LossTerm": "core.capabilities",
     "Patterned": "core.capabilities",
+    "Row": "core.capabilities",
     "Scheduled": "core.capabilities",
     "Surgical": "core.capabilities",
     "Synchronized": "core.capabilities",

@@ -69,15 +69,11 @@ class Masking(Scheduled, Exclusive, Patterned, Coordinated):
     _done: int = PrivateAttr(default=-1)  # the last of its times at which it acted
 
     def prepare(self, run: Run) -> None:
-        try:
+        with self.errors_at("targets"):
             self._slots = find_slots(run.model, self.targets)
-        except ValueError as error:
-            raise self.error(str(error), "targets") from None
         for slot in self._slots:
-            try:
+            with self.errors_at("pattern", slot.name):
                 self.pattern.check(slot.tensor.shape)
-            except ValueError as error:
-                raise self.error(f"{slot.name}: {error}", "pattern") from None
             if self.pattern.group > 1 and isinstance(slot.module, _TRANSPOSED):
                 kind = type(slot.module).__name__
                 raise self.error(
@@ -226,10 +222,8 @@ class Pruner(PruningSchedule, Masking):
                 f"a sweep goes over sparsities, and pattern {self.pattern} has but one: leave it out", "sweep"
             )
         known = {step: sparsity for step, sparsity in scheduled.items() if sparsity is not None}
-        try:
+        with self.errors_at("sweep"):
             return place_targets(known, self.sweep.sparsity, movable=isinstance(self.sparsity, SparsityRange))
-        except ValueError as error:
-            raise self.error(str(error), "sweep") from None
 
     def timeline(self, clock: Clock) -> Iterable[Row]:
         points = self._points(self.scheduled(clock, self.sparsity, "sparsity"))

@@ -1,6 +1,7 @@
 """The contract for authors of modifiers; `capabilities.py` has what only some modifiers need."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any, ClassVar, Self
 
@@ -73,6 +74,16 @@ class Modifier(BaseModel):
         origin = self._origins.get(option) or self._origins.get("")
         where = f"{origin}: " if origin else ""
         return RecipeError(f"{where}{self.name}{'.' + option if option else ''}: {message}")
+
+    @contextmanager
+    def errors_at(self, option: str = "", subject: str = "") -> Iterator[None]:
+        """Turn a ValueError inside into `error`, which begins with a `subject` if one is given."""
+        try:
+            yield
+        except RecipeError:
+            raise
+        except ValueError as error:
+            raise self.error(f"{subject}: {error}" if subject else str(error), option) from None
 
     def fresh_copy(self) -> Self:
         """Return a copy for a run of its own, which remembers where it stood in its file."""
