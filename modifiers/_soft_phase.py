@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ovit_engine import Run, Slot
+from ovit_engine.core.saved import place_saved
 from ovit_engine.distributed.sharding import gathered, is_shard, local_part
 from ovit_engine.modifiers._gohsp_options import Penalty
 from ovit_engine.structured import soft_pruning
@@ -190,10 +191,4 @@ def _held(piece: Piece, whole: Tensor) -> Tensor:
 
 
 def _placed(saved: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Saved tensors where those of the model are, each of whose shape it must have; all of them or none."""
-    if saved and (lost := [name for name in here if name not in saved]):
-        raise ValueError(f"the checkpoint's soft pruning lacks {lost[0]!r}")
-    for name, tensor in saved.items():
-        if name not in here or tensor.shape != here[name].shape:
-            raise ValueError(f"the checkpoint's soft pruning of {name!r} {list(tensor.shape)} fits nothing here")
-    return {name: tensor.to(here[name].device, copy=True) for name, tensor in saved.items()}
+    return place_saved(saved, here, "soft pruning", complete=bool(saved))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ovit_engine import Clock, Pruner, Run, Slot, register
 from ovit_engine.bases.amounts import SparsitySteps
+from ovit_engine.core.saved import place_saved
 
 
 @register("movement_prune")
@@ -58,11 +59,5 @@ class MovementPrune(Pruner):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        slots = {slot.name: slot.tensor for slot in self._slots}
-        for name, score in state["scores"].items():
-            if name not in slots or score.shape != slots[name].shape:
-                raise ValueError(f"the checkpoint's scores of {name!r} {list(score.shape)} fit no target here")
-        lost = [name for name in slots if name not in state["scores"]]
-        if lost:
-            raise ValueError(f"{self.name}: half a state: the checkpoint has no scores of {lost[0]!r}")
-        self._scores = {name: score.to(slots[name].device, copy=True) for name, score in state["scores"].items()}
+        targets = {slot.name: slot.tensor for slot in self._slots}
+        self._scores = place_saved(state["scores"], targets, "scores", complete=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ovit_engine import Claim, Clock, Modifier, Row, Run, register
 from ovit_engine.bases.amounts import Sparsity
+from ovit_engine.core.saved import place_saved
 from ovit_engine.distributed.sharding import gathered
 from ovit_engine.modifiers._gates import GateModifier
 from ovit_engine.modifiers._updates import UpdatingModifier
@@ -165,7 +166,4 @@ class S2Vite(UpdatingModifier, GateModifier):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        for name, ever in state["ever"].items():
-            if name not in state["gates"] or ever.shape != state["gates"][name].shape:
-                raise ValueError(f"the checkpoint's record of {name!r} {list(ever.shape)} fits no gate here")
-        self._ever = {name: ever.clone() for name, ever in state["ever"].items()}
+        self._ever = place_saved(state["ever"], {site.name: site.gate for site in self._sites}, "record")

@@ -15,6 +15,7 @@ from torch import Tensor
 from ovit_engine import Claim, Clock, Row, Run, Slot, register
 from ovit_engine.bases.amounts import Sparsity
 from ovit_engine.bases.pruner import Masking
+from ovit_engine.core.saved import place_saved
 from ovit_engine.core.training_length import is_nearly_done
 from ovit_engine.masking.masks import check_packed, pack_mask, unpack_mask
 from ovit_engine.modifiers._updates import UpdatingModifier, forget
@@ -162,13 +163,11 @@ class Svite(UpdatingModifier, Masking):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         slots = {slot.name: slot.tensor for slot in self._slots}
-        for name, gain in state["gains"].items():
-            if name not in slots or gain.shape != slots[name].shape:
-                raise ValueError(f"the checkpoint's gradients of {name!r} {list(gain.shape)} fit no target here")
+        gains = place_saved(state["gains"], slots, "gradients")
         for name, packed in state["ever"].items():
             if name not in slots:
                 raise ValueError(f"the checkpoint's record of {name!r} fits no target here")
             check_packed(name, packed, slots[name].shape)
         super().load_state_dict(state)
-        self._gains = {name: gain.to(slots[name].device, copy=True) for name, gain in state["gains"].items()}
+        self._gains = gains
         self._ever = {name: unpack_mask(packed).to(slots[name].device) for name, packed in state["ever"].items()}

@@ -326,7 +326,7 @@ def test_another_model_is_refused(steps: int, model: Any, words: str) -> None:
 def test_scores_and_gradients_of_other_targets_are_refused() -> None:
     state = Training(MOVEMENT).attach().train(0, 3).engine.state_dict()
     state["modifiers"][0]["scores"]["0.weight"] = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"scores of '0.weight' \[3\] fit no target here"):
+    with pytest.raises(ValueError, match=r"scores of '0.weight' \[3\] fits nothing here"):
         Training(MOVEMENT).engine.load_state_dict(state)
     with pytest.warns(UserWarning, match="no calibration was given"):
         state = Training(OVIT).attach(calibrated=False).train(0, 7).engine.state_dict()

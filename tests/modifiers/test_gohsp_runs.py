@@ -140,9 +140,9 @@ def test_half_a_state_is_refused() -> None:
     train(model, engine, 3, calibration=CALIBRATION)
     state = engine.state_dict()
     for change, words in (
-        (lambda soft: soft["targets"].pop("blocks.0.mlp.fc1.bias"), "soft pruning lacks 'blocks.0.mlp.fc1.bias'"),
+        (lambda soft: soft["targets"].pop("blocks.0.mlp.fc1.bias"), "no soft pruning of 'blocks.0.mlp.fc1.bias'"),
         (lambda soft: soft["plan"].update({"head": torch.ones(3)}), r"soft pruning of 'head' \[3\] fits nothing here"),
-        (lambda soft: soft["plan"].pop("blocks.1.mlp.fc2"), "soft pruning lacks 'blocks.1.mlp.fc2'"),
+        (lambda soft: soft["plan"].pop("blocks.1.mlp.fc2"), "no soft pruning of 'blocks.1.mlp.fc2'"),
     ):
         broken = copy.deepcopy(state)
         change(broken["modifiers"][0]["phase"])

@@ -127,9 +127,7 @@ def test_half_a_state_is_refused() -> None:
         for name in lost:
             del state["modifiers"][0]["scores"][name]
         fresh = Engine(mlp(), engine.recipe, steps_per_epoch=6, epochs=1)
-        with pytest.raises(
-            ValueError, match=r"movement_prune: half a state: the checkpoint has no scores of '0\.weight'"
-        ):
+        with pytest.raises(ValueError, match=r"half a state: the checkpoint has no scores of '0\.weight'"):
             fresh.load_state_dict(state)
 
 

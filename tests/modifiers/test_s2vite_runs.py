@@ -148,7 +148,7 @@ def test_half_a_state_is_refused() -> None:
             {"blocks.0.attn.proj": torch.ones(3)},
             r"scores of 'blocks.0.attn.proj' must be of shape \[4, 4\]",
         ),
-        ("ever", {"blocks.0.attn.proj": torch.ones(3)}, r"record of 'blocks.0.attn.proj' \[3\] fits no gate here"),
+        ("ever", {"blocks.0.attn.proj": torch.ones(3)}, r"record of 'blocks.0.attn.proj' \[3\] fits nothing here"),
     ],
 )
 def test_damaged_states_are_refused(part: str, change: dict[str, Tensor], words: str) -> None:

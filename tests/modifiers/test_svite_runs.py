@@ -153,7 +153,7 @@ def test_a_run_that_was_broken_off_goes_on_bit_for_bit(cut: int, grow: str) -> N
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"gains": {"0.weight": torch.zeros(2, 2)}}, r"gradients of '0.weight' \[2, 2\] fit no target here"),
+        ({"gains": {"0.weight": torch.zeros(2, 2)}}, r"gradients of '0.weight' \[2, 2\] fits nothing here"),
         ({"gains": {"nope": torch.zeros(2, 2)}}, "gradients of 'nope'"),
         ({"ever": {"nope": {}}}, "the checkpoint's record of 'nope' fits no target here"),
         ({"ever": {"0.weight": {}}}, "mask of '0.weight' is damaged: it has no shape and bits"),
