@@ -100,24 +100,16 @@ class Reference:
         return found
 
     def is_whole(self) -> bool:
-        """Whether every part speaks of the same images, and as many are stored as `make_reference` stores."""
-        if not self._has_numbers():
-            return False
+        """Return whether every part speaks of the same images, and as many are stored as `make_reference` stores."""
         count = len(self.logits)
-        lengths = {len(self.hashes), count if self.labels is None else len(self.labels)}
-        if not self.stored or lengths != {count} or any(len(array) == 0 for array in self.stored):
+        if not self.stored or len(self.hashes) != count or (self.labels is not None and len(self.labels) != count):
+            return False
+        if any(len(array) == 0 for array in self.stored):
             return False
         expected = min(count, _fitting(self.stored))
         if any(len(array) != expected for array in self.stored):
             return False
-        return bool((hash_images(self.stored) == self.hashes[:expected]).all())
-
-    def _has_numbers(self) -> bool:
-        """Whether each array is of the type and number of axes that `make_reference` and `keep` give it."""
-        kinds = [(self.logits, "f"), *((array, "fiub") for array in (*self.stored, *self.tensors.values()))]
-        kinds += [(self.hashes, "u")] + ([] if self.labels is None else [(self.labels, "iu")])
-        axes = self.logits.ndim > 1 and self.hashes.ndim == 2 and (self.labels is None or self.labels.ndim == 1)
-        return axes and all(array.dtype.kind in kind for array, kind in kinds) and all(a.ndim for a in self.stored)
+        return np.array_equal(hash_images(self.stored), self.hashes[:expected])
 
 
 def make_reference(sample: Sample, logits: np.ndarray) -> Reference:

@@ -48,7 +48,6 @@ _EXACT = (
     "weight_entropy_bytes",
     "other_numbers",
     "ops",
-    "reference_sha256",
 )
 
 # facts that depend on the runtime and the machine
@@ -78,14 +77,21 @@ def verify_file(path: str | Path, *, data: Any = None) -> Certificate:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is a folder: name the ONNX file" if path.is_dir() else f"no such file: {path}")
     stated = _read_certificate(certificate_path(path))
-    reference, digest = _read_reference(reference_path(path))
+    reference = _read_reference(reference_path(path), stated.reference_sha256)
     model = _read_model(path, stated)
     origin = Provenance.read(model)
     violations: list[str] = []
     try:
         violations += [*changed_tensors(model, reference.tensors), *inert_parts(model)]
         parity, part, hits = _measure_parity(path, model, reference, data)
-        measured = measure_file(path, origin, reference_sha256=digest, parity=parity, parity_stored=part, accuracy=hits)
+        measured = measure_file(
+            path,
+            origin,
+            reference_sha256=stated.reference_sha256,
+            parity=parity,
+            parity_stored=part,
+            accuracy=hits,
+        )
     except CertificateError as error:
         raise VerificationError(f"{path.name} fails", [*violations, *error.violations]) from error
     whole = measured.model_copy(update={"parity": stated.parity}) if part is not None else measured
@@ -220,11 +226,15 @@ def _read_certificate(path: Path) -> Certificate:
         raise VerificationError("cannot verify", [f"{path.name} can't be read: {first_faults(error)}"]) from error
 
 
-def _read_reference(path: Path) -> tuple[Reference, str]:
+def _read_reference(path: Path, digest: str) -> Reference:
+    """Read the reference that the certificate names by its SHA-256."""
     if not path.is_file():
         raise VerificationError("cannot verify", [f"no PyTorch reference beside the file: {path.name} is missing"])
+    if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != digest:
+        what = f"{path.name}: reference_sha256 differs: the certificate says {digest}, the file {found}"
+        raise VerificationError("cannot verify", [what])
     try:
-        return Reference.load(path), hashlib.sha256(path.read_bytes()).hexdigest()
+        return Reference.load(path)
     except ValueError as error:
         raise VerificationError("cannot verify", [str(error)]) from error
 

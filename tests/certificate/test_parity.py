@@ -131,3 +131,9 @@ def test_a_cpu_without_vnni_is_warned_about(tmp_path, monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     assert may_saturate(this_machine(file))
     assert this_machine(tmp_path / "none").cpu
+
+
+def test_a_file_that_is_no_reference_is_said_to_be_so(tmp_path):
+    (tmp_path / "r.npz").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"r\.npz can't be read: "):
+        Reference.load(tmp_path / "r.npz")
