@@ -1,8 +1,10 @@
 """Files with fewer tokens: counts are measured, promised, held against the recipe, and shown."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,7 @@ def test_the_certificate_tells_tokens_and_multiply_adds(reduced: Any) -> None:
     text, page = table_of(certificate), page_path(path).read_text()
     for words in (f"tokens {WORDS}", f"multiply-adds {certificate.macs:,} an image"):
         assert words in text
-    assert f"<th scope=row>tokens</th><td>{WORDS.replace('>', '&gt;')}</td>" in page
+    assert f"tokens {WORDS}" in " ".join(unescape(re.sub("<[^>]+>", " ", page)).split())
     content = json.loads(certificate_path(path).read_text())
     assert content["tokens"] == {"entering": 17, "attention": [12, 8], "leaving": 8}
     assert content["macs"] == macs
