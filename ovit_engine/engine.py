@@ -423,7 +423,7 @@ class Engine:
         self._terms.check_step()
         if self._watch is not None:
             self._watch.end_step()
-        self._rate_logs.tell(self.run.optimizers, self.run.step)
+        self._rate_logs.report(self.run.optimizers, self.run.step)
         reshard(self._sharded)
         self.run.masks.project()
         self._change(Event.STEP_END)

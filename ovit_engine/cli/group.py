@@ -1,4 +1,4 @@
-"""What all commands share: one line for an error, one for a warning."""
+"""What all commands share: one line per error and per warning."""
 
 import logging
 import warnings
@@ -15,9 +15,9 @@ MOST_FINDINGS = 20  # lines about one file
 
 
 class OvitGroup(click.Group):
-    """A group whose errors are one line on stderr and exit code 1, unless `--debug` asks for the traceback.
+    """A group that prints an error as one line on stderr and exits with 1; `--debug` shows the traceback.
 
-    A file that fails several facts of its certificate is told in as many lines more.
+    A file that violates its certificate in several ways gets one more line for each.
     """
 
     def __init__(self, *, name: str, commands: Sequence[click.Command], help: str) -> None:
@@ -29,30 +29,30 @@ class OvitGroup(click.Group):
         version(self)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order of a user's work, not of the alphabet."""
+        """Return the commands in the order of a user's work, not of the alphabet."""
         return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; errors that click does not know become one line."""
+        """Run the command; print errors that click does not know as one line."""
         debug = ctx.params.pop("debug")
-        with _told_on_stderr():
+        with _warnings_on_stderr():
             try:
                 return super().invoke(ctx)
             except click.UsageError as error:
                 where = error.ctx.command_path if error.ctx else "ovit"
-                _tell_error(f"{' '.join(error.format_message().split())} (see {where} --help)")
+                _print_error(f"{' '.join(error.format_message().split())} (see {where} --help)")
                 ctx.exit(error.exit_code)
             except (click.ClickException, click.exceptions.Exit, click.Abort):
                 raise
             except Exception as error:
                 if debug:
                     raise
-                _tell_error(describe(error), _findings(error))
+                _print_error(describe(error), _findings(error))
                 ctx.exit(1)
 
 
 def describe(error: Exception) -> str:
-    """An error in one line, without the findings that follow in lines of their own."""
+    """Return an error in one line, without the findings, which follow in lines of their own."""
     findings = _findings(error)
     if findings:
         return f"{getattr(error, 'summary', error)}: {len(findings)} findings"
@@ -66,8 +66,8 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {text} (ovit --debug shows the traceback)"
 
 
-def _tell_error(message: str, findings: Sequence[str] = ()) -> None:
-    """One line on stderr and one a finding; where torchrun started several processes, of the first to fail."""
+def _print_error(message: str, findings: Sequence[str] = ()) -> None:
+    """Print one line on stderr and one per finding; under torchrun only in the first process that fails."""
     if launched().count > 1:
         from ovit_engine.distributed.torchrun import first_to_fail
 
@@ -81,13 +81,13 @@ def _tell_error(message: str, findings: Sequence[str] = ()) -> None:
 
 
 def _findings(error: Exception) -> Sequence[str]:
-    """The lines of a CertificateError with several: a single one stands in the line of the error."""
+    """Return the findings of a CertificateError if there are several; a single one is part of the error's line."""
     found: Sequence[str] = getattr(error, "violations", ())
     return found if len(found) > 1 else ()
 
 
 class _OneLine(logging.Handler):
-    """Our warnings. What they say is as a rule the same in all processes; which images are broken each one finds."""
+    """Print our warnings: those of the first process, and of each process which images are broken."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if launched().is_main or record.name == "ovit_engine.training.images":
@@ -99,8 +99,8 @@ def _warn(message: str) -> None:
 
 
 @contextmanager
-def _told_on_stderr() -> Iterator[None]:
-    """Python warnings and our log's warnings as one line each."""
+def _warnings_on_stderr() -> Iterator[None]:
+    """Print Python warnings and our log's warnings as one line each."""
     show, handler, log = warnings.showwarning, _OneLine(logging.WARNING), logging.getLogger("ovit_engine")
 
     def one_line(message: Warning | str, *args: Any, **kwargs: Any) -> None:

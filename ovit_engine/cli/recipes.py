@@ -1,4 +1,4 @@
-"""ovit recipes: what ships with us."""
+"""ovit recipes: the recipes that ship with ovit-engine."""
 
 import click
 

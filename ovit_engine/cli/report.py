@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 
-@click.command(short_help="Write what a run's folder holds as one HTML page.")
+@click.command(short_help="Write a run's folder as one HTML page.")
 @click.argument("folder", metavar="RUN_DIR", type=click.Path(path_type=Path))
 @click.option(
     "--onnx",
@@ -16,12 +16,12 @@ import click
 @click.option(
     "--bench", "benches", multiple=True, type=click.Path(path_type=Path), help="JSON of ovit bench, elsewhere."
 )
-@click.option("--output", type=click.Path(path_type=Path), help="The page; RUN_DIR/report.html if left out.")
+@click.option("--output", type=click.Path(path_type=Path), help="The page; RUN_DIR/report.html by default.")
 def report(folder: Path, onnx: tuple[Path, ...], benches: tuple[Path, ...], output: Path | None) -> None:
-    """Write one HTML page about the run in RUN_DIR: timeline, sparsity a layer, accuracy over size and latency,
+    """Write one HTML page about the run in RUN_DIR: timeline, sparsity per layer, accuracy over size and latency,
     certificates, recipe, and what to try next.
 
-    The page needs no network and holds no script. Nothing is measured anew: it shows what ovit train, sweep, export and
+    The page needs no network and has no scripts. Nothing is measured again: it shows what ovit train, sweep, export and
     bench left in the folder.
     """
     from ovit_engine.report import read_run, render_page
@@ -36,10 +36,10 @@ def report(folder: Path, onnx: tuple[Path, ...], benches: tuple[Path, ...], outp
 
 
 def _last_whole(folder: Path) -> Path | None:
-    """The checkpoint that `ovit train --resume auto` would go on from, if there is one."""
+    """Return the checkpoint that `ovit train --resume auto` would resume from, if there is one."""
     from ovit_engine.training.checkpoint import last_whole
 
     try:
         return last_whole(folder)
-    except ValueError:  # none is whole, or none is of ovit train: what there is will be told
+    except ValueError:  # none is intact, or none is of ovit train: the page reports what there is
         return None

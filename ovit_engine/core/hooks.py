@@ -1,4 +1,4 @@
-"""What the engine hangs on a user's optimizer, closure and model."""
+"""The hooks on a user's optimizer, closure and model."""
 
 import inspect
 import traceback
@@ -68,12 +68,12 @@ class _Reload:
 
 
 class StepHooks:
-    """The two hooks on the clock optimizer: they tell a step that is applied from one that is skipped or nested.
+    """The two hooks on the clock optimizer. They distinguish an applied step from one that is skipped or nested.
 
     Args:
         run: whose gradient scale is set before a step.
         write: called first before each applied step, before a closure runs.
-        begin: called where gradients are there: then, or after a closure's first evaluation.
+        begin: called once gradients are there: then, or after a closure's first evaluation.
         end: called after each applied step.
     """
 
@@ -86,18 +86,18 @@ class StepHooks:
         self._outermost: FrameType | None = None
 
     def register(self, optimizer: Optimizer) -> list[RemovableHandle]:
-        """Hang both on `optimizer`."""
+        """Register both on `optimizer`."""
         # a compiled step calls its hooks, but is not compiled together with them
         before, after = map(torch.compiler.disable, (self._before, self._after))
         return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
     def hold_after(self, optimizer: Optimizer) -> RemovableHandle:
-        """Hold the masks after each step of another optimizer, or of a wrapper, which is no clock."""
+        """Apply the masks after each step of another optimizer, or of a wrapper, whose steps are not counted."""
         return optimizer.register_step_post_hook(torch.compiler.disable(self._after_other))  # type: ignore[no-untyped-call]
 
     @staticmethod
     def are_on(optimizer: Optimizer) -> bool:
-        """Whether an engine is attached to `optimizer`."""
+        """Return whether an engine is attached to `optimizer`."""
         hooks = optimizer._optimizer_step_pre_hooks.values()
         return any(isinstance(getattr(inspect.unwrap(hook), "__self__", None), StepHooks) for hook in hooks)
 
@@ -157,7 +157,7 @@ def _step_call() -> FrameType | None:
 
 
 class MaskedClosure:
-    """A user's closure with the masks held: LBFGS evaluates several times inside one step.
+    """A user's closure under the masks: LBFGS evaluates it several times inside one step.
 
     `begin` is called once, after the first evaluation, when gradients are still dense: pruners want them so.
     """

@@ -12,7 +12,7 @@ _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
 def layers_of(optimizer: Optimizer) -> list[Optimizer]:
-    """The optimizer that moves the weights, then the wrappers around it (Lookahead, Accelerate's) from the inside out.
+    """Return the optimizer that moves the weights, then the wrappers around it (Lookahead), from the inside out.
 
     A wrapper may write weights after the inner step, and may call it at some steps only: the inner one is the clock,
     masks hold after the step of each. Those that skip torch's constructor get the hooks that it would have made.
@@ -25,7 +25,7 @@ def layers_of(optimizer: Optimizer) -> list[Optimizer]:
     for each in chain:
         if each is not chain[0] or _HOOKS[0] not in vars(each):
             Optimizer.__setstate__(each, {})  # as after unpickling: hook dictionaries, and a `step` that reads them
-            for hooks in _HOOKS:  # torch patches `step` of the class, so others of that class are asked for theirs too
+            for hooks in _HOOKS:  # torch patches `step` of the class, so all objects of that class need them
                 if not hasattr(type(each), hooks):
                     setattr(type(each), hooks, MappingProxyType({}))
     return chain
@@ -55,10 +55,10 @@ def _wrapper(model: nn.Module) -> str | None:
 
 
 def _is_of_deepspeed(kind: type) -> bool:
-    """Whether a class, or one that it is made of, is DeepSpeed's, but for its plain optimizers (FusedAdam)."""
+    """Return whether a class or a base of it is DeepSpeed's; its plain optimizers (FusedAdam) do not count."""
     return any(base.__module__.startswith("deepspeed.runtime") for base in kind.__mro__)
 
 
 def nests(optimizer: Optimizer) -> bool:
-    """Whether `step` may call that of a base class, which then fires the hooks again: torch patches `step` by class."""
+    """Return whether `step` may call that of a base class, which fires the hooks again: torch patches each class."""
     return any(getattr(vars(base).get("step"), "hooked", False) for base in type(optimizer).__mro__[1:])

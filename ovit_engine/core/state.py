@@ -1,4 +1,4 @@
-"""States that are saved: a model's, whole, and whether one of the engine is one to go on from."""
+"""Saved states: a whole model's, and the engine's with the checks before training resumes from it."""
 
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,7 +48,7 @@ class EngineState(BaseModel):
 
 
 def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a model by the names they have without wrappers, whole and on the CPU.
+    """Return the tensors of a model by their names without wrappers, whole and on the CPU.
 
     With FSDP2 every process must call it at the same time.
     """
@@ -56,7 +56,7 @@ def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def model_shapes(model: nn.Module) -> dict[str, list[int]]:
-    """The shape of every parameter by its name: enough to tell one model from another."""
+    """Return the shape of every parameter by its name: enough to distinguish two models."""
     return {slot.name: list(slot.tensor.shape) for slot in parameter_slots(model)}
 
 
@@ -101,7 +101,7 @@ def restore_state(state: Mapping[str, Any], run: Run, modifiers: Sequence[Modifi
 
 
 def check_state(state: Mapping[str, Any], recipe: Recipe, clock: Clock) -> None:
-    """Raise ValueError for half a state, or one of another recipe or length of training; it says what differs."""
+    """Raise ValueError for half a state, or one of another recipe or length of training, with the difference."""
     if not isinstance(state, Mapping):
         raise ValueError(f"the engine state must be what engine.state_dict() gave, not {type(state).__name__}")
     version = state.get("version", STATE_VERSION)
@@ -119,7 +119,7 @@ def check_state(state: Mapping[str, Any], recipe: Recipe, clock: Clock) -> None:
 
 
 def check_model(state: Mapping[str, Any], model: nn.Module) -> None:
-    """Raise ValueError where `model`, after PREPARE, has not the parameters of the model that was saved."""
+    """Raise ValueError if `model`, after PREPARE, does not have the parameters of the saved model."""
     theirs, ours = state["shapes"], model_shapes(model)
     wrong = [f"{name!r} is missing" for name in theirs if name not in ours]
     wrong += [
@@ -133,7 +133,7 @@ def check_model(state: Mapping[str, Any], model: nn.Module) -> None:
 
 
 def check_modifiers(states: Sequence[Any], modifiers: Sequence[Modifier]) -> None:
-    """Raise ValueError where a modifier's saved state lacks what its present one has, or has it of another kind."""
+    """Raise ValueError if a modifier's saved state lacks a value that its present one has, or has another type."""
     if len(states) != len(modifiers):
         raise ValueError(f"the engine state is of {len(states)} modifiers, the recipe has {len(modifiers)}")
     for number, (saved, modifier) in enumerate(zip(states, modifiers, strict=True)):
@@ -167,7 +167,7 @@ def _check(schema: Any, found: Mapping[str, Any], prefix: str = "") -> None:
 
 
 def _recipe_difference(theirs: str, ours: str) -> str:
-    """In which options two dumped recipes differ."""
+    """Return in which options two dumped recipes differ."""
     try:
         there, here = dict(_leaves(yaml.safe_load(theirs))), dict(_leaves(yaml.safe_load(ours)))
     except yaml.YAMLError:
@@ -182,7 +182,7 @@ def _recipe_difference(theirs: str, ours: str) -> str:
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(name, value) of each value in nested mappings and lists; one of modifiers says its own name."""
+    """Yield (path, value) of each value in nested mappings and lists."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _leaves(inner, f"{path}.{key}" if path else str(key))

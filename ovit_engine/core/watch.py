@@ -1,4 +1,4 @@
-"""Notices that training goes on and the attached optimizer's `step` is not called, or not called any more."""
+"""Notice training that does not call the attached optimizer's `step`, or has stopped calling it."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ PASSES = 256  # backward passes without a step: more than anyone accumulates
 
 
 class StepWatch:
-    """Counts gradients between steps, by hooks on the optimizer's parameters: until the first step on all, then on one.
+    """Count gradients between steps, by hooks on the optimizer's parameters: on all until the first step, then on one.
 
     Nothing else shows that a loop trains: hooks on modules are lost in compiled graphs, and forwards may be evaluation.
     Weights that change between backward passes were stepped by something else, which is an error; many passes at the
@@ -26,27 +26,27 @@ class StepWatch:
         self._watched: Tensor | None = None  # the first parameter that gets a gradient
         self._norm = 0.0
         self._passes = self._changes = 0  # since the last step
-        self._usual = 0  # the most passes that a step took so far: weights are looked at where there are more
+        self._usual = 0  # the most passes that a step took so far; weights are checked only beyond that
         self._steps = 0
         self._is_stepping = False
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self._handles = {p: p.register_post_accumulate_grad_hook(self._on_gradient) for p in parameters}
 
     def begin_step(self) -> None:
-        """A step is begun: what a closure does inside is not watched."""
+        """Begin a step: what a closure does inside is not watched."""
         self._is_stepping = True
         for parameter in [p for p in self._handles if p is not self._watched]:
             self._handles.pop(parameter).remove()
 
     def end_step(self) -> None:
-        """A step is done."""
+        """End a step."""
         self._is_stepping = False
         self._steps += 1
         self._usual = max(self._usual, self._passes)
         self._passes = self._changes = 0
 
     def remove(self) -> None:
-        """Take the hooks away: the engine was detached."""
+        """Remove the hooks when the engine is detached."""
         for handle in self._handles.values():
             handle.remove()
         self._handles, self._watched = {}, None

@@ -1,4 +1,4 @@
-"""What to try next: rules over what a run's folder holds. Each says what it saw; none foretells a result."""
+"""What to try next: rules over a run's folder. Each says what it saw; none predicts a result."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _FEW_IMAGES = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """Something to do, and what was measured that speaks for it."""
+    """A suggestion, and the measurement behind it."""
 
     what: str
     why: str
-    # the line to type, where there is one
+    # the command to run, if there is one
     command: str | None = None
 
 
 def advise(run: RunFolder) -> tuple[Advice, ...]:
-    """All that the rules have to say, in the order of a user's work."""
+    """Return the advice of all rules, in the order of a user's work."""
     rules: tuple[Callable[[RunFolder], list[Advice]], ...] = (
         _unfinished,
         _changed_files,
@@ -91,7 +91,7 @@ def _still_rising(run: RunFolder) -> list[Advice]:
 
 
 def _costly_step(run: RunFolder) -> list[Advice]:
-    """The pruning step after which most was lost, if it was never made good."""
+    """Name the pruning step that cost most, if the loss was never recovered."""
     training = run.training
     if training is None or not run.measured or not training.finished or not _is_share(run):
         return []
@@ -192,7 +192,7 @@ def _not_measured(run: RunFolder) -> list[Advice]:
 
 
 def _export_cost(run: RunFolder) -> list[Advice]:
-    """Files that are worse than the PyTorch model that they came from."""
+    """Name files that are worse than their PyTorch model."""
     found = []
     for file in run.files:
         accuracy = file.certificate.accuracy
@@ -229,7 +229,7 @@ def _noisy(run: RunFolder) -> list[Advice]:
 
 
 def _no_gain(run: RunFolder) -> list[Advice]:
-    """Float files full of zeros that are no faster for it."""
+    """Name a sparse float file that is not faster."""
     if any(file.certificate.int8_share for file in run.files):
         return []
     for bench in run.benches:
@@ -267,7 +267,7 @@ def _two_of_four(run: RunFolder) -> list[Advice]:
 
 
 def _is_share(run: RunFolder) -> bool:
-    """Whether the metric is one that rises to at most 1."""
+    """Return whether the metric rises to at most 1."""
     rises = run.sweep is None or run.sweep.best == "max"
     return rises and all(0 <= value <= 1 for _, value in run.measured)
 

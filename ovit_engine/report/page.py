@@ -1,4 +1,4 @@
-"""The report's page: what was gathered, put into one HTML text without scripts and without a network."""
+"""The report's page: a run's folder as one HTML text without scripts and without a network."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ovit_engine.utils.templates import render_html
 SECTIONS = (
     ("next", "What to try next"),
     ("timeline", "Timeline"),
-    ("layers", "Sparsity a layer"),
+    ("layers", "Sparsity per layer"),
     ("tradeoff", "Accuracy over size and latency"),
     ("certificate", "Certificate"),
     ("recipe", "Recipe"),
 )
-# drawings are made for both, so that words keep their size
+# figures are drawn for both widths, so that text keeps its size
 _WIDE, _HALF, _NARROW = 1080.0, 500.0, 330.0
 _MOST_ROWS = 200
 _STATES = {
@@ -64,7 +64,7 @@ def render_page(run: RunFolder) -> str:
 
 
 def _tiles(run: RunFolder) -> list[tuple[str, str, str]]:
-    """The figures that people look for first: (what, how much, of what)."""
+    """Return the numbers that people look for first: (what, how much, of what)."""
     tiles = []
     if run.training is not None and run.measured:
         step, value = run.measured[-1]
@@ -122,7 +122,7 @@ def _file(run: RunFolder, file: OnnxFile) -> dict[str, Any]:
 
 
 def _plan(run: RunFolder) -> list[tuple[str, ...]]:
-    """The recipe's timeline: (epoch, step, what, value)."""
+    """Return the recipe's timeline: (epoch, step, what, value)."""
     if run.recipe is None or run.training is None:
         return []
     clock = run.training.clock

@@ -1,4 +1,4 @@
-"""Reading what runs leave in their folder: nothing is measured here, nothing needs a model."""
+"""Read what runs leave in their folder: nothing is measured here, nothing needs a model."""
 
 from __future__ import annotations
 
@@ -54,33 +54,33 @@ class MaskedWeight:
 
     @property
     def numel(self) -> int:
-        """How many weights it has."""
+        """Return how many weights it has."""
         return prod(self.shape)
 
     @property
     def kept(self) -> int:
-        """How many of them are not pruned."""
+        """Return how many of them are not pruned."""
         return round(self.numel * (1 - self.sparsity))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRecord:
-    """What the last checkpoint knows."""
+    """What the last checkpoint holds."""
 
     clock: Clock
     step: int
     finished: bool
     recipe_text: str
-    # (step, name, value) in the order in which things happened
+    # (step, name, value) in the order of time
     history: tuple[tuple[int, str, float], ...]
     # every weight that has a mask
     layers: tuple[MaskedWeight, ...]
-    # whether ovit train wrote it, so that ovit train and export can read it; else a loop of someone's own did
+    # whether ovit train wrote it, so that ovit train and export can read it; otherwise the user's own loop did
     bundled: bool = True
 
     @property
     def sparsity_steps(self) -> list[tuple[int, str, float]]:
-        """(step, modifier, sparsity after it) of each change of masks."""
+        """Return (step, modifier, sparsity after it) of each change of masks."""
         ending = "/sparsity"
         return [(step, name.removesuffix(ending), value) for step, name, value in self.history if name.endswith(ending)]
 
@@ -97,7 +97,7 @@ class OnnxFile:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
-    """All that was found."""
+    """What was found in a run's folder."""
 
     path: Path
     recipe: Recipe | None = None
@@ -112,18 +112,18 @@ class RunFolder:
 
     @property
     def metric(self) -> str:
-        """What the run was judged by."""
+        """Return the name of the metric."""
         return self.sweep.metric if self.sweep is not None else "accuracy"
 
     @property
     def measured(self) -> list[tuple[int, float]]:
-        """(step, value) of the metric, in the order of time."""
+        """Return (step, value) of the metric, in the order of time."""
         history = () if self.training is None else self.training.history
         return [(step, value) for step, name, value in history if name == self.metric]
 
     @property
     def layers(self) -> tuple[MaskedWeight, ...]:
-        """Sparsity a weight: of the last checkpoint, or else of the first file."""
+        """Return the sparsity of each weight: from the last checkpoint, or from the first file."""
         if self.training is not None:
             return self.training.layers
         for file in self.files:
@@ -137,14 +137,14 @@ class RunFolder:
         return ()
 
     def label(self, file: OnnxFile) -> str:
-        """How a file is called on the page: by its name, with its folder where it lies elsewhere."""
+        """Return a file's name on the page, with its folder if it lies elsewhere."""
         try:
             return file.path.relative_to(self.path).as_posix()
         except ValueError:
             return str(file.path)
 
     def file_of(self, row: BenchRow) -> OnnxFile | None:
-        """The file that a row of a bench is about, as long as that is certain."""
+        """Return the file that a row of a bench measured, if that is certain."""
         named = [file for file in self.files if file.path.name == row.path.name]
         same = [file for file in named if file.path.resolve() == row.path.resolve()]
         return same[0] if same else named[0] if len(named) == 1 else None
@@ -172,7 +172,7 @@ def read_run(
 
     Args:
         folder: of `ovit train`, or any other with checkpoints, a sweep, certificates or benches.
-        checkpoint: the state of the run that is read; the last one in the folder if left out.
+        checkpoint: the state of the run that is read; by default the last one in the folder.
         onnx: exported files elsewhere, their certificates beside them.
         benches: JSON files of `ovit bench` elsewhere.
 
@@ -216,7 +216,7 @@ def _existing(path: Path) -> Path | None:
 
 
 def _checkpoint(folder: Path) -> Path | None:
-    """The newest state of a run: its last checkpoint, or else a point of its sweep."""
+    """Return the newest state of a run: its last checkpoint, or a point of its sweep."""
     points = (folder / SWEEP).glob("*.pt")
     return _existing(folder / CHECKPOINT) or max(points, key=lambda path: path.stat().st_mtime, default=None)
 
@@ -225,7 +225,7 @@ def _read_training(path: Path) -> TrainingRecord:
     content = load_file(path, lazily=True)
     try:
         engine, bundled = content["engine"], "data" in content
-        # a loop of someone's own may save last between the last step and engine.detach()
+        # a user's own loop may save last between the last step and engine.detach()
         over = engine["step"] >= engine["total_steps"] and not bundled
         return TrainingRecord(
             clock=Clock(engine["steps_per_epoch"], engine["total_steps"]),
@@ -263,7 +263,7 @@ def _read_metrics(path: Path) -> tuple[Epoch, ...]:
 
 
 def _read_file(certificate: Path) -> OnnxFile:
-    """An exported file by its certificate."""
+    """Read an exported file by its certificate."""
     path = certificate.with_name(certificate.name.removesuffix(_SUFFIX) + ".onnx")
     if not certificate.is_file():
         raise FileNotFoundError(f"no certificate {str(certificate)!r} beside {path.name}")
@@ -285,7 +285,7 @@ def _read_benches(folder: Path, named: list[Path], tried: _Reader) -> list[Bench
 
 
 def _kind(path: Path) -> str | None:
-    """What a JSON file says it is."""
+    """Return what a JSON file says it is."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

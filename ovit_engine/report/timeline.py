@@ -53,7 +53,7 @@ class Timeline:
 
 
 def lanes(modifiers: Sequence[Modifier], clock: Clock) -> tuple[Lane, ...]:
-    """What the recipe says, a lane a modifier; those without a time of their own are left out."""
+    """Return one lane per modifier; those without a schedule are omitted."""
     found = []
     for modifier in having(modifiers, Scheduled):
         rows = list(modifier.timeline(clock))
@@ -71,7 +71,7 @@ def lanes(modifiers: Sequence[Modifier], clock: Clock) -> tuple[Lane, ...]:
 
 
 def panels(run: RunFolder) -> tuple[Panel, ...]:
-    """The quantities that the run has measured."""
+    """Return the quantities that the run has measured."""
     found = []
     metric = _metric_line(run)
     if metric:
@@ -115,7 +115,7 @@ def timeline_of(run: RunFolder) -> Timeline | None:
 
 
 def _metric_line(run: RunFolder) -> tuple[Place, ...]:
-    """The metric at the step where it was measured: also before a pruning step within an epoch."""
+    """Return the metric at the steps where it was measured, also within an epoch."""
     if run.training is not None and run.measured:
         return tuple((run.training.clock.epochs(step), value) for step, value in run.measured)
     return tuple((float(row.epoch), row.accuracy) for row in run.epochs)
@@ -132,7 +132,7 @@ def _stairs(run: RunFolder) -> tuple[tuple[str, tuple[Place, ...]], ...]:
 
 
 def _has_namesakes(run: RunFolder, changes: Sequence[tuple[int, str, float]]) -> bool:
-    """Whether pruners of one name each tell the sparsity of their own weights: together these make no line."""
+    """Return whether pruners of one name each report the sparsity of their own weights: these make no line."""
     pruners = {name for _, name, _ in changes}
     names = [] if run.recipe is None else [modifier.name for modifier in run.recipe.modifiers]
     return any(names.count(name) > 1 for name in pruners)

@@ -1,4 +1,4 @@
-"""Accuracy over size and over latency: what was measured, a point each."""
+"""Accuracy over size and over latency: one point per measured model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ovit_engine.sweep.folder import FOLDER as SWEEP
 
 @dataclass(frozen=True, kw_only=True)
 class Spot:
-    """One model: where it lies, and what it is called."""
+    """One model: its place and its name."""
 
     x: float
     y: float
@@ -25,7 +25,7 @@ class SpotSeries:
 
     name: str
     spots: tuple[Spot, ...]
-    # whether they are stations of one way, so that a line between them means something
+    # whether a line joins them: they come from one run
     joined: bool = False
 
 
@@ -43,7 +43,7 @@ class Scatter:
 
 
 def over_size(run: RunFolder) -> Scatter | None:
-    """The metric over compressed bytes: the weights of sweep points, and ONNX files."""
+    """Return the metric over compressed bytes: the weights of sweep points, and ONNX files."""
     series = []
     if run.sweep is not None:
         spots = [
@@ -62,7 +62,7 @@ def over_size(run: RunFolder) -> Scatter | None:
 
 
 def over_latency(run: RunFolder) -> Scatter | None:
-    """The metric over milliseconds an image, a series a batch size, of the files whose accuracy is known."""
+    """Return the metric over milliseconds per image, one series per batch size, of files with a known accuracy."""
     found: dict[str, list[Spot]] = {}
     for bench in run.benches:
         for row in bench.rows:
@@ -77,7 +77,7 @@ def over_latency(run: RunFolder) -> Scatter | None:
 
 
 def metric_of(run: RunFolder, file: OnnxFile) -> float | None:
-    """The measured metric of a file: of its certificate, or else of the sweep that exported it."""
+    """Return the measured metric of a file: from its certificate, or from the sweep that exported it."""
     if file.certificate.accuracy is not None:
         return file.certificate.accuracy.file
     points = () if run.sweep is None else run.sweep.points

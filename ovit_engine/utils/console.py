@@ -20,10 +20,10 @@ _UNLIMITED = 1000  # characters; no table of ours is so wide, and a table takes 
 
 
 def table_console() -> Console:
-    """A console for tables on standard output.
+    """Return a console for tables on standard output.
 
-    Rich takes 80 columns for anything that is no terminal, so a redirected table lost the ends of its names, and fills
-    each line with blanks. The variable COLUMNS limits the width of both.
+    Rich uses 80 columns and pads each line if the output is not a terminal, which cut names off in redirected tables.
+    The variable COLUMNS limits the width in both cases.
     """
     from rich.console import Console
 
@@ -49,7 +49,7 @@ def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: C
 
 
 class _Trimmed(io.TextIOBase):
-    """Standard output, lines without the blanks at their ends."""
+    """Standard output without blanks at the ends of lines."""
 
     def write(self, text: str) -> int:
         sys.stdout.write(re.sub(r" +$", "", text, flags=re.MULTILINE))

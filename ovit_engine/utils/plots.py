@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 Lines = Mapping[str, Sequence[tuple[float, float]]]
 
-# Okabe and Ito's colours, which people with any colour vision can tell apart, without the yellow that white swallows
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito's colors, which people with any color vision can distinguish, without the yellow (too light on white)
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 MARKERS = "osD^vPX"
 
 INK, GRID = "#333333", "#E3E3E3"
 
-MOST_TICKS = 8  # on a logarithmic axis each of so few values gets its own
+MOST_TICKS = 8  # a logarithmic axis marks each value if there are no more than this
 
 STYLE: dict[str, Any] = {
     "svg.hashsalt": "ovit",  # names inside the SVG: the same data give the same bytes
@@ -58,7 +58,7 @@ def plot_lines(
     percent_y: bool = False,
     level: tuple[str, float] | None = None,
 ) -> list[Path]:
-    """Draw one line a series and write `<path>.svg` and `<path>.png`, each whole or not at all.
+    """Draw one line per series and write `<path>.svg` and `<path>.png`, each whole or not at all.
 
     Equal arguments give equal bytes with one version of matplotlib; the user's own matplotlib settings neither count
     nor change.
@@ -116,15 +116,15 @@ def _figure(series: Lines, level: tuple[str, float] | None) -> "Figure":
     if level is not None:
         axes.axhline(level[1], color="#777777", linestyle=(0, (5, 3)), linewidth=1.3, label=level[0])
     for index, (name, line) in enumerate(series.items()):
-        turn, place = divmod(index, len(COLOURS))
+        turn, place = divmod(index, len(COLORS))
         across, up = zip(*sorted(line), strict=True) if line else ((), ())
         axes.plot(
             across,
             up,
             label=name,
-            color=COLOURS[place],
+            color=COLORS[place],
             marker=MARKERS[place],
-            linestyle=("-", (0, (4, 1.5)))[turn % 2],  # colours that come again are dashed
+            linestyle=("-", (0, (4, 1.5)))[turn % 2],  # repeated colors are dashed
             markersize=5,
             linewidth=1.8,
             zorder=3 - index / len(series),  # the first series lies on top
@@ -133,7 +133,7 @@ def _figure(series: Lines, level: tuple[str, float] | None) -> "Figure":
 
 
 def _scale(axis: Any, logarithmic: bool, percent: bool, ticks: Sequence[float]) -> None:
-    """Ticks that can be read: 75 %, 16 or 2,048 rather than 2 x 10^3; `ticks` are those of a logarithmic axis."""
+    """Set readable ticks: 75 %, 16 or 2,048 rather than 2 x 10^3; `ticks` are those of a logarithmic axis."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     if not logarithmic:

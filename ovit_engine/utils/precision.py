@@ -1,4 +1,4 @@
-"""Full float32 precision inside the solver and in what files are compared with, whatever the training script has set.
+"""Full float32 precision in the solver and in reference outputs, whatever the training script has set.
 
 TensorFloat32 rounds inputs to ten bits; at the dampings used here that turned 237 of 256 inverse Fisher blocks to NaN.
 Training scripts switch it on globally, for convolutions on a GPU PyTorch itself does, and what is called under autocast
@@ -13,7 +13,7 @@ import torch
 
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
-    """No TF32, no bfloat16 products, no autocast, no gradients; everything as before afterwards, also on errors."""
+    """Disable TF32, bfloat16 products, autocast and gradients; restore everything afterwards, also on errors."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         accelerator = torch.accelerator.current_accelerator()

@@ -12,19 +12,19 @@ RandomState = tuple[Tensor, list[Tensor], Any, Any]
 
 
 def mixed(*values: int) -> int:
-    """One seed (63 bits) out of several whole numbers, the same in every process and Python version."""
+    """Return one seed (63 bits) made of several integers, the same in every process and Python version."""
     return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def random_state() -> RandomState:
-    """All random states as they are now; an accelerator's only where it is in use."""
+    """Return all random states; an accelerator's only if it is in use."""
     accelerator = _accelerator()
     theirs = [] if accelerator is None else accelerator.get_rng_state_all()
     return torch.get_rng_state(), theirs, np.random.get_state(), random.getstate()
 
 
 def set_random_state(state: RandomState) -> None:
-    """Put back what `random_state` read."""
+    """Restore what `random_state` returned."""
     torch.set_rng_state(state[0])
     accelerator = _accelerator()
     if state[1] and accelerator is not None:
@@ -34,7 +34,7 @@ def set_random_state(state: RandomState) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Start all random states from `seed`; an accelerator's only where it is in use."""
+    """Seed all random states; an accelerator's only if it is in use."""
     seed_cpu(seed)
     accelerator = _accelerator()
     if accelerator is not None:
@@ -42,14 +42,14 @@ def seed_everything(seed: int) -> None:
 
 
 def seed_cpu(seed: int) -> None:
-    """Start the random states of the CPU from `seed`."""
+    """Seed the random states of the CPU."""
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
 
 def _accelerator() -> Any:
-    """torch's module of the accelerator (`torch.cuda`, say) where it is in use; to ask it more would start it."""
+    """Return the module of the accelerator (`torch.cuda`, say) if it is in use; more calls would initialize it."""
     device = torch.accelerator.current_accelerator()
     module = None if device is None else torch.get_device_module(device)
     is_initialized = getattr(module, "is_initialized", None)  # torch.mps has none, nor states of all devices

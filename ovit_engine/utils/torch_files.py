@@ -1,4 +1,4 @@
-"""Files that torch reads without running any code: written whole, and errors in a user's words."""
+"""Files that torch reads without running any code, written atomically, with errors in plain words."""
 
 import pickle
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from ovit_engine.utils.files import atomic_write
 
 
 def save_file(path: Path, state: Mapping[str, Any]) -> None:
-    """Write tensors, numbers and strings whole, or leave the file that is there.
+    """Write tensors, numbers and strings, or leave the file that is there.
 
     Raises:
         OSError: the disk is full, or the folder can't be written.
@@ -23,8 +23,8 @@ def load_file(path: Path, *, lazily: bool = False) -> Any:
     """Read what `save_file` or `torch.save` wrote, its tensors on the CPU; `lazily` leaves them on the disk until used.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: damaged, or no such file.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is damaged, or not a checkpoint.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {str(path)!r}")
@@ -38,7 +38,7 @@ def load_file(path: Path, *, lazily: bool = False) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message; its kind where it has none."""
+    """Return the first line of an error's message, or its type if it has none."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 

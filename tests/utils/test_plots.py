@@ -9,7 +9,7 @@ import matplotlib
 import pytest
 from PIL import Image
 
-from ovit_engine.utils.plots import COLOURS, plot_lines
+from ovit_engine.utils.plots import COLORS, plot_lines
 
 SERIES = {"ovit": [(0.5, 0.98), (0.9, 0.83)], "magnitude": [(0.9, 0.32), (0.5, 0.97)]}
 LABELS = {"title": "One-shot", "x": "sparsity", "y": "accuracy"}
@@ -26,8 +26,8 @@ def test_an_svg_and_a_png_that_open(tmp_path: Path) -> None:
     svg = files[0].read_text()
     for text in ("ovit", "magnitude", "dense", "One-shot", "sparsity", "accuracy", "50 %", "90 %"):
         assert f"<!-- {text} -->" in svg  # matplotlib draws letters as paths, and says what they are
-    for colour in (*COLOURS[:2], "#777777"):
-        assert colour.lower() in svg
+    for color in (*COLORS[:2], "#777777"):
+        assert color.lower() in svg
 
 
 def test_the_same_data_give_the_same_bytes_whatever_the_user_set(tmp_path: Path) -> None:
