@@ -73,7 +73,7 @@ def test_a_recipe_with_a_mistake_names_the_place(ovit: Ovit, text: str, message:
         (["export", "none", "--output", "none/m.onnx"], "no folder 'none' to write 'm.onnx' to"),
         (["verify", "none.onnx"], "no such file: none.onnx"),
         (["verify", "none.onnx", "--data", "digits"], "no such file: none.onnx"),
-        (["verify", "tiny.yaml", "--data", "digits"], "'tiny.yaml' is no ONNX file"),
+        (["verify", "tiny.yaml", "--data", "digits"], "'tiny.yaml' is not an ONNX file"),
         (["bench", "none.onnx"], "no such file: none.onnx"),
         (["bench", "none.onnx", "--output", "b.xls"], "'b.xls' ends in '.xls': write a folder, or a file in .json"),
         (["bench", "--device", "cuda", "tiny.yaml", "--output", "b.csv"], "is one JSON file, write FILE.json"),
