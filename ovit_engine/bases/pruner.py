@@ -68,6 +68,11 @@ class Masking(Scheduled, Exclusive, Patterned, Coordinated):
     _slots: list[Slot] = PrivateAttr(default_factory=list)
     _done: int = PrivateAttr(default=-1)  # the last of its times at which it acted
 
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """Return the targets, from PREPARE on."""
+        return self._slots
+
     def prepare(self, run: Run) -> None:
         with self.errors_at("targets"):
             self._slots = find_slots(run.model, self.targets)
