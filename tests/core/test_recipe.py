@@ -112,7 +112,7 @@ def test_files(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00\xd8")
     with pytest.raises(RecipeError, match="not a text file"):
         Recipe.load(path)
-    with pytest.raises(RecipeError, match=r"no recipe file '.*nope.yaml', and none of ours has that name"):
+    with pytest.raises(RecipeError, match=r"no recipe file '.*nope.yaml' nor a shipped recipe"):
         Recipe.load(tmp_path / "nope.yaml")
     with pytest.raises(RecipeError, match=r"a recipe's text stands where .*: Recipe\.parse\(text\) reads text"):
         Recipe.load("modifiers:\n  - constant_mask: {}\n" * 200)  # longer than a name may be
