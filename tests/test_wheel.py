@@ -65,6 +65,14 @@ def test_only_ovit_engine_is_added(site: Path) -> None:
     assert (site / "ovit_engine" / "modifiers" / "ovit_prune.py").is_file()
 
 
+def test_every_module_of_the_checkout_is_in_the_wheel(site: Path) -> None:
+    def modules(root: Path) -> set[str]:
+        return {str(path.relative_to(root)) for path in root.glob("**/*.py")}
+
+    links = {f"{name}/{module}" for name in ("modifiers", "integrations", "recipes") for module in modules(ROOT / name)}
+    assert modules(site / "ovit_engine") == modules(ROOT / "ovit_engine") | links
+
+
 def test_it_works_away_from_the_checkout(site: Path, tmp_path: Path) -> None:
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     python = site.parents[2] / "bin" / "python"

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from ovit_engine.analysis.diagnosis import Diagnosis, LayerCost, NotCompared, PartCost, RecipeChange, Score
 from ovit_engine.analysis.qdq import (
@@ -31,6 +30,7 @@ from ovit_engine.certificate.check import MIN_AGREEMENT
 from ovit_engine.certificate.kernels import open_session, run_outputs
 from ovit_engine.certificate.measure import input_types
 from ovit_engine.certificate.parity import Sample, take_sample
+from ovit_engine.certificate.stored import load_onnx
 
 _IMAGES = 256
 
@@ -64,14 +64,14 @@ def diagnose_file(path: str | Path, data: Any, *, reference: str | Path | None =
         FileNotFoundError: a file does not exist.
         ValueError: the file has no QuantizeLinear/DequantizeLinear pairs, or outputs or data do not fit.
     """
-    model = _load(Path(path))
+    model = load_onnx(Path(path))
     layers = find_layers(model)
     if not any(layer.roundings for layer in layers) and reference is None:
         raise ValueError(f"{Path(path).name} rounds no activations: give the float file with --reference")
     variants = _Variants(model, layers, take_sample(data, *input_types(model), limit=_IMAGES))
     not_compared: NotCompared | None = "no reference"
     if reference is not None:
-        not_compared = variants.take_reference(_load(Path(reference)), Path(reference))
+        not_compared = variants.take_reference(load_onnx(Path(reference)), Path(reference))
     outputs = [layer.output for layer in layers]
     whole = variants.run(rounded=outputs)
     costs = _bisect(outputs, lambda group: variants.run(rounded=group).noise, whole.noise)
@@ -275,12 +275,3 @@ def _thin(values: np.ndarray) -> np.ndarray:
     if flat.size <= _VALUES:
         return flat
     return np.append(np.random.default_rng(0).choice(flat, _VALUES), [flat.min(), flat.max()])
-
-
-def _load(path: Path) -> onnx.ModelProto:
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    try:
-        return onnx.load(path)
-    except DecodeError:
-        raise ValueError(f"{str(path)!r} is no ONNX file") from None

@@ -71,18 +71,16 @@ def onnx_shapes(path: Path) -> tuple[LayerShape, ...]:
         ValueError: it is not an ONNX file, has no such nodes, or its shapes can't be inferred.
     """
     import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+    from ovit_engine.certificate.stored import load_onnx
     from ovit_engine.certificate.weights import trace
     from ovit_engine.certificate.work import infer_shapes
 
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
+    model = load_onnx(path)
     try:
-        model = onnx.load(path)
         shapes, batch = infer_shapes(model)
-    except (DecodeError, onnx.shape_inference.InferenceError) as error:
-        raise ValueError(f"{str(path)!r} is no ONNX file, or a damaged one: {str(error).splitlines()[0]}") from error
+    except onnx.shape_inference.InferenceError as error:
+        raise ValueError(f"the shapes in {str(path)!r} can't be inferred: {str(error).splitlines()[0]}") from error
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     producers = {output: node for node in model.graph.node for output in node.output}
     found = []

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import numpy_helper
 
 from ovit_engine.certificate.kernels import walk_graphs, walk_nodes
@@ -16,6 +18,21 @@ from ovit_engine.certificate.kernels import walk_graphs, walk_nodes
 _SETTINGS = 16
 
 _LISTS = ("value_floats", "value_ints", "value_float", "value_int")
+
+
+def load_onnx(path: Path) -> onnx.ModelProto:
+    """Read an ONNX file with its external data.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not an ONNX file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        return onnx.load(path)
+    except DecodeError:
+        raise ValueError(f"{str(path)!r} is not an ONNX file") from None
 
 
 def stored_tensors(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:

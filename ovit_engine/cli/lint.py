@@ -89,21 +89,14 @@ def _choice(log: Path) -> "TensorRTChoice":
 
 def of_file(path: Path) -> "tuple[list[SparseLayer], dict[str, tuple[int | str, ...]]]":
     """The layers of any ONNX file with their weights measured, and its inputs."""
-    import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-
     from ovit_engine.certificate import Promise
     from ovit_engine.certificate.measure import input_shapes
     from ovit_engine.certificate.sparse_cores import from_facts
+    from ovit_engine.certificate.stored import load_onnx
     from ovit_engine.certificate.weights import measure_layers
     from ovit_engine.export.module_names import name_by_module
 
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    try:
-        model = onnx.load(path)
-    except DecodeError:
-        raise ValueError(f"{str(path)!r} is no ONNX file") from None
+    model = load_onnx(path)
     name_by_module(model)
     layers = [from_facts(facts) for facts in measure_layers(model, Promise(), {})]
     if not layers:

@@ -44,17 +44,11 @@ def verify(
 
 def images_for(file: Path, data: str, root: Path | None) -> Any:
     """The validation images of `data`, prepared as the file's metadata say."""
-    import onnx
     from torch.utils.data import DataLoader
 
     from ovit_engine.certificate.measure import Provenance
+    from ovit_engine.certificate.stored import load_onnx
     from ovit_engine.training.data import config_of, load_data
 
-    if not file.is_file():
-        raise FileNotFoundError(f"no such file: {file}")
-    try:
-        model = onnx.load(file)
-    except Exception as error:  # protobuf's own, which it does not export
-        raise ValueError(f"{str(file)!r} is not an ONNX file") from error
-    config = config_of(Provenance.read(model).preprocessing)
+    config = config_of(Provenance.read(load_onnx(file)).preprocessing)
     return DataLoader(load_data(data, config=config, root=root).val, batch_size=64)

@@ -21,6 +21,7 @@ from ovit_engine.certificate import Promise, PromisedLayer
 from ovit_engine.certificate.kernels import open_session, run_outputs
 from ovit_engine.certificate.measure import Provenance, input_types
 from ovit_engine.certificate.parity import make_reference, take_sample
+from ovit_engine.certificate.stored import load_onnx
 from ovit_engine.certificate.tensors import hash_tensors
 from ovit_engine.export.exporter import check_output_path, publish
 from ovit_engine.export.module_names import name_by_module
@@ -97,12 +98,7 @@ def read(source: Path) -> onnx.ModelProto:
         FileNotFoundError: nothing there.
         ValueError: no ONNX, int8 already, or other inputs.
     """
-    if not source.is_file():
-        raise FileNotFoundError(f"no such file: {str(source)!r}")
-    try:
-        model: onnx.ModelProto = onnx.load(source)
-    except Exception as error:  # protobuf's own exceptions share no other base
-        raise ValueError(f"{str(source)!r} is no ONNX file: {str(error).splitlines()[0]}") from error
+    model = load_onnx(source)
     if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
         raise ValueError(f"{source.name} is quantized already: give the float file")
     _keep_weights_inside(model)

@@ -310,7 +310,7 @@ def test_errors_say_what_is_wrong(broken: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no such file: .*lost.onnx"):
         diagnose_file(tmp_path / "lost.onnx", data())
     (tmp_path / "text.onnx").write_text("hello")
-    with pytest.raises(ValueError, match="is no ONNX file"):
+    with pytest.raises(ValueError, match="is not an ONNX file"):
         diagnose_file(tmp_path / "text.onnx", data())
     with pytest.raises(ValueError, match=r"float.onnx rounds no activations: give the float file with --reference"):
         diagnose_file(broken / "float.onnx", data())

@@ -111,7 +111,7 @@ def test_what_has_no_layers_is_told(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.onnx"):
         onnx_shapes(tmp_path / "none.onnx")
     (tmp_path / "bad.onnx").write_bytes(b"no protobuf at all")
-    with pytest.raises(ValueError, match=r"bad\.onnx' is no ONNX file"):
+    with pytest.raises(ValueError, match=r"bad\.onnx' is not an ONNX file"):
         onnx_shapes(tmp_path / "bad.onnx")
     write_onnx(nn.ReLU(), torch.zeros(2, 3), tmp_path / "relu.onnx")
     with pytest.raises(ValueError, match="no MatMul or Gemm that reads a stored weight"):

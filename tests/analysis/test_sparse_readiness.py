@@ -259,7 +259,7 @@ def test_what_goes_wrong_is_one_line(tmp_path, vit):
     onnx.save(helper.make_model(alone), tmp_path / "none.of.it.onnx")
     for arguments, words in (
         ([tmp_path / "none.onnx"], "no such file"),
-        ([tmp_path / "bad.onnx"], "is no ONNX file"),
+        ([tmp_path / "bad.onnx"], "is not an ONNX file"),
         ([vit.path, "--trt-log", tmp_path / "trt.log"], "trt.log': no line of it begins with (Sparsity)"),
         ([tmp_path / "none.of.it.onnx"], "has no MatMul, Gemm or Conv that reads a weight"),
         ([vit.path, "--measured", tmp_path / "trt.log"], "trt.log"),

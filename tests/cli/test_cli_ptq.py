@@ -222,8 +222,8 @@ def test_a_file_that_loses_too_much_is_not_written(
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("lost.onnx", [], "no such file: 'lost.onnx'"),
-        ("tiny.yaml", [], "'tiny.yaml' is no ONNX file"),
+        ("lost.onnx", [], "no such file: lost.onnx"),
+        ("tiny.yaml", [], "'tiny.yaml' is not an ONNX file"),
         ("tiny.yaml", ["--pretrained"], "MODEL.onnx has its weights"),
         (
             "vector.onnx",

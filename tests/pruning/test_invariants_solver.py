@@ -1,6 +1,6 @@
 """What must hold whatever the solver does inside (specs/second-order.md, section 5): through the public door alone.
 
-Where each of the 22 invariants is tested, T = tests/second_order:
+Where each of the 22 invariants is tested, T = tests/pruning:
 
 1, 2, 3, 5, 6  single weight, group, order, brute force, increments: T/test_mathematics.py
 4              one solution by every way: here
