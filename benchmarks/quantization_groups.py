@@ -19,7 +19,7 @@ import torch
 
 from ovit_engine import Recipe
 from ovit_engine.analysis.file_bench import bench_files
-from ovit_engine.certificate.kernels import INTEGER_KERNELS, open_session, run_outputs, runtime_ops
+from ovit_engine.certificate.kernels import INTEGER_KERNELS, count_ops, open_session, run_outputs, runtime_graph
 from ovit_engine.certificate.parity import compare, take_sample
 from ovit_engine.export.writer import write_onnx
 from ovit_engine.post_training import ptq as after
@@ -76,7 +76,7 @@ def main() -> None:
             write_onnx(bake(rounded), example, path)
             logits = run_outputs(open_session(path), sample.inputs)
             parity = compare(logits, exact, sample.source)
-            kernels = sum(count for op, count in runtime_ops(path).items() if op in INTEGER_KERNELS)
+            kernels = sum(count for op, count in count_ops(runtime_graph(path)).items() if op in INTEGER_KERNELS)
             top1 = "" if sample.labels is None else f"top-1 {(logits.argmax(1) == sample.labels).mean():.2%}  "
             files[name] = path
             print(

@@ -1,4 +1,4 @@
-"""Plain oViT, the yardstick of `second_order.py`: rank-1 recursion, right-looking elimination, every state kept.
+"""Plain oViT, the yardstick of `pruning_solver.py`: rank-1 recursion, right-looking elimination, every state kept.
 
 Written from the formulas (specs: H <- H - (H g)(H g)^T / (N + g^T H g) for each gradient; then, for all blocks of the
 layer side by side, remove the cheapest weight of each, update H, remember all weights), the way a first implementation

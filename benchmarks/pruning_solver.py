@@ -1,6 +1,6 @@
 """oViT against a plain rank-1 implementation: CPU seconds on one thread, peak extra memory, agreement of masks.
 
-    python benchmarks/second_order.py [--rounds 2] [--weights 196608] [--block 192] [--gradients 256]
+    python benchmarks/pruning_solver.py [--rounds 2] [--weights 196608] [--block 192] [--gradients 256]
 
 Both run by turns in one process, which measures CPU time; each runs once more in a process of its own, which measures
 the peak of resident memory above what was there before the call. Goals: at least 10 times fewer CPU seconds, at most
