@@ -13,19 +13,7 @@ import onnx
 import onnxruntime  # type: ignore[import-untyped]
 
 from ovit_engine.certificate.errors import CertificateError
-
-INTEGER_KERNELS = frozenset(
-    {
-        "ConvInteger",
-        "DynamicQuantizeMatMul",
-        "MatMulInteger",
-        "MatMulIntegerToFloat",
-        "QAttention",
-        "QGemm",
-        "QLinearConv",
-        "QLinearMatMul",
-    }
-)
+from ovit_engine.certificate.model import INTEGER_KERNELS
 
 _SILENT = 4  # what fails is raised, with the same words
 

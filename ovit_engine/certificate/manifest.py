@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -14,6 +15,18 @@ def check_unique(names: Iterable[str]) -> None:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise ValueError(f"{twice[0]} occurs twice")
+
+
+def check_keys(text: str) -> None:
+    """Raise ValueError for a key that occurs twice in one object of a JSON text: readers differ in which one counts."""
+
+    def checked(pairs: list[tuple[str, Any]]) -> None:
+        check_unique(key for key, _ in pairs)
+
+    try:
+        json.loads(text, object_pairs_hook=checked)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 class Part(BaseModel):

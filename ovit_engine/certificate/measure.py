@@ -15,9 +15,9 @@ from onnx import helper
 from pydantic import TypeAdapter
 
 from ovit_engine.certificate.errors import VerificationError, first_faults
-from ovit_engine.certificate.kernels import INTEGER_KERNELS, count_ops, integer_kernels, runtime_graph
+from ovit_engine.certificate.kernels import count_ops, integer_kernels, runtime_graph
 from ovit_engine.certificate.machine import may_saturate, this_machine, versions
-from ovit_engine.certificate.manifest import Manifest
+from ovit_engine.certificate.manifest import Manifest, check_keys
 from ovit_engine.certificate.model import Accuracy, Certificate, Parity, Promise, count_weights
 from ovit_engine.certificate.notes import Note
 from ovit_engine.certificate.parity import WANTED_IMAGES
@@ -76,6 +76,8 @@ class Provenance:
             other = f"the file's metadata have format {found['ovit.format']}, this ovit-engine reads format {_FORMAT}"
             raise VerificationError("cannot verify", [f"{other}: export the file again"])
         try:
+            for key in ("ovit.promise", "ovit.manifest", "ovit.preprocessing", "ovit.shared_weights"):
+                check_keys(found[key])
             return cls(
                 recipe_name=found["ovit.recipe_name"],
                 recipe_text=found["ovit.recipe"],
@@ -109,7 +111,7 @@ def measure_file(
     model = onnx.load_model_from_string(content)
     layers = measure_layers(model, origin.promise, dict(origin.shared_weights))
     graph = runtime_graph(path)
-    ops, kernels = count_ops(graph), integer_kernels(graph)
+    kernels = integer_kernels(graph)
     stored = {layer.name: origin.shared_weights.get(layer.name, layer.name) for layer in layers}
     fused = {name: kernels[initializer] for name, initializer in stored.items() if initializer in kernels}
     machine = this_machine()
@@ -138,8 +140,7 @@ def measure_file(
         reference=origin.reference,
         layers=layers,
         ops=count_ops(model),
-        runtime_ops=ops,
-        integer_kernels=sum(count for op, count in ops.items() if op in INTEGER_KERNELS),
+        runtime_ops=count_ops(graph),
         kernels=fused,
         reference_sha256=reference_sha256,
         parity=parity,

@@ -9,13 +9,27 @@ from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ovit_engine.certificate.manifest import Manifest, check_unique
+from ovit_engine.certificate.manifest import Manifest, check_keys, check_unique
 from ovit_engine.certificate.notes import Note
 from ovit_engine.certificate.ratio import Ratio, Speed
 from ovit_engine.certificate.token_counts import TokenCounts
 
 # of certificates; any change of their fields raises it, and no other format is read
-FORMAT = 5
+FORMAT = 6
+
+# ONNX Runtime's operators that compute with integers
+INTEGER_KERNELS = frozenset(
+    {
+        "ConvInteger",
+        "DynamicQuantizeMatMul",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "QAttention",
+        "QGemm",
+        "QLinearConv",
+        "QLinearMatMul",
+    }
+)
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -157,7 +171,6 @@ class Certificate(_Facts):
     ops: dict[str, Count]
     # the graph after ONNX Runtime's optimizations on this machine
     runtime_ops: dict[str, Count]
-    integer_kernels: Count
     # weight -> the integer kernel that reads it on this machine
     kernels: dict[str, str]
 
@@ -212,6 +225,11 @@ class Certificate(_Facts):
         return tuple(layer for layer in self.layers if layer.quantized)
 
     @property
+    def integer_kernels(self) -> int:
+        """Nodes of ``runtime_ops`` that compute with integers."""
+        return sum(count for op, count in self.runtime_ops.items() if op in INTEGER_KERNELS)
+
+    @property
     def int8_share(self) -> float:
         """Share of all weights in ``layers`` that is stored as integers."""
         total = count_weights(self.layers)
@@ -226,12 +244,14 @@ class Certificate(_Facts):
         """Read the text of `to_json`.
 
         Raises:
-            ValueError: the text is something else, or of another format.
+            ValueError: the text is something else, of another format, or has a key twice.
         """
         found = _Header.model_validate_json(text).format
         if found != FORMAT:
             raise ValueError(f"it has format {found}, this ovit-engine reads format {FORMAT}: export the file again")
-        return cls.model_validate_json(text, strict=True)
+        certificate = cls.model_validate_json(text, strict=True)
+        check_keys(text)
+        return certificate
 
     def __str__(self) -> str:
         """Return a summary of a few lines; `render.print_certificate` prints everything."""

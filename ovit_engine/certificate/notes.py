@@ -31,8 +31,8 @@ _TEXTS: dict[NoteCode, str] = {
     "other_numbers": "the file stores {count:,} numbers in addition to {total:,} weights of products: not measured",
     "macs_unknown": "multiply-adds are not counted: {reason}",
     "tokens_unknown": "tokens are not counted: {reason}",
-    "partly_measured": "parity and accuracy were measured again on {count} of {total} images, those in the reference; "
-    "--data measures the others",
+    "partly_measured": "parity and accuracy were measured again on {count} of {total} images; what the certificate "
+    "says of all {total} is taken on trust: --data measures them all",
     "other_kernels": "the certificate states the kernels of {listed}; the kernels above are those of this machine",
     "latency_not_measured": "latency was not measured again: it is that of {listed}; ovit bench measures it here",
     "no_zstandard": "zstd_bytes {count} was not measured again: the package zstandard is not installed",

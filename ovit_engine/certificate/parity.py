@@ -62,14 +62,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Reference:
-    """What PyTorch said: logits of all images, the first that fit, a hash of each, traces of its tensors."""
+    """What PyTorch said: logits of all images, the first that fit, a hash of each, hashes of its tensors."""
 
     logits: np.ndarray
     labels: np.ndarray | None
     stored: tuple[np.ndarray, ...]
     hashes: np.ndarray
     source: str
-    # tensor of the file -> what `tensors.keep` makes of PyTorch's
+    # tensor of the file -> its hash, by `tensors.hash_tensors`
     tensors: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
@@ -101,6 +101,9 @@ class Reference:
 
     def is_whole(self) -> bool:
         """Return whether every part speaks of the same images, and as many are stored as `make_reference` stores."""
+        arrays = [self.logits, self.hashes, *self.stored, *([] if self.labels is None else [self.labels])]
+        if any(array.ndim == 0 or array.dtype.kind not in "fiub" for array in arrays):
+            return False
         count = len(self.logits)
         if not self.stored or len(self.hashes) != count or (self.labels is not None and len(self.labels) != count):
             return False

@@ -9,7 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ovit_engine.certificate.model import Certificate, Latency, count_weights
+from ovit_engine.certificate.model import INTEGER_KERNELS, Certificate, Latency, count_weights
 from ovit_engine.certificate.sparse_cores import (
     READINESS_COLUMNS,
     SparseLayer,
@@ -182,8 +182,6 @@ def _latency(row: Latency) -> str:
 
 
 def _kernels(certificate: Certificate) -> str:
-    from ovit_engine.certificate.kernels import INTEGER_KERNELS
-
     found = [f"{count} {op}" for op, count in certificate.runtime_ops.items() if op in INTEGER_KERNELS]
     return ", ".join(found) or "none"
 

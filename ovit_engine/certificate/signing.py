@@ -21,6 +21,8 @@ from ovit_engine.certificate.errors import VerificationError
 from ovit_engine.certificate.model import certificate_path, reference_path
 from ovit_engine.utils.files import atomic_write
 
+_MAKE_KEY = "openssl ecparam -name prime256v1 -genkey -noout -out key.pem"
+
 
 def signature_path(path: Path) -> Path:
     """Return where the signature of an ONNX file lies."""
@@ -114,7 +116,10 @@ def _signed_files(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / path.stem
         folder.mkdir()
-        for file in (path, certificate_path(path), reference_path(path)):
+        files = path, certificate_path(path), reference_path(path)
+        if missing := [f"{file.name} is missing" for file in files if not file.is_file()]:
+            raise VerificationError("a signature covers an ONNX file, its certificate and its reference", missing)
+        for file in files:
             shutil.copyfile(file, folder / file.name)
         yield folder
 
@@ -140,4 +145,6 @@ def _changed_files(folder: Path, bundle: dict[str, Any]) -> list[str]:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, AttributeError):  # model-signing asks every key for its curve
+        return f"an elliptic-curve key is needed: {_MAKE_KEY} makes one"
     return " ".join(str(error).split()) or type(error).__name__

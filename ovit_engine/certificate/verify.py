@@ -51,7 +51,7 @@ _EXACT = (
 )
 
 # facts that depend on the runtime and the machine
-_OF_RUNTIME = ("runtime_ops", "kernels", "integer_kernels")
+_OF_RUNTIME = ("runtime_ops", "kernels")
 
 # other machines round a level here and there the other way
 _TOLERANCE = 0.01
@@ -100,6 +100,8 @@ def verify_file(path: str | Path, *, data: Any = None) -> Certificate:
         *violations,
         *certificate_differences(stated, measured),
         *_reference_differences(stated, reference),
+        *([] if part is None else _beyond_the_part(stated, part)),
+        *_without_hash(origin, measured, reference),
         *origin.manifest.contradictions({layer.name: layer.shape for layer in measured.layers}),
     ]
     if violations:
@@ -180,6 +182,24 @@ def _reference_differences(stated: Certificate, reference: Reference) -> list[st
     if facts != again:
         found.append(f"accuracy of {stated.reference} differs: the certificate says {facts}, the reference {again}")
     return found
+
+
+def _without_hash(origin: Provenance, measured: Certificate, reference: Reference) -> list[str]:
+    """Return a line for each weight that no hash covers: it was written with one."""
+    names = {origin.shared_weights.get(layer.name, layer.name) for layer in measured.layers}
+    return [f"{name}: the reference has no hash of it" for name in sorted(names - reference.tensors.keys())]
+
+
+def _beyond_the_part(stated: Certificate, part: Parity) -> list[str]:
+    """Return a line where what is said of all images can't be, given what is said of the stored ones."""
+    of, stored = stated.parity, stated.parity_stored
+    if stored is None or stored.images != part.images:
+        return [f"parity_stored differs: the certificate says {_short(stored)}, {part.images} images are stored"]
+    agreeing, among = of.agreement * of.images, stored.agreement * stored.images
+    if among - 0.5 < agreeing < among + of.images - stored.images + 0.5:  # half an image for rounding
+        return []
+    share = f"{of.agreement:.2%} of {of.images} images can't agree"
+    return [f"parity: {share} where {stored.agreement:.2%} of the {stored.images} stored ones do"]
 
 
 def _measure_parity(

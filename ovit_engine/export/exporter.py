@@ -36,6 +36,7 @@ from ovit_engine.certificate.parity import (
 from ovit_engine.certificate.stored import hidden
 from ovit_engine.certificate.tensors import hash_tensors
 from ovit_engine.export.writer import MIN_OPSET, as_inputs, build_onnx, check_float32, serialize, set_metadata
+from ovit_engine.utils.autograd import eval_mode
 from ovit_engine.utils.files import staged
 from ovit_engine.utils.precision import exact_arithmetic
 
@@ -94,7 +95,8 @@ def export_model(
         shared_weights={layer.name: shared[layer.name] for layer in promise.layers if layer.name in shared},
     )
     state = {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
-    reference = replace(reference, tensors=hash_tensors(proto, state))
+    promised = [origin.shared_weights.get(layer.name, layer.name) for layer in promise.layers]
+    reference = replace(reference, tensors=hash_tensors(proto, state, promised))
     return publish(proto, path, origin, sample, reference)
 
 
@@ -157,18 +159,12 @@ def _pytorch_logits(model: nn.Module, sample: Sample) -> np.ndarray:
     """The model's first output for all images, float32, in eval mode; every module's mode is as before afterwards."""
     tensors = [*model.parameters(), *model.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     outputs = []
-    try:
-        with exact_arithmetic():  # a GPU would round convolutions to ten bits, which the file does not
-            for start in range(0, len(sample), _BATCH):
-                batch = [torch.from_numpy(array[start : start + _BATCH]).to(device) for array in sample.inputs]
-                leaves = [leaf for leaf in pytree.tree_leaves(model(*batch)) if isinstance(leaf, Tensor)]
-                outputs.append(leaves[0].float().cpu().numpy())
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with eval_mode(model), exact_arithmetic():  # a GPU would round convolutions to ten bits, which the file does not
+        for start in range(0, len(sample), _BATCH):
+            batch = [torch.from_numpy(array[start : start + _BATCH]).to(device) for array in sample.inputs]
+            leaves = [leaf for leaf in pytree.tree_leaves(model(*batch)) if isinstance(leaf, Tensor)]
+            outputs.append(leaves[0].float().cpu().numpy())
     return np.concatenate(outputs)
 
 

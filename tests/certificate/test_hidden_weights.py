@@ -7,9 +7,16 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ovit_engine.certificate import CertificateError, Promise
 from ovit_engine.certificate.computed import inert_parts
+from ovit_engine.certificate.measure import Provenance
+from ovit_engine.certificate.model import reference_path
+from ovit_engine.certificate.parity import Reference, Sample
 from ovit_engine.certificate.stored import count_others, hidden
+from ovit_engine.certificate.verify import verify_file
 from ovit_engine.certificate.weights import measure_layers, read_weights, to_array
+from ovit_engine.export.exporter import publish
 from tests.exported_files import findings, small
+
+NAME = "blocks.0.mlp.fc2.weight"
 
 WEIGHT = np.array([[1, 2, 0, 0], [0, 3, 4, 0], [5, 6, 0, 0], [0, 0, 7, 8]], np.float32)  # 2:4 in rows, not in columns
 
@@ -186,3 +193,93 @@ def test_a_dense_weight_in_a_constant_is_measured_as_a_weight():
     constant = helper.make_node("Constant", [], ["dense"], value=numpy_helper.from_array(WEIGHT + 1))
     weight = read_weights(product(constant, weight="dense"))["dense"]
     assert (weight.dtype, weight.op, weight.quantized, int(weight.is_zero.sum())) == ("FLOAT", "MatMul", False, 0)
+
+
+def matmul_of(model, name):
+    """The MatMul that reads a quantized weight, and the DequantizeLinear between."""
+    (dequantize,) = [node for node in model.graph.node if node.input[0] == name]
+    (node,) = [node for node in model.graph.node if dequantize.output[0] in node.input]
+    return node, dequantize
+
+
+def dense_instead(model):
+    """The int8 product stays, and nothing reads it."""
+    node, _ = matmul_of(model, NAME)
+    out, node.output[0] = node.output[0], "shown"
+    dense = np.full((256, 64), 1e-3, np.float32)
+    index = list(model.graph.node).index(node) + 1
+    model.graph.initializer.append(numpy_helper.from_array(dense, "dense"))
+    model.graph.node.insert(index, helper.make_node("MatMul", [node.input[0], "dense"], [out], name="real"))
+
+
+def other_scale(model):
+    _, dequantize = matmul_of(model, NAME)
+    (scale,) = [tensor for tensor in model.graph.initializer if tensor.name == dequantize.input[1]]
+    model.graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(scale) * np.float32(1.01), "other"))
+    dequantize.input[1] = "other"
+
+
+def before_the_output(model, nodes, **arrays):
+    """Let `nodes` read what was the output as "honest"."""
+    (out,) = [value.name for value in model.graph.output]
+    for node in model.graph.node:
+        node.output[:] = ["honest" if name == out else name for name in node.output]
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in arrays.items())
+    model.graph.node.extend(nodes(out))
+
+
+def back_door(model):
+    """Whatever is shown, one bright pixel makes it class 0."""
+
+    def nodes(out):
+        return [
+            helper.make_node("ReduceMax", ["input", "axes"], ["peak"], keepdims=0),
+            helper.make_node("Greater", ["peak", "bright"], ["hit"]),
+            helper.make_node("Cast", ["hit"], ["number"], to=1),
+            helper.make_node("Reshape", ["number", "column"], ["turned"]),
+            helper.make_node("Mul", ["turned", "favor"], ["push"]),
+            helper.make_node("Add", ["honest", "push"], [out]),
+        ]
+
+    arrays = {"axes": np.array([1, 2, 3]), "bright": np.float32(5), "favor": np.eye(1, 10, dtype=np.float32) * 100}
+    before_the_output(model, nodes, column=np.array([-1, 1]), **arrays)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dense_instead, ["this MatMul does not act on any output", "dense: the reference has no hash of it"]),
+        (other_scale, [f"{NAME}_scale: no node reads it"]),
+        (back_door, ["ops differs: ", "other_numbers differs: "]),
+    ],
+)
+def test_a_graph_that_computes_something_else(vit_copy, change, words):
+    model = onnx.load(vit_copy.path)
+    change(model)
+    onnx.save(model, vit_copy.path)
+    found = "\n".join(findings(vit_copy.path))
+    for each in words:
+        assert each in found
+
+
+def test_a_dense_weight_in_an_einsum_is_seen_in_the_numbers(vit, tmp_path):
+    """It is no weight of a product that is measured: what tells of it is how much the file stores."""
+    model, reference = onnx.load(vit.path), Reference.load(reference_path(vit.path))
+    dense = np.random.default_rng(0).normal(size=(64, 2000)).astype(np.float32) * 1e-9
+    head = next(node for node in model.graph.node if model.graph.output[0].name in node.output)
+
+    def nodes(out):
+        return [
+            helper.make_node("Einsum", [head.input[0], "dense"], ["e"], equation="bi,ij->bj"),
+            helper.make_node("ReduceSum", ["e", "axis"], ["r"], keepdims=1),
+            helper.make_node("Add", ["honest", "r"], [out]),
+        ]
+
+    before_the_output(model, nodes, dense=dense, axis=np.array([1]))
+    sample = Sample(reference.stored, reference.labels, reference.source)
+    path = tmp_path / "model.onnx"
+    publish(model, path, Provenance.read(model), sample, reference)
+    verified = verify_file(path)
+    assert verified.other_numbers == vit.certificate.other_numbers + dense.size + 1
+    assert ("other_numbers", verified.other_numbers) in {(note.code, note.count) for note in verified.notes}
+    assert "other_numbers" not in {note.code for note in vit.certificate.notes}

@@ -166,6 +166,27 @@ def test_keys_that_can_not_be_read(signed, keys):
         verify_signature(*signed, key=keys / "extensions")
 
 
+def test_a_key_of_another_kind_is_told_which_one_is_needed(signed, keys):
+    openssl(keys, "genrsa", "-out", "rsa.pem", 2048)
+    openssl(keys, "rsa", "-in", "rsa.pem", "-pubout", "-out", "rsa.pub")
+    words = (
+        r": an elliptic-curve key is needed: openssl ecparam -name prime256v1 -genkey -noout -out key\.pem makes one$"
+    )
+    with pytest.raises(ValueError, match=r"can't sign with .*rsa\.pem" + words):
+        make_signer(keys / "rsa.pem")
+    with pytest.raises(ValueError, match=r"can't verify with .*rsa\.pub" + words):
+        verify_signature(*signed, key=keys / "rsa.pub")
+
+
+@pytest.mark.parametrize("place", [lambda path: path, certificate_path, reference_path])
+def test_a_missing_file_is_named(signed, keys, place):
+    path, signature = signed
+    place(path).unlink()
+    assert reason(path, signature, key=keys / "mine.pub") == f"{place(path).name} is missing"
+    with pytest.raises(VerificationError, match=f"{place(path).name} is missing"):
+        sign_file(path, make_signer(keys / "mine.pem"))
+
+
 def test_the_command(signed, keys):
     path, signature = map(str, signed)
 

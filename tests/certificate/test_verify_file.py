@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from ovit_engine.certificate import VerificationError
 from ovit_engine.certificate import parity as parity_module
 from ovit_engine.certificate.model import FORMAT, certificate_path, reference_path
-from ovit_engine.certificate.verify import certificate_differences, verify_file
+from ovit_engine.certificate.verify import _beyond_the_part, certificate_differences, verify_file
 from ovit_engine.cli import main
 from ovit_engine.export.exporter import export_model
 from ovit_engine.quant import bake
@@ -148,6 +148,8 @@ def test_a_slightly_changed_scale_is_named(vit_copy, name):
         ("ovit.preprocessing", "null", "broken ovit-engine metadata: Input should be an object"),
         ("ovit.shared_weights", '{"head.weight": 5}', "broken ovit-engine metadata: head.weight: Input should be a"),
         ("ovit.promise", '{"layers": [{"name": "a", "zeros": true}]}', "layers.0.zeros: Input should be a valid int"),
+        ("ovit.promise", '{"layers": [], "layers": []}', "broken ovit-engine metadata: layers occurs twice"),
+        ("ovit.preprocessing", "[" * 100_000, "broken ovit-engine metadata: nested too deeply"),
         ("ovit.format", "1", "the file's metadata have format 1, this ovit-engine reads format 2: export the file a"),
     ],
 )
@@ -177,7 +179,8 @@ def test_an_embellished_certificate(vit_copy):
         (lambda c: c.update(gzip_bytes=10), "gzip_bytes differs: the certificate says 10"),
         (lambda c: c.update(other_numbers=5), "other_numbers differs: the certificate says 5"),
         (lambda c: c.update(macs=5), "macs differs: the certificate says 5"),
-        (lambda c: c.update(integer_kernels=99), "the runtime chooses other kernels than the certificate says"),
+        (lambda c: c.update(integer_kernels=99), "integer_kernels: Extra inputs are not permitted"),
+        (lambda c: c["runtime_ops"].update(MatMulIntegerToFloat=99), "the runtime chooses other kernels than the cert"),
         (
             lambda c: c["accuracy"].update(pytorch=0.999),
             "accuracy of PyTorch differs: the certificate says (300, 0.999",
@@ -200,6 +203,15 @@ def test_an_edited_certificate_fails(vit_copy, change, words):
     assert words in violations(vit_copy.path)
 
 
+def test_a_key_is_there_once(vit_copy):
+    path = certificate_path(vit_copy.path)
+    text = path.read_text()
+    path.write_text('{"bytes": 5,' + text[1:])
+    assert findings(vit_copy.path) == ("model.certificate.json can't be read: bytes occurs twice",)
+    path.write_text(text.replace('"parity": {', '"parity": {"images": 9999,'))
+    assert findings(vit_copy.path) == ("model.certificate.json can't be read: images occurs twice",)
+
+
 @pytest.mark.parametrize("number", [1, FORMAT - 1, FORMAT + 1])
 def test_a_certificate_of_another_format_is_refused_in_one_line(vit_copy, number):
     edit_certificate(vit_copy.path, lambda content: content.update(format=number))
@@ -220,6 +232,12 @@ def edit_reference(path, key, change):
     np.savez_compressed(reference_path(path), **{**parts, key: change(parts[key])})
 
 
+def rehash_reference(path):
+    """Make the certificate name the reference as it is."""
+    digest = hashlib.sha256(reference_path(path).read_bytes()).hexdigest()
+    edit_certificate(path, lambda content: content.update(reference_sha256=digest))
+
+
 @pytest.mark.parametrize("key", ["input_0", "labels", "hashes", "logits", "tensor:head.bias"])
 def test_a_changed_reference_fails(vit_copy, key):
     edit_reference(vit_copy.path, key, lambda array: array + array.dtype.type(1))
@@ -233,7 +251,13 @@ def test_a_changed_reference_fails(vit_copy, key):
         ("input_0", lambda array: array[:1], "do not belong together"),
         ("input_0", lambda array: array[:0], "do not belong together"),
         ("input_0", lambda array: array + 1, "do not belong together"),
+        ("input_0", lambda array: np.float32(3), "do not belong together"),
         ("labels", lambda array: array[:10], "do not belong together"),
+        ("labels", lambda array: np.int64(3), "do not belong together"),
+        ("hashes", lambda array: array.astype(str), "do not belong together"),
+        ("logits", lambda array: array.astype(str), "do not belong together"),
+        ("logits", lambda array: array[:, 0], "outputs of shape (300, 10), PyTorch gives (300,)"),
+        ("tensor:head.bias", lambda array: np.array("text"), "head.bias: differs from PyTorch's tensor"),
         ("logits", lambda array: array[:10], "do not belong together"),
         ("logits", lambda array: array[::-1], "parity: "),
         ("tensor:head.bias", lambda array: array + 1, "head.bias: differs from PyTorch's tensor"),
@@ -241,9 +265,18 @@ def test_a_changed_reference_fails(vit_copy, key):
 )
 def test_a_changed_reference_of_which_the_hash_was_computed_again_fails(vit_copy, key, change, words):
     edit_reference(vit_copy.path, key, change)
-    digest = hashlib.sha256(reference_path(vit_copy.path).read_bytes()).hexdigest()
-    edit_certificate(vit_copy.path, lambda content: content.update(reference_sha256=digest))
+    rehash_reference(vit_copy.path)
     assert words in violations(vit_copy.path)
+
+
+@pytest.mark.parametrize("name", ["", "blocks.0.attn.qkv.weight"])
+def test_hashes_of_weights_cannot_be_left_out(vit_copy, name):
+    path = reference_path(vit_copy.path)
+    parts = {key: value for key, value in np.load(path).items() if not key.startswith(f"tensor:{name}")}
+    np.savez_compressed(path, **parts)
+    rehash_reference(vit_copy.path)
+    names = [name] if name else sorted(layer.name for layer in vit_copy.certificate.layers)
+    assert findings(vit_copy.path) == tuple(f"{each}: the reference has no hash of it" for each in names)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
@@ -322,11 +355,35 @@ def test_images_too_large_to_store_whole(vit, digits, tmp_path, monkeypatch):
         reference_model=vit.model,
     )
     assert (certificate.parity.images, certificate.parity_stored.images) == (300, 100)
-    assert verify_file(path).parity_stored == certificate.parity_stored
-    assert verify_file(path, data=data).parity == certificate.parity
+    verified = verify_file(path)
+    assert verified.parity_stored == certificate.parity_stored
+    assert str(verified.notes[-1]) == (
+        "parity and accuracy were measured again on 100 of 300 images; what the certificate says of all 300 is taken "
+        "on trust: --data measures them all"
+    )
+    again = verify_file(path, data=data)
+    assert again.parity == certificate.parity
+    assert "partly_measured" not in {note.code for note in again.notes}
+    whole = certificate_path(path).read_text()
+    edit_certificate(path, lambda content: content.update(parity_stored=None))
+    assert findings(path) == ("parity_stored differs: the certificate says None, 100 images are stored",)
+    certificate_path(path).write_text(whole)
     rewrite(path, "blocks.0.mlp.fc2.weight_scale", lambda scale: scale * 4)
     with pytest.raises(VerificationError, match="parity"):
         verify_file(path)
+
+
+@pytest.mark.parametrize(("agreeing", "fits"), [(290, True), (291, False), (90, True), (89, False)])
+def test_stored_images_bound_what_is_said_of_all(vit, agreeing, fits):
+    """300 images of which 100 are stored: where 90 of those agree, 90 to 290 of all do."""
+
+    def of(images, count):
+        return vit.certificate.parity.model_copy(update={"images": images, "agreement": count / images})
+
+    part = of(100, 90)
+    stated = vit.certificate.model_copy(update={"parity": of(300, agreeing), "parity_stored": part})
+    words = f"parity: {agreeing / 300:.2%} of 300 images can't agree where 90.00% of the 100 stored ones do"
+    assert _beyond_the_part(stated, part) == ([] if fits else [words])
 
 
 def test_the_labels_of_the_data_count_and_not_those_of_the_reference(vit_copy, digits):
@@ -347,7 +404,7 @@ def test_a_renamed_file_is_the_same_file(vit_copy):
 def test_kernels_of_another_machine_are_said_to_be_its_own(vit_copy):
     stated = vit_copy.certificate
     machine = stated.machine.model_copy(update={"cpu": "Abacus"})
-    other = stated.model_copy(update={"machine": machine, "kernels": {}, "runtime_ops": {}, "integer_kernels": 0})
+    other = stated.model_copy(update={"machine": machine, "kernels": {}, "runtime_ops": {}})
     certificate_path(vit_copy.path).write_text(other.to_json())
     note = verify_file(vit_copy.path).notes[-1]
     assert (note.code, note.names) == ("other_kernels", ("Abacus",))
