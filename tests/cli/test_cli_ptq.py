@@ -223,7 +223,7 @@ def test_a_file_that_loses_too_much_is_not_written(
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("lost.onnx", [], "no such file: lost.onnx"),
+        ("lost.onnx", [], "no such file: 'lost.onnx'"),
         ("tiny.yaml", [], "'tiny.yaml' is not an ONNX file"),
         ("tiny.yaml", ["--pretrained"], "MODEL.onnx has its weights"),
         (
