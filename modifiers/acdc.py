@@ -9,6 +9,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from ovit_engine import Claim, Clock, Row, Run, Time, register
 from ovit_engine.bases.amounts import Sparsity
 from ovit_engine.bases.pruner import Masking
+from ovit_engine.core.loggers import sparsity_name
 from ovit_engine.modifiers._updates import forget
 from ovit_engine.pruning import prune_tensors
 
@@ -102,4 +103,4 @@ class Acdc(Masking):
         for slot, mask in zip(self._slots, self.present_masks(run), strict=True):
             forget(run.optimizers, slot, ~mask)
             run.masks.set(slot, torch.ones_like(mask))
-        run.log(f"{self.name}/sparsity", 0.0)
+        run.log(sparsity_name(self.name), 0.0)

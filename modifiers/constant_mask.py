@@ -24,6 +24,7 @@ from ovit_engine import (
     register,
 )
 from ovit_engine.bases.pruner import check_gates
+from ovit_engine.core.loggers import sparsity_name
 from ovit_engine.masking.parameters import parameter_slots
 from ovit_engine.utils.warn import warn
 
@@ -80,7 +81,7 @@ class ConstantMask(Scheduled, Exclusive, Patterned, Coordinated):
             # a promise of what the file must have: where every group holds 2:4, that it still does
             run.masks.set(slot, mask, _PATTERN.describe() if _is_2_4(mask) else "unstructured")
         self._held = True
-        run.log(f"{self.name}/sparsity", run.masks.sparsity())
+        run.log(sparsity_name(self.name), run.masks.sparsity())
 
     def state_dict(self) -> dict[str, Any]:
         return {"held": self._held}

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 _LEFT = 0.2  # of the norm: with more of it left, hard pruning is no small change
 
 
-class _Times(NamedTuple):
+class _Steps(NamedTuple):
     start: int
     end: int
     every: int
@@ -60,7 +60,7 @@ class Gohsp(GateModifier):
     rank: Ranking = Field(default_factory=Ranking, description="how heads are ranked")
     penalty: Penalty = Field(default_factory=Penalty, description="how hard soft pruning pulls")
 
-    _times: _Times = PrivateAttr(default=_Times(0, 0, 1))
+    _times: _Steps = PrivateAttr(default=_Steps(0, 0, 1))
     _soft: int = PrivateAttr(default=0)  # the step at which soft pruning begins: after heads are ranked
     _phase: SoftPhase | None = PrivateAttr(default=None)
     _planned_at: int = PrivateAttr(default=-1)  # the step at which the phase last chose what goes
@@ -85,14 +85,14 @@ class Gohsp(GateModifier):
         shares: dict[Kind, float | None] = {"heads": self.head_sparsity, "units": self.unit_sparsity}
         return [kind for kind, share in shares.items() if share is not None]
 
-    def times(self, clock: Clock) -> _Times:
+    def times(self, clock: Clock) -> _Steps:
         """The steps of ranking and hard pruning, and the steps between updates."""
         start, end, every = clock.steps(self.start), self.time_of(clock, "end"), self.interval_of(clock, "every")
         ranked = start + self._window_steps(calibrated=True)
         if ranked >= end:
             what = f"the start at {self.start!r}" + f" and {ranked - start} steps of ranking" * (ranked > start)
             raise self.error(f"{self.end!r}, step {end}, leaves no step of soft pruning after {what}", "end")
-        return _Times(start, end, every)
+        return _Steps(start, end, every)
 
     def _window_steps(self, *, calibrated: bool) -> int:
         """How many training steps tell what the ranker needs."""

@@ -38,7 +38,7 @@ from ovit_engine.modifiers._quantize_options import (
 from ovit_engine.utils.warn import warn
 
 
-class _Times(NamedTuple):
+class _Phases(NamedTuple):
     """The steps at which phases begin."""
 
     observe: int
@@ -90,9 +90,9 @@ class Quantize(Scheduled, Surgical, Deployable, Exclusive, Synchronized):
     _frozen: set[str] = PrivateAttr(default_factory=set)  # quantizers that round by a range that is frozen
     _moved: bool = PrivateAttr(default=False)  # whether ranges may have moved in the last event
     _frozen_at: int = PrivateAttr(default=-1)  # the step at which ranges froze
-    _times: _Times = PrivateAttr(default=_Times(0, 0, 0, None))
+    _times: _Phases = PrivateAttr(default=_Phases(0, 0, 0, None))
 
-    def _resolve(self, clock: Clock) -> _Times:
+    def _resolve(self, clock: Clock) -> _Phases:
         start = self.time_of(clock, "start")
         if start == clock.total_steps:
             raise self.too_short(
@@ -113,7 +113,7 @@ class Quantize(Scheduled, Surgical, Deployable, Exclusive, Synchronized):
                 "freeze_observers",
             )
         norm = None if self.freeze_batch_norm is None else self.time_of(clock, "freeze_batch_norm")
-        return _Times(observe, start, freeze, norm)
+        return _Phases(observe, start, freeze, norm)
 
     def timeline(self, clock: Clock) -> Iterable[Row]:
         observe, start, freeze, norm = self._resolve(clock)

@@ -81,7 +81,7 @@ class Svite(UpdatingModifier, Masking):
         reason = "what is rounded must be what is deployed, so quantize after the last update, or end those earlier"
         for slot in self._slots:
             yield Claim("mask", slot.name, 0, self._last)
-            yield Claim("quantization", slot.name.removesuffix(".weight"), 0, self._last, reason)
+            yield Claim("quantization", slot.owner_name, 0, self._last, reason)
         yield from self.gate_claims(run, 0)  # its sparsity is of all weights
 
     def attach(self, run: Run) -> None:

@@ -21,6 +21,7 @@ from ovit_engine.core.capabilities import (
     SweepPlan,
     having,
 )
+from ovit_engine.core.loggers import sparsity_name
 from ovit_engine.core.modifier import Modifier
 from ovit_engine.core.run import Run
 from ovit_engine.core.schedule import Clock
@@ -123,7 +124,7 @@ class Masking(Scheduled, Exclusive, Patterned, Coordinated):
             run.masks.set(slot, mask, self.pattern.describe())
         alive = self.alive(run)
         kept = sum(int((mask.to(live.device) & live).sum()) for mask, live in zip(masks, alive, strict=True))
-        run.log(f"{self.name}/sparsity", 1 - kept / sum(int(live.sum()) for live in alive))
+        run.log(sparsity_name(self.name), 1 - kept / sum(int(live.sum()) for live in alive))
 
     def training_gradients(self, run: Run) -> list[Tensor]:
         """Whole gradients of the training loss at STEP_BEGIN, one a slot; a slot without one is a RecipeError."""
@@ -195,7 +196,7 @@ class Pruner(PruningSchedule, Masking):
 
     def scores(self, run: Run, slots: Sequence[Slot]) -> Sequence[Tensor]:
         """Return a score of each weight, whole and shaped as `slot.gather()`: the lowest go."""
-        raise NotImplementedError(f"{type(self).__name__} has neither 'scores' nor 'solve'")
+        raise NotImplementedError  # `prepare` refuses a class that overrides neither
 
     def solve(self, run: Run, slots: Sequence[Slot], sparsity: float | None) -> tuple[list[Tensor], list[Tensor]]:
         """Return masks (True = kept) and new weights of `slots`, whole, for a sparsity (None: that of the pattern).
@@ -245,6 +246,9 @@ class Pruner(PruningSchedule, Masking):
         return SweepPlan(points, self.sweep.metric, self.sweep.best, self.sweep.onnx)
 
     def prepare(self, run: Run) -> None:
+        kind = type(self)
+        if kind.scores is Pruner.scores and kind.solve is Pruner.solve:
+            raise NotImplementedError(f"{kind.__name__} has neither 'scores' nor 'solve'")
         self._events = self.events(run.clock)
         super().prepare(run)
 

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from ovit_engine.core.capabilities import Claim, Distillation, Exclusive, Surgical, having
 from ovit_engine.core.modifier import Modifier
-from ovit_engine.core.optimizers import _is_of_deepspeed, _wrapper
+from ovit_engine.core.optimizers import is_of_deepspeed, wrapping
 from ovit_engine.core.recipe import Recipe
 from ovit_engine.core.run import Run
 from ovit_engine.distributed.sharding import is_sharded, sharded_modules
@@ -31,7 +31,7 @@ def check_made(model: object, recipe: object) -> None:
 def check_arguments(optimizers: Iterable[object], criterion: object, ema: object, evaluate: object) -> None:
     """Raise TypeError for what `attach` can't work with, before anything is done."""
     for each in optimizers:
-        if _is_of_deepspeed(type(each)):
+        if is_of_deepspeed(type(each)):
             raise TypeError(f"{type(each).__name__} of DeepSpeed keeps weights in flat buffers: {_INSTEAD}")
         if getattr(each, "_overlap_with_ddp", False):
             raise TypeError(
@@ -71,7 +71,7 @@ def check_supported(model: nn.Module) -> None:
         found = "FSDP1 (FullyShardedDataParallel)"
     elif "_is_fsdp_managed_module" in vars(model) and not is_sharded(model) and not sharded_modules(model):
         found = "FSDP1 (FullyShardedDataParallel)"  # the wrapper is outside, and the model holds views of a flat buffer
-    elif any(_is_of_deepspeed(type(module)) for module in modules):
+    elif any(is_of_deepspeed(type(module)) for module in modules):
         found = "DeepSpeed's engine"
     elif any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         found = "DeepSpeed ZeRO"
@@ -111,7 +111,7 @@ def check_surgery(model: nn.Module, modifiers: Iterable[Modifier]) -> None:
         for m in modifiers
         if isinstance(m, _BEFORE_COMPILATION)
     ]
-    if needs and (late := _wrapper(model)):
+    if needs and (late := wrapping(model)):
         name, does = needs[0]
         raise RuntimeError(f"{name} {does}, and the model is {late} already: call engine.prepare() before that line")
 
@@ -155,7 +155,7 @@ def _check_pair(first: Modifier, earlier: Claim, second: Modifier, later: Claim)
     if (earlier.resource, earlier.name) != (later.resource, later.name) or (earlier.reason and later.reason):
         return
     if earlier.start <= later.end and later.start <= earlier.end:
-        where = first._origins.get("", "same recipe")
+        where = first.origin() or "same recipe"
         if reason := later.reason or earlier.reason:
             raise second.error(
                 f"{later} from step {later.start} to {later.end} does not go with {first.name} ({where}) "

@@ -1,6 +1,10 @@
 """What is wrong with a recipe, and where in its file."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
+
+from pydantic import BaseModel, PrivateAttr
 
 
 @dataclass(frozen=True)
@@ -13,6 +17,26 @@ class Origin:
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}:{self.column}"
+
+
+class Placed(BaseModel):
+    """Options that remember where in a recipe file they stood."""
+
+    _origins: dict[str, Origin] = PrivateAttr(default_factory=dict)  # of each option, "" = all of them
+
+    @property
+    def origins(self) -> Mapping[str, Origin]:
+        """Where each option stands; "" is the place of all of them."""
+        return self._origins
+
+    def set_origins(self, origins: Mapping[str, Origin]) -> Self:
+        """Let errors say where in a file these options stand."""
+        self._origins = dict(origins)
+        return self
+
+    def origin(self, option: str = "") -> Origin | None:
+        """Return where `option` stands, or else what it is of ("scheduler_args.min_lr"); None outside of files."""
+        return self._origins.get(option) or self._origins.get(option.partition(".")[0]) or self._origins.get("")
 
 
 class RecipeError(ValueError):

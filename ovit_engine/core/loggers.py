@@ -10,6 +10,19 @@ from ovit_engine.masking.masks import Masks
 Log = Callable[[dict[str, float], int], Any]  # (values by name, applied optimizer steps)
 
 
+_SPARSITY = "/sparsity"
+
+
+def sparsity_name(modifier: str) -> str:
+    """Return the name under which a modifier logs the sparsity that it made."""
+    return f"{modifier}{_SPARSITY}"
+
+
+def sparsity_by(name: str) -> str | None:
+    """Return the modifier whose sparsity was logged under `name`; None where that is another value."""
+    return name.removesuffix(_SPARSITY) if name.endswith(_SPARSITY) else None
+
+
 def learning_rates(optimizers: Iterable[Optimizer]) -> dict[str, float]:
     """Return the learning rate of each parameter group: "lr", or "lr/0", "lr/1" if there are several."""
     rates = [float(group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]

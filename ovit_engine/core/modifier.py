@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from enum import Enum
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr
+from pydantic import ConfigDict
 
-from ovit_engine.core.errors import Origin, RecipeError
+from ovit_engine.core.errors import Placed, RecipeError
 from ovit_engine.core.run import Run
 
 
@@ -34,7 +34,7 @@ class Event(Enum):
     DETACH = "detach"
 
 
-class Modifier(BaseModel):
+class Modifier(Placed):
     """One change to training: options are pydantic fields, runtime state is private attributes.
 
     Override what you need; each method does nothing by default. The first five are called once for each `Event`. A
@@ -45,7 +45,6 @@ class Modifier(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
     name: ClassVar[str]
-    _origins: dict[str, Origin] = PrivateAttr(default_factory=dict)  # of each option, "" = the modifier itself
 
     def prepare(self, run: Run) -> None:
         """Look at the model, and change its modules if need be."""
@@ -71,7 +70,7 @@ class Modifier(BaseModel):
 
     def error(self, message: str, option: str = "") -> RecipeError:
         """Return an error that says where in the recipe `option` of this modifier stands."""
-        origin = self._origins.get(option) or self._origins.get("")
+        origin = self.origin(option)
         where = f"{origin}: " if origin else ""
         return RecipeError(f"{where}{self.name}{'.' + option if option else ''}: {message}")
 
@@ -87,9 +86,7 @@ class Modifier(BaseModel):
 
     def fresh_copy(self) -> Self:
         """Return a copy for a run of its own, which remembers where it stood in its file."""
-        copy = self.model_copy(deep=True)
-        copy._origins = self._origins
-        return copy
+        return self.model_copy(deep=True).set_origins(self.origins)
 
     def __eq__(self, other: object) -> bool:
         """Return whether options are equal; origins and runtime state do not count."""

@@ -38,7 +38,7 @@ def is_compiled(module: nn.Module) -> bool:
     return wrapped or module._compiled_call_impl is not None
 
 
-def _wrapper(model: nn.Module) -> str | None:
+def wrapping(model: nn.Module) -> str | None:
     """Return how a model is wrapped, if it is.
 
     Nothing shows that the user kept `torch.compile(model)` and gave us `model`: `forget_compiled` lets torch compile
@@ -54,7 +54,7 @@ def _wrapper(model: nn.Module) -> str | None:
     return None
 
 
-def _is_of_deepspeed(kind: type) -> bool:
+def is_of_deepspeed(kind: type) -> bool:
     """Return whether a class or a base of it is DeepSpeed's; its plain optimizers (FusedAdam) do not count."""
     return any(base.__module__.startswith("deepspeed.runtime") for base in kind.__mro__)
 

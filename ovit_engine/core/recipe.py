@@ -19,6 +19,7 @@ from ovit_engine.core.registry import modifiers
 from ovit_engine.core.training_options import Training
 from ovit_engine.core.yaml_reader import Located, read_yaml
 from ovit_engine.utils.suggest import suggest
+from ovit_engine.utils.validation import reason
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -72,17 +73,17 @@ class Recipe:
     def _parse(cls, text: str, file: str, variables: Mapping[str, Any]) -> "Recipe":
         root = read_yaml(text, file, variables)
         if not isinstance(root.value, dict):
-            raise RecipeError(f"{root.origin}: a recipe is a mapping with {', '.join(KEYS)}, not {_kind(root.value)}")
+            raise RecipeError(f"{root.origin}: a recipe is a mapping with {', '.join(KEYS)}, not {_named(root.value)}")
         _known(root, KEYS, "recipe")
         section = root.get("training")
         training = _validated(Training, section, "training")
         if section is not None and training is not None:
-            training._origins = {"": section.origin, **_option_origins(section)}
+            training.set_origins({"": section.origin, **_option_origins(section)})
         entries = root.get("modifiers")
         if entries is None:
             raise RecipeError(f"{root.origin}: the recipe has no 'modifiers' (write 'modifiers: []' for none)")
         if not isinstance(entries.value, list):
-            raise RecipeError(f"{entries.origin}: modifiers must be a list, not {_kind(entries.value)}")
+            raise RecipeError(f"{entries.origin}: modifiers must be a list, not {_named(entries.value)}")
         built = tuple(_build(entry) for entry in entries.value)
         return cls(
             name=_text(root, "name", Path(file).stem if file != "<recipe>" else "recipe"),
@@ -146,14 +147,13 @@ def _build(entry: Located) -> Modifier:
     if isinstance(entry.value, str) and entry.value in modifiers():
         raise RecipeError(f"{entry.origin}: a modifier has options, if none of its own: write '- {entry.value}: {{}}'")
     if not isinstance(entry.value, dict) or not entry.value:
-        raise RecipeError(f"{entry.origin}: each modifier is written '- name: {{options}}', not {_kind(entry.value)}")
+        raise RecipeError(f"{entry.origin}: each modifier is written '- name: {{options}}', not {_named(entry.value)}")
     ((name, options),) = entry.value.items()
     known = modifiers()
     if name not in known:
         raise RecipeError(f"{entry.key_origin(name)}: no modifier {name!r}{suggest(str(name), list(known))}")
     modifier = _validated(known[name], options, str(name)) or known[name]()
-    modifier._origins = {"": entry.key_origin(name), **_option_origins(options)}
-    return modifier
+    return modifier.set_origins({"": entry.key_origin(name), **_option_origins(options)})
 
 
 def _option_origins(options: Located) -> dict[str, Origin]:
@@ -175,7 +175,7 @@ def _validated(kind: type[T], node: Located | None, what: str) -> T | None:
     if node.value is None:
         node = Located({}, node.origin, {})
     if not isinstance(node.value, dict):
-        raise RecipeError(f"{node.origin}: the options of {what} are a mapping, not {_kind(node.value)}")
+        raise RecipeError(f"{node.origin}: the options of {what} are a mapping, not {_named(node.value)}")
     _known(node, [f.alias or n for n, f in kind.model_fields.items()], what)
     try:
         return kind.model_validate(plain(node))
@@ -200,9 +200,8 @@ def _explained(error: ValidationError, node: Located, what: str) -> RecipeError:
     if first["type"] == "missing":
         path.append(str(last))
         return RecipeError(f"{here.origin}: {'.'.join(path)} is missing")
-    message = first["msg"].removeprefix("Value error, ")
     value = "" if first["type"] == "value_error" else f": {plain(here)!r}"
-    return RecipeError(f"{here.origin}: {'.'.join(path)}: {message[:1].lower()}{message[1:]}{value}")
+    return RecipeError(f"{here.origin}: {'.'.join(path)}: {reason(first)}{value}")
 
 
 def _known(node: Located, allowed: Any, what: str) -> None:
@@ -219,11 +218,11 @@ def _text(root: Located, key: str, default: str) -> str:
     if node is None:
         return default
     if not isinstance(node.value, str):
-        raise RecipeError(f"{node.origin}: {key} must be text, not {_kind(node.value)}")
+        raise RecipeError(f"{node.origin}: {key} must be text, not {_named(node.value)}")
     return node.value
 
 
-def _kind(value: Any) -> str:
+def _named(value: Any) -> str:
     if value is None:
         return "nothing"
     names = {dict: "a mapping", list: "a list", str: "text", bool: "a truth value"}

@@ -34,7 +34,13 @@ def register(name: str) -> Callable[[type[M]], type[M]]:
 @cache
 def _load_plugins() -> None:
     for plugin in entry_points(group=GROUP):
-        plugin.load()
+        try:
+            plugin.load()
+        except Exception as error:
+            package = "an unknown package" if plugin.dist is None else plugin.dist.name
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            plugged = f"{plugin.name!r} ({plugin.value}) of {package}"
+            raise ImportError(f"modifier plugin {plugged} can't be imported: {what}") from error
 
 
 def modifiers() -> dict[str, type[Modifier]]:

@@ -16,6 +16,7 @@ from ovit_engine.core.run import Run
 from ovit_engine.core.schedule import Clock
 from ovit_engine.distributed.sharding import gathered
 from ovit_engine.masking.parameters import clean_name, parameter_slots, unwrapped
+from ovit_engine.utils.validation import reason
 
 STATE_VERSION = 2  # 1 had no shapes, and no gradients of a window
 
@@ -137,13 +138,13 @@ def check_modifiers(states: Sequence[Any], modifiers: Sequence[Modifier]) -> Non
     if len(states) != len(modifiers):
         raise ValueError(f"the engine state is of {len(states)} modifiers, the recipe has {len(modifiers)}")
     for number, (saved, modifier) in enumerate(zip(states, modifiers, strict=True)):
-        kinds = {key: _kind(value) for key, value in modifier.state_dict().items()}
+        kinds = {key: _type_of(value) for key, value in modifier.state_dict().items()}
         schema = cast(Any, TypedDict)("schema", kinds)
         schema.__pydantic_config__ = _STRICT
         _check(schema, saved, f"modifiers[{number}] ({modifier.name}).")
 
 
-def _kind(value: object) -> Any:
+def _type_of(value: object) -> Any:
     """Return the type that a saved value must have to stand in for `value`."""
     kinds = (bool, int, float, str, list, Tensor, Mapping)
     return next((kind for kind in kinds if isinstance(value, kind)), Any)
@@ -162,8 +163,7 @@ def _check(schema: Any, found: Mapping[str, Any], prefix: str = "") -> None:
         raise ValueError(f"the engine state is incomplete: it lacks {', '.join(missing)}")
     where = prefix + ".".join(map(str, errors[0]["loc"]))
     value = " ".join(reprlib.repr(errors[0]["input"]).split())
-    message = errors[0]["msg"].removeprefix("Input ")
-    raise ValueError(f"the engine state is damaged: {where} {message}, not {value}")
+    raise ValueError(f"the engine state is damaged: {where}: {reason(errors[0])}, not {value}")
 
 
 def _recipe_difference(theirs: str, ours: str) -> str:

@@ -8,12 +8,11 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
-    PrivateAttr,
     field_validator,
     model_validator,
 )
 
-from ovit_engine.core.errors import Origin, RecipeError
+from ovit_engine.core.errors import Placed, RecipeError
 from ovit_engine.utils.suggest import suggest
 
 Augmentation = Literal[
@@ -40,7 +39,7 @@ class TeacherModel(BaseModel):
         return self
 
 
-class Training(BaseModel):
+class Training(Placed):
     """How the bundled trainer (`ovit train`) trains; a user's own loop never reads it."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -76,16 +75,13 @@ class Training(BaseModel):
     )
     seed: int = Field(0, ge=0, description="of weights, order and augmentation")
 
-    _origins: dict[str, Origin] = PrivateAttr(default_factory=dict)  # as of a modifier
-
     def __eq__(self, other: object) -> bool:
         """Equal options; where they stood in a file does not count."""
         return type(self) is type(other) and self.model_dump() == other.model_dump()
 
     def error(self, message: str, option: str = "") -> RecipeError:
         """A RecipeError that says where `option` of the section stands; "scheduler_args.min_lr" is one of a mapping."""
-        outer = option.partition(".")[0]
-        origin = self._origins.get(option) or self._origins.get(outer) or self._origins.get("")
+        origin = self.origin(option)
         where = f"{origin}: " if origin else ""
         return RecipeError(f"{where}training{'.' + option if option else ''}: {message}")
 

@@ -31,6 +31,11 @@ class Slot:
         assert isinstance(tensor, Tensor)
         return tensor
 
+    @property
+    def owner_name(self) -> str:
+        """The name of the module that owns the parameter; "" is the model itself."""
+        return self.name.rpartition(".")[0]
+
     def gather(self) -> Tensor:
         """Return the whole weight, detached, on every rank."""
         return gathered(self.tensor)

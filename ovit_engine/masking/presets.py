@@ -7,13 +7,13 @@ tables and norms stay dense.
 """
 
 import re
-import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from ovit_engine.utils.suggest import suggest
+from ovit_engine.utils.warn import warn
 
 PREFIX = "preset:"
 
@@ -266,10 +266,9 @@ def _warn_of_strangers(target: str, sizes: Mapping[str, int], taken: Collection[
     blocks = {_block(name) for name in taken} - {""}
     strangers = [name for name in left if _block(name) in blocks]
     if strangers:
-        warnings.warn(
+        warn(
             f"{target} leaves {_total(sizes, strangers):,} weights dense in blocks that it prunes, such as "
-            f"{strangers[0]!r}: name them beside it if they should go too",
-            stacklevel=2,
+            f"{strangers[0]!r}: name them beside it if they should go too"
         )
 
 

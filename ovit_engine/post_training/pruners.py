@@ -12,6 +12,7 @@ from ovit_engine.core.recipe import Recipe
 from ovit_engine.core.registry import modifiers
 from ovit_engine.pruning.patterns import NM, parse_pattern
 from ovit_engine.utils.suggest import suggest
+from ovit_engine.utils.validation import reason
 
 SUFFIX = "_prune"
 
@@ -44,12 +45,9 @@ class OneShotPruner:
         """
         amount = {} if sparsity is None else {"sparsity": sparsity}
         try:
-            modifier = self.kind.model_validate({**self.options, **options, **amount})
+            return self.kind.model_validate({**self.options, **options, **amount}).set_origins(self.origins)
         except ValidationError as error:
-            message = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise ValueError(f"{self.label}: {message[:1].lower()}{message[1:]}") from None
-        modifier._origins = dict(self.origins)
-        return modifier
+            raise ValueError(f"{self.label}: {reason(error.errors()[0])}") from None
 
     def all_options(self, sparsity: float | None) -> dict[str, Any]:
         """Return every option but the schedule, defaults included, that has a value."""
@@ -74,7 +72,8 @@ def choose_pruners(recipe: Recipe, compare: Sequence[str] = ()) -> list[OneShotP
     common (`SHARED`), and its own defaults.
 
     Raises:
-        ValueError: no pruner in the recipe, several with nothing to choose between them, or an unknown name.
+        ValueError: no pruner in the recipe, several with nothing to choose between them, one that needs training, or an
+            unknown name.
     """
     own = [modifier for modifier in recipe.modifiers if isinstance(modifier, Pruner)]
     if not own:
@@ -90,24 +89,32 @@ def pruner_names() -> list[str]:
 
 
 def _pruners() -> dict[str, type[Pruner]]:
-    """Return the pruners of single weights by their names without a suffix."""
-    return {name.removesuffix(SUFFIX): kind for name, kind in modifiers().items() if issubclass(kind, Pruner)}
+    """Return the pruners of single weights by their labels."""
+    return {_label(name): kind for name, kind in modifiers().items() if issubclass(kind, Pruner)}
+
+
+def _label(name: str) -> str:
+    """Return a pruner's name without its suffix, or as it is where another modifier is called that."""
+    short = name.removesuffix(SUFFIX)
+    return name if short in modifiers() else short
 
 
 def _known_pruner(name: str) -> str:
     known = pruner_names()
-    short = name.removesuffix(SUFFIX)
+    short = _label(name)
     if short in known:
         return short
     raise ValueError(f"no pruner {name!r} to compare{suggest(short, known, cutoff=0.6)}")
 
 
 def _only(recipe: Recipe, own: Sequence[Pruner]) -> str:
-    names = list(dict.fromkeys(modifier.name.removesuffix(SUFFIX) for modifier in own))
+    names = list(dict.fromkeys(_label(modifier.name) for modifier in own))
     if len(names) > 1:
         raise ValueError(
             f"recipe {recipe.name!r} has {len(names)} pruners: name one to compare, or all ({','.join(names)})"
         )
+    if own[0].needs_training:
+        raise ValueError(f"recipe {recipe.name!r}: {own[0].name} prunes only while a model trains, not one-shot")
     return names[0]
 
 
@@ -121,4 +128,4 @@ def _pruner(recipe: Recipe, own: Sequence[Pruner], label: str) -> OneShotPruner:
     given = source.model_dump(mode="json", by_alias=True, exclude_unset=True)
     wanted = set(kind.model_fields) - set(SCHEDULE) if same else set(SHARED) & set(kind.model_fields)
     options = {key: value for key, value in given.items() if key in wanted}
-    return OneShotPruner(label=label, kind=kind, options={**options, **more}, origins=source._origins)
+    return OneShotPruner(label=label, kind=kind, options={**options, **more}, origins=source.origins)

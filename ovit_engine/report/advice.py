@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from ovit_engine.core.loggers import sparsity_by
 from ovit_engine.report.run_folder import OnnxFile, RunFolder
 from ovit_engine.report.words import percent, points
 from ovit_engine.sweep.folder import point_name
@@ -99,7 +100,7 @@ def _costly_step(run: RunFolder) -> list[Advice]:
     before: float | None = None
     pending: tuple[int, float] | None = None
     for step, name, value in training.history:
-        if name.endswith("/sparsity"):
+        if sparsity_by(name) is not None:
             pending = (step, value)
         elif name == run.metric:
             if pending is not None and before is not None:

@@ -18,6 +18,7 @@ from ovit_engine.analysis.bench_report import BenchReport, BenchRow, read_bench
 from ovit_engine.analysis.sparse_table import KIND as BREAK_EVEN
 from ovit_engine.analysis.sparse_table import SparseTable, read_table
 from ovit_engine.certificate.model import Certificate, certificate_path
+from ovit_engine.core.loggers import sparsity_by
 from ovit_engine.core.recipe import Recipe
 from ovit_engine.core.schedule import Clock
 from ovit_engine.sweep.folder import FOLDER as SWEEP
@@ -81,8 +82,8 @@ class TrainingRecord:
     @property
     def sparsity_steps(self) -> list[tuple[int, str, float]]:
         """Return (step, modifier, sparsity after it) of each change of masks."""
-        ending = "/sparsity"
-        return [(step, name.removesuffix(ending), value) for step, name, value in self.history if name.endswith(ending)]
+        named = ((step, sparsity_by(name), value) for step, name, value in self.history)
+        return [(step, modifier, value) for step, modifier, value in named if modifier is not None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from ovit_engine.distributed.comm import world
 from ovit_engine.masking.masks import Masks
 from ovit_engine.quant import dense_state_dict
 from ovit_engine.sweep.folder import FOLDER, INDEX, Index, Point, draw, is_of, point_name, weigh, write_index
+from ovit_engine.utils.autograd import kept_modes
 from ovit_engine.utils.random_states import random_state, set_random_state
 from ovit_engine.utils.torch_files import load_file, save_file
 
@@ -46,7 +47,7 @@ def find_sweep(modifiers: Sequence[Modifier], recipe: Recipe, run: Run, output: 
         return None
     if len(found) > 1:
         first, second = found[0][0], found[1][0]
-        raise second.error(f"{first.name} ({first._origins.get('', 'same recipe')}) sweeps already: one may", "sweep")
+        raise second.error(f"{first.name} ({first.origin() or 'same recipe'}) sweeps already: one may", "sweep")
     changes = sorted({step for modifier in scheduled for step in modifier.changes(run.clock)})
     return Sweep(*found[0], changes, recipe, run, output)
 
@@ -112,7 +113,7 @@ class Sweep:
     def leave(self, until: int) -> None:
         """The model is about to change, where a change is due by step `until`: settle the point that lives."""
         if self._open is not None and any(self._entered < step <= until for step in self._changes):
-            self._settle()
+            self._close_point()
             self._open = None
 
     def enter(self, until: int) -> None:
@@ -121,7 +122,7 @@ class Sweep:
         if latest > self._entered:
             self._entered = latest
             self._open = self.plan.points.get(latest)
-            self._fingerprint = _fingerprint(self._run.masks)
+            self._fingerprint = _digest(self._run.masks)
 
     def metric(self, name: str, value: float) -> None:
         """A measured value; the model is kept where it is the best of its point so far."""
@@ -135,7 +136,7 @@ class Sweep:
     def finish(self) -> None:
         """Training is over: settle the last point, which still takes a metric that is reported later."""
         if self._open is not None:
-            self._settle()
+            self._close_point()
         self._finished = True
         missing = [point_name(sparsity) for sparsity in self.plan.points.values() if sparsity not in self.points]
         if missing:
@@ -179,10 +180,11 @@ class Sweep:
         for sparsity in known.keys() - there.keys():
             log.warning("the sweep's %s is not in %r: it stays where training began", files[sparsity].name, str(folder))
 
-    def _settle(self) -> None:
+    def _close_point(self) -> None:
+        """Measure the living point a last time, and keep its model where no metric chose one."""
         assert self._open is not None
         if self._evaluate is not None:
-            value = _measure(self._evaluate, self._run.model)
+            value = _evaluated(self._evaluate, self._run.model)
             self._run.log(self.plan.metric, value)
             self.metric(self.plan.metric, value)
         best = self.points.get(self._open)
@@ -193,7 +195,7 @@ class Sweep:
         """Write the model as it is as that of the living point, unless somebody changed its masks."""
         assert self._open is not None
         assert self._snapshot is not None
-        if _fingerprint(self._run.masks) != self._fingerprint:
+        if _digest(self._run.masks) != self._fingerprint:
             return
         state = {**self._snapshot(), **self.extra()}
         point = self._describe(self._open, metric, dense_state_dict(state["model"]))
@@ -243,29 +245,27 @@ class Sweep:
             draw(self.folder, index)
 
 
-def _measure(evaluate: Evaluate, model: nn.Module) -> float:
+def _evaluated(evaluate: Evaluate, model: nn.Module) -> float:
     """The metric of a model, whose mode and whose training's random numbers stay as they were.
 
     Raises:
         TypeError: `evaluate` gives no number.
     """
-    flags, state = [(module, module.training) for module in model.modules()], random_state()
+    state = random_state()
     try:
-        with torch.no_grad():
+        with kept_modes(model), torch.no_grad():
             value = evaluate(model)
     finally:
         set_random_state(state)
-        for module, flag in flags:
-            module.training = flag
     try:
         return float(value)
     except TypeError:
         raise TypeError(f"evaluate(model) must return one number, not {type(value).__name__}") from None
 
 
-def _fingerprint(masks: Masks) -> str:
-    digest = hashlib.sha256()
+def _digest(masks: Masks) -> str:
+    found = hashlib.sha256()
     for name, packed in masks.state_dict().items():
-        digest.update(name.encode())
-        digest.update(packed["bits"].numpy().data)
-    return digest.hexdigest()
+        found.update(name.encode())
+        found.update(packed["bits"].numpy().data)
+    return found.hexdigest()

@@ -113,5 +113,6 @@ def worker_errors() -> Iterator[None]:
     try:
         yield
     except UnreadableImageError as error:
+        # torch's ExceptionWrapper brings the type and the formatted traceback: the message is nowhere else
         last = str(error).rstrip().splitlines()[-1]
         raise UnreadableImageError(last.rpartition(f"{UnreadableImageError.__name__}: ")[2]) from None

@@ -22,6 +22,7 @@ from ovit_engine.training.data import ImageData
 from ovit_engine.training.verify_resume import Setup
 from ovit_engine.utils.random_states import seed_everything
 from ovit_engine.utils.suggest import suggest
+from ovit_engine.utils.validation import reason
 
 LARGE = 1_000_000  # parameters from which a model is made smaller
 
@@ -55,9 +56,8 @@ def with_training(recipe: Recipe, **options: Any) -> Recipe:
         first = error.errors()[0]
         where = ".".join(["training", *map(str, first["loc"])])
         value = "" if first["type"] == "value_error" else f", not {first['input']!r}"
-        raise ValueError(f"{where}: {first['msg'].removeprefix('Value error, ')}{value}") from None
-    training._origins = recipe.training._origins
-    return replace(recipe, training=training)
+        raise ValueError(f"{where}: {reason(first)}{value}") from None
+    return replace(recipe, training=training.set_origins(recipe.training.origins))
 
 
 def model_name(training: Training) -> str:
@@ -85,9 +85,12 @@ def make_model(training: Training, *, pretrained: bool = False) -> nn.Module:
     args = with_preset(training).model_args
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **args)
-    except TypeError as error:
-        if "drop_path_rate" not in str(error) or "drop_path_rate" in training.model_args:
+    except TypeError:
+        if "drop_path_rate" not in args or "drop_path_rate" in training.model_args:
             raise
+        without = {key: value for key, value in args.items() if key != "drop_path_rate"}
+        with torch.device("meta"):
+            timm.create_model(name, **without)  # raises what else is wrong
         raise ValueError(
             f"{name} has no stochastic depth, which augmentation {training.augmentation!r} sets: "
             "write model_args: {drop_path_rate: null}"

@@ -15,8 +15,15 @@ def is_recomputed() -> bool:
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put `model` in eval mode; afterwards each module is in the mode it was in."""
+    with kept_modes(model):
+        model.eval()
+        yield
+
+
+@contextmanager
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """Bring each module back to the mode it is in, whatever is done inside."""
     flags = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
         yield
     finally:

@@ -1,6 +1,7 @@
 """Pruners as a plugin writes them, with public names alone."""
 
 from collections.abc import Iterator, Sequence
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,30 @@ def test_a_pruner_without_either_says_so() -> None:
         """Forgets its method."""
 
     with pytest.raises(NotImplementedError, match="Idle has neither 'scores' nor 'solve'"):
-        trained("idle: {sparsity: 0.5, targets: [0.weight]}")
+        Engine(
+            mlp(), recipe("idle: {sparsity: 0.5, start: 1ep, targets: [0.weight]}"), steps_per_epoch=2, epochs=2
+        ).prepare()
+
+
+def test_two_pruners_whose_names_differ_by_the_suffix_keep_both() -> None:
+    class Shuffled(Pruner):
+        """Never runs."""
+
+        def scores(self, run: Run, slots: Sequence[Slot]) -> list[Tensor]:
+            return []
+
+    register("rand")(type("Rand", (Shuffled,), {"__doc__": "One."}))
+    register("rand_prune")(type("RandPrune", (Shuffled,), {"__doc__": "Another."}))
+    assert {"rand", "rand_prune", "magnitude"} <= set(pruner_names())
+
+
+def test_a_plugin_that_can_not_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = EntryPoint("mine", "no_such_module_of_mine", registry.GROUP)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [broken])
+    with pytest.raises(
+        ImportError, match=r"^modifier plugin 'mine' \(no_such_module_of_mine\) of an unknown package .*No mod"
+    ):
+        registry._load_plugins.__wrapped__()
 
 
 @pytest.mark.usefixtures("own_obd")

@@ -220,6 +220,11 @@ def test_progress_counts_gradients_and_keeps_what_is_known() -> None:
         (RECIPE, {"compare": ["obret"]}, "no pruner 'obret' to compare; did you mean 'obert'?"),
         (RECIPE, {"compare": ["xyz"]}, "no pruner 'xyz' to compare; there are grad_weight, magnitude, mfac, obd"),
         (RECIPE, {"compare": ["movement"]}, "no pruner 'movement' to compare; there are grad_weight"),
+        (
+            "modifiers: [{movement_prune: {start: 1ep, sparsity: 0.5, targets: [0.weight]}}]",
+            {},
+            "recipe 'r': movement_prune prunes only while a model trains, not one-shot",
+        ),
         (RECIPE, {"sparsities": []}, "no sparsity was given: name one or several, such as 0.5,0.75,0.9"),
         (RECIPE, {"sparsities": [75]}, "ovit: sparsity 75 is not in [0, 1): did you mean 0.75?"),
         (RECIPE, {"evaluate": lambda model: 97.5}, "evaluate must return an accuracy between 0 and 1, not 97.5"),

@@ -202,7 +202,7 @@ def test_options_that_do_not_fit_from_the_command_line() -> None:
         with_training(tiny_recipe(), augmentation="light")
     with pytest.raises(ValueError, match=r"^training: a batch of 10 does not divide into 4 equal parts$"):
         with_training(tiny_recipe(), batch_size=10, accumulate=4)
-    with pytest.raises(ValueError, match=r"^training\.accumulate: Input should be greater than 0, not 0$"):
+    with pytest.raises(ValueError, match=r"^training\.accumulate: input should be greater than 0, not 0$"):
         with_training(tiny_recipe(), accumulate=0)
 
 
