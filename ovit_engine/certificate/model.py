@@ -263,6 +263,8 @@ class Certificate(_Facts):
         ]
         if self.accuracy is not None:
             lines.append(f"{self.accuracy.file:.2%} top-1, {self.reference} {self.accuracy.pytorch:.2%}")
+        if self.manifest:
+            lines.append(f"{self.manifest} are left, as the run said")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ovit_engine.bases.pruner import Masking
+from ovit_engine.bases.pruner import Pruner
 from ovit_engine.core.capabilities import having
 from ovit_engine.core.recipe import Recipe
 from ovit_engine.core.schedule import Clock
@@ -83,6 +83,6 @@ def begin(trainer: Trainer, checkpoint: str | Path | None, pretrained: bool, res
 
 
 def _prunes_at_once(recipe: Recipe) -> bool:
-    """Return whether weights become zero before the first step."""
+    """Return whether a pruner acts before the first step; training that is sparse from the start is meant to."""
     clock = Clock(100, 100 * recipe.training.epochs)
-    return any(0 in modifier.changes(clock) for modifier in having(recipe.modifiers, Masking))
+    return any(0 in modifier.changes(clock) for modifier in having(recipe.modifiers, Pruner))

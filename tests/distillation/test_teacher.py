@@ -174,11 +174,21 @@ def test_teachers_that_are_none() -> None:
 
 
 def test_it_is_made_before_the_model_is_compiled() -> None:
+    compiled: Any = torch.compile(vit(), backend="aot_eager")
+    with pytest.raises(RuntimeError, match=r"learner needs a teacher, and the model is compiled already: call engine"):
+        engine_for(compiled).prepare()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # compiling a hook asks for it
+def test_a_compiled_wrapper_that_the_user_kept_is_compiled_again_and_seen() -> None:
+    torch.compiler.reset()
     model = vit()
     compiled: Any = torch.compile(model, backend="aot_eager")
-    assert compiled is not model
-    with pytest.raises(RuntimeError, match=r"learner needs a teacher, and the model is compiled already: call engine"):
-        engine_for(model).prepare()
+    compiled(IMAGES)  # compiled without the teacher's hooks
+    engine, _ = started(model)
+    loss = nn.functional.cross_entropy(compiled(IMAGES), LABELS)
+    assert engine.loss(loss) > loss
+    assert len(learner(engine)._terms) == 1
 
 
 def test_weights_loaded_after_prepare_are_told() -> None:

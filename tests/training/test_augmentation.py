@@ -198,7 +198,7 @@ def test_options_that_do_not_fit(given: str, message: str) -> None:
 
 
 def test_options_that_do_not_fit_from_the_command_line() -> None:
-    with pytest.raises(ValueError, match=r"^training\.augmentation: there is no 'light'; did you mean 'light2'\?$"):
+    with pytest.raises(ValueError, match=r"^training\.augmentation: there is no 'light'; did you mean 'light1'\?$"):
         with_training(tiny_recipe(), augmentation="light")
     with pytest.raises(ValueError, match=r"^training: a batch of 10 does not divide into 4 equal parts$"):
         with_training(tiny_recipe(), batch_size=10, accumulate=4)
