@@ -152,7 +152,7 @@ def _oneshot(
             console.print(f"dense  accuracy {step.result.dense:.2%}")
         progress("pruning", step.done, step.total)
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     with ProgressReport(console) as progress:
         found = run(
             bench.model,
@@ -189,7 +189,7 @@ def _tune(
         progress("tuning", step.done, step.total)
 
     calibration, held_out = bench.split()
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     with ProgressReport(console) as progress:
         found = run(
             bench.model,

@@ -73,7 +73,7 @@ def print_points(index: "Index") -> None:
         for point in index.points
         if point.onnx is not None and point.onnx_bytes is not None and point.onnx_gzip_bytes is not None
     ]
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(plain_table(["point", "sparsity", index.metric, "epoch", "left", "size", "gzip", "FLOPs"], rows))
     if files:
         console.print(plain_table(["ONNX file", index.metric, "size", "gzip"], files))

@@ -161,7 +161,7 @@ class TrainingDisplay:
 
         from ovit_engine.utils.progress import ProgressReport
 
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = Console(highlight=False, markup=False, soft_wrap=True)
         self._report = ProgressReport(self._console)
         self._epoch, self._steps, self._done = "", 0, 0
 

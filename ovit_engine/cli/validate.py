@@ -41,7 +41,7 @@ def validate(
     from ovit_engine.core.recipe import Recipe
 
     read = Recipe.load(recipe, **dict(variables))
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     assumed = None if epochs or read.training.model_fields_set else read.training.epochs
     if model is None and read.training.model is None:
         from ovit_engine.core.schedule import Clock
@@ -120,7 +120,7 @@ def match_rows(engine: "Engine") -> Iterable[tuple[str, str, str, str]]:
     from ovit_engine.core.capabilities import Exclusive
     from ovit_engine.masking.parameters import parameter_slots
     from ovit_engine.masking.presets import is_preset
-    from ovit_engine.masking.targets import match_targets, matches
+    from ovit_engine.masking.targets import match_targets, matching
 
     sizes = {slot.name: slot.tensor.numel() for slot in parameter_slots(engine.model)}
     sizes |= {name.removesuffix(".weight"): size for name, size in sizes.items() if name.endswith(".weight")}
@@ -135,7 +135,7 @@ def match_rows(engine: "Engine") -> Iterable[tuple[str, str, str, str]]:
             groups = {target: [slot.name for slot in slots] for target, slots in chosen.items()}
         else:
             groups = {
-                target: [name for name in claimed if matches(target, name) or matches(target, f"{name}.weight")]
+                target: matching(target, claimed) or [name for name in claimed if matching(target, [f"{name}.weight"])]
                 for target in targets
             }
         if not targets and claimed:

@@ -126,7 +126,7 @@ def _print(verdict: "Verdict") -> None:
     table.add_column("resumed at", justify="right", no_wrap=True)
     for restart in verdict.restarts:
         table.add_row(restart.where, str(restart.resumed))
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(table)
     kills = f"{len(verdict.restarts)} kill{'s' * (len(verdict.restarts) > 1)}"
     if verdict.identical:

@@ -39,8 +39,16 @@ class Placed(BaseModel):
         return self._origins.get(option) or self._origins.get(option.partition(".")[0]) or self._origins.get("")
 
 
+_MAX_MESSAGE = 600  # characters: recipes come from strangers, and a value may be as long as the file
+
+
 class RecipeError(ValueError):
     """A recipe that cannot be followed: what, where (file:line:column), the value, the nearest right name."""
+
+    def __init__(self, message: str) -> None:
+        if len(message) > _MAX_MESSAGE:
+            message = f"{message[: _MAX_MESSAGE - 100]} ... {message[-95:]}"
+        super().__init__(message)
 
 
 class TooShortError(RecipeError):

@@ -17,11 +17,13 @@ from ovit_engine.core.errors import Origin, RecipeError
 from ovit_engine.core.modifier import Modifier
 from ovit_engine.core.registry import modifiers
 from ovit_engine.core.training_options import Training
-from ovit_engine.core.yaml_reader import Located, read_yaml
+from ovit_engine.core.yaml_reader import Located, check_length, read_yaml
 from ovit_engine.utils.suggest import suggest
 from ovit_engine.utils.validation import reason
 
 T = TypeVar("T", bound=BaseModel)
+
+_MAX_BYTES_EACH = 4  # of a character in UTF-8
 
 KEYS = ("name", "description", "vars", "training", "modifiers")
 
@@ -48,7 +50,12 @@ class Recipe:
         if "\n" in str(source):
             raise RecipeError("a recipe's text stands where its path or name goes: Recipe.parse(text) reads text")
         path = Path(source)
-        if path.is_file():
+        try:
+            found = path.is_file()
+        except (OSError, ValueError) as error:  # a name too long, or with a null byte in it
+            raise RecipeError(f"no recipe file {str(source)[:200]!r}: {error}") from None
+        if found:
+            check_length(path.stat().st_size // _MAX_BYTES_EACH, str(path))
             try:
                 text = path.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
@@ -86,7 +93,7 @@ class Recipe:
             raise RecipeError(f"{entries.origin}: modifiers must be a list, not {_named(entries.value)}")
         built = tuple(_build(entry) for entry in entries.value)
         return cls(
-            name=_text(root, "name", Path(file).stem if file != "<recipe>" else "recipe"),
+            name=_name(root, file),
             modifiers=built,
             vars=plain(root.get("vars")) or {},
             training=training or Training(),
@@ -220,6 +227,18 @@ def _text(root: Located, key: str, default: str) -> str:
     if not isinstance(node.value, str):
         raise RecipeError(f"{node.origin}: {key} must be text, not {_named(node.value)}")
     return node.value
+
+
+def _name(root: Located, file: str) -> str:
+    """The recipe's name, which is also that of its folder in runs/."""
+    name = _text(root, "name", Path(file).stem if file != "<recipe>" else "recipe")
+    node = root.get("name")
+    if node is not None and (not name.strip() or name.startswith(".") or set(name) & set("/\\\n") or len(name) > 100):
+        raise RecipeError(
+            f"{node.origin}: name {name!r} can't name a folder in runs/: write 1 to 100 characters without '/', '\\' "
+            "or line breaks, not beginning with '.'"
+        )
+    return name
 
 
 def _named(value: Any) -> str:

@@ -10,6 +10,8 @@ from pydantic import BeforeValidator
 
 _TIME = re.compile(r"(\d+(?:\.\d+)?)(st|ep|%)")
 
+_LONGEST = 1e9  # steps or epochs
+
 _TIME_HELP = "write steps '300st', epochs '2.5ep' or a share of training '40%'"
 
 CurveName = Literal["linear", "cubic", "cosine", "constant"]
@@ -23,6 +25,8 @@ def check_time(value: object) -> str:
         raise ValueError(f"{value!r} is no time: {_TIME_HELP}")
     if found[2] == "st" and "." in found[1]:
         raise ValueError(f"{value!r} is no time: steps are whole numbers")
+    if float(found[1]) > _LONGEST:
+        raise ValueError(f"{value!r} is no time: it is longer than any training")
     if found[2] == "%" and float(found[1]) > 100:
         raise ValueError(f"{value!r} is no time: a share of training is at most 100%")
     return value.strip()

@@ -46,7 +46,7 @@ class Training(Placed):
 
     model: str | None = Field(None, description="timm model name")
     model_args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of timm.create_model")
-    epochs: PositiveInt = Field(10, description="passes over the training images")
+    epochs: PositiveInt = Field(10, le=100_000, description="passes over the training images")
     batch_size: PositiveInt = Field(64, description="images an optimizer step, of all processes together")
     accumulate: PositiveInt = Field(1, description="parts that a batch is computed in, one after the other")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="the optimizer")

@@ -1,6 +1,7 @@
 """Safe YAML with the place of every value, strict about what YAML lets pass in silence."""
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,17 @@ from ovit_engine.utils.suggest import suggest
 
 _SEXAGESIMAL = re.compile(r"[-+]?\d+(:\d+)+")
 
-_MOST = 100_000  # values in a recipe: nested anchors could stand for any number
+MAX_CHARACTERS = 2**18  # of a recipe, and of what its variables stand for together; shipped ones have 2,000
+
+_DATE = re.compile(r"\d{4}-")
+
+_MAX_VALUES = 100_000  # nested anchors could stand for any number
+
+_MAX_DEPTH = 50
+
+_MAX_INTEGER = 2**63
+
+_TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null"))
 
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 
@@ -49,8 +60,9 @@ def read_yaml(text: str, file: str, variables: Mapping[str, Any]) -> Located:
     """Read `text`, with "${name}" replaced from the mapping's own `vars` overridden by `variables`.
 
     Raises:
-        RecipeError: no YAML, a duplicate key, an unquoted "2:4", a tag, an unknown variable.
+        RecipeError: no YAML, a duplicate key, an unquoted "2:4", a tag, an unknown variable, more than a recipe needs.
     """
+    check_length(len(text), file)
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -60,13 +72,19 @@ def read_yaml(text: str, file: str, variables: Mapping[str, Any]) -> Located:
     except yaml.YAMLError as error:
         raise RecipeError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
-        raise RecipeError(f"{file}: nested too deeply") from None
+        raise RecipeError(f"{file}: nested more than {_MAX_DEPTH} levels deep") from None
     if node is None:
         raise RecipeError(f"{file}:1:1: the recipe is empty")
     root = _Reader(file).read(node)
     if not isinstance(root.value, dict):
         return root
-    return _substituted(root, _variables(root, variables))
+    return _Substitution(_variables(root, variables)).apply(root)
+
+
+def check_length(characters: int, file: str) -> None:
+    """Raise RecipeError for a text too long to be a recipe."""
+    if characters > MAX_CHARACTERS:
+        raise RecipeError(f"{file}: {characters:,} characters; a recipe has {MAX_CHARACTERS:,} at most")
 
 
 class _Reader:
@@ -79,14 +97,16 @@ class _Reader:
     def read(self, node: yaml.Node) -> Located:
         origin = Origin(self._file, node.start_mark.line + 1, node.start_mark.column + 1)
         self._read += 1
-        if self._read > _MOST:
-            raise RecipeError(f"{origin}: more than {_MOST} values, or anchors that multiply")
+        if self._read > _MAX_VALUES:
+            raise RecipeError(f"{origin}: more than {_MAX_VALUES:,} values, or anchors that multiply")
+        if len(self._open) >= _MAX_DEPTH:
+            raise RecipeError(f"{origin}: nested more than {_MAX_DEPTH} levels deep")
         if isinstance(node, yaml.ScalarNode):
             return Located(self._scalar(node, origin), origin, {})
         if id(node) in self._open:
             raise RecipeError(f"{origin}: an anchor that holds itself")
         if node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
-            raise RecipeError(f"{origin}: unknown tag {node.tag!r}")
+            raise _unknown_tag(node, origin)
         self._open.add(id(node))
         if isinstance(node, yaml.MappingNode):
             found = self._mapping(node, origin)
@@ -114,11 +134,33 @@ class _Reader:
             raise RecipeError(
                 f'{origin}: an unquoted {node.value} is a number in base 60 to YAML: write it in quotes, "{node.value}"'
             )
+        if _DATE.match(node.value) and node.tag == "tag:yaml.org,2002:timestamp" and node.style is None:
+            raise RecipeError(
+                f'{origin}: an unquoted {node.value} is a date to YAML: write it in quotes, "{node.value}"'
+            )
+        if node.tag not in _TAGS:
+            raise _unknown_tag(node, origin)
         try:
-            return self._scalars.construct_object(node)
-        except (yaml.YAMLError, ValueError) as error:
-            problem = getattr(error, "problem", None) or str(error)
+            value = self._scalars.construct_object(node)
+        except (yaml.YAMLError, ValueError, KeyError, IndexError) as error:  # the last three: "!!bool x", "!!int ''"
+            problem = getattr(error, "problem", None) or f"not a valid {node.tag.rpartition(':')[2]}"
             raise RecipeError(f"{origin}: {problem}: {node.value!r}") from None
+        return _checked(value, origin)
+
+
+def _checked(value: Any, origin: Origin) -> Any:
+    """Return a scalar; raise RecipeError for a number or a character that no option can hold."""
+    if isinstance(value, int) and abs(value) >= _MAX_INTEGER:
+        raise RecipeError(f"{origin}: a number of {value.bit_length()} bits; whole numbers have 63 at most")
+    if isinstance(value, str):
+        for character in value:
+            if unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t":
+                raise RecipeError(f"{origin}: text holds the control character U+{ord(character):04X}")
+    return value
+
+
+def _unknown_tag(node: yaml.Node, origin: Origin) -> RecipeError:
+    return RecipeError(f"{origin}: unknown tag {node.tag!r}")
 
 
 def _variables(root: Located, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,35 +181,45 @@ def _variables(root: Located, given: Mapping[str, Any]) -> dict[str, Any]:
             raise RecipeError(f"{root.origin}: variable {name!r} must be one word or number, not {value!r}")
         if name not in own:
             raise RecipeError(f"{root.origin}: the recipe has no variable {name!r}{suggest(name, own)}")
+        _checked(value, root.origin)
     return {**own, **given}
 
 
-def _substituted(node: Located, variables: Mapping[str, Any]) -> Located:
-    if isinstance(node.value, dict):
-        values = {
-            key: _renewed(value, variables) if key == "vars" else _substituted(value, variables)
-            for key, value in node.value.items()
-        }
+class _Substitution:
+    """Puts the values of variables where a recipe names them."""
+
+    def __init__(self, variables: Mapping[str, Any]) -> None:
+        self._variables = variables
+        self._left = MAX_CHARACTERS
+
+    def apply(self, root: Located) -> Located:
+        """Return the recipe with its variables replaced; `vars` itself gets the values in force, for its dump."""
+        values = {key: self._renewed(v) if key == "vars" else self._replaced(v) for key, v in root.value.items()}
+        return Located(values, root.origin, root.keys)
+
+    def _replaced(self, node: Located) -> Located:
+        if isinstance(node.value, dict):
+            return Located({key: self._replaced(v) for key, v in node.value.items()}, node.origin, node.keys)
+        if isinstance(node.value, list):
+            return Located([self._replaced(item) for item in node.value], node.origin, {})
+        if not isinstance(node.value, str):
+            return node
+        whole = _VARIABLE.fullmatch(node.value)
+        if whole:  # the type of the variable is kept
+            return Located(self._lookup(whole[1], node), node.origin, {})
+        return Located(_VARIABLE.sub(lambda m: str(self._lookup(m[1], node)), node.value), node.origin, {})
+
+    def _renewed(self, node: Located) -> Located:
+        if not isinstance(node.value, dict):
+            return node
+        values = {key: Located(self._variables[key], v.origin, v.keys) for key, v in node.value.items()}
         return Located(values, node.origin, node.keys)
-    if isinstance(node.value, list):
-        return Located([_substituted(item, variables) for item in node.value], node.origin, {})
-    if not isinstance(node.value, str):
-        return node
-    whole = _VARIABLE.fullmatch(node.value)
-    if whole:  # the type of the variable is kept
-        return Located(_lookup(whole[1], node, variables), node.origin, {})
-    return Located(_VARIABLE.sub(lambda m: str(_lookup(m[1], node, variables)), node.value), node.origin, {})
 
-
-def _renewed(node: Located, variables: Mapping[str, Any]) -> Located:
-    """`vars` itself, with the values in force, so that a dump parses to the same recipe."""
-    if not isinstance(node.value, dict):
-        return node
-    values = {key: Located(variables[key], value.origin, value.keys) for key, value in node.value.items()}
-    return Located(values, node.origin, node.keys)
-
-
-def _lookup(name: str, node: Located, variables: Mapping[str, Any]) -> Any:
-    if name not in variables:
-        raise RecipeError(f"{node.origin}: no variable {name!r} in vars{suggest(name, variables)}")
-    return variables[name]
+    def _lookup(self, name: str, node: Located) -> Any:
+        if name not in self._variables:
+            raise RecipeError(f"{node.origin}: no variable {name!r} in vars{suggest(name, self._variables)}")
+        value = self._variables[name]
+        self._left -= len(str(value))
+        if self._left < 0:
+            raise RecipeError(f"{node.origin}: variables stand for more than {MAX_CHARACTERS:,} characters")
+        return value

@@ -1,8 +1,9 @@
 """Which tensors a modifier works on."""
 
-import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 
+import regex
 from torch import nn
 
 from ovit_engine.masking.parameters import Slot, clean_name, is_scorer, parameter_slots
@@ -11,12 +12,35 @@ from ovit_engine.utils.suggest import suggest
 
 _REGEX = "re:"
 
+_MAX_EXPRESSION = 1000  # characters
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether a target matches a whole name: "re:" marks a regular expression, anything else is the name itself."""
-    if pattern.startswith(_REGEX):
-        return re.fullmatch(pattern[len(_REGEX) :], name) is not None
-    return pattern == name
+_MATCH_SECONDS = 1
+
+
+def matching(target: str, names: Iterable[str]) -> list[str]:
+    """Return the names that a target matches whole: "re:" marks a regular expression, anything else is the name itself.
+
+    Raises:
+        ValueError: a broken expression, or one that takes longer than a second.
+    """
+    if not target.startswith(_REGEX):
+        return [name for name in names if name == target]
+    expression = _compiled(target)
+    end = time.monotonic() + _MATCH_SECONDS
+    try:
+        return [n for n in names if expression.fullmatch(n, timeout=max(1e-3, end - time.monotonic()))]
+    except TimeoutError:
+        raise ValueError(f"target {target!r} takes longer than {_MATCH_SECONDS} s to match: simplify it") from None
+
+
+def _compiled(target: str) -> regex.Pattern[str]:
+    text = target.removeprefix(_REGEX)
+    if len(text) > _MAX_EXPRESSION:
+        raise ValueError(f"a target has {len(text):,} characters: {_MAX_EXPRESSION:,} at most")
+    try:
+        return regex.compile(text)
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"target {target!r} is no regular expression: {error}") from None
 
 
 def check_target_syntax(value: str) -> str:
@@ -24,10 +48,7 @@ def check_target_syntax(value: str) -> str:
     if is_preset(value):
         preset_of(value)
     if value.startswith(_REGEX):
-        try:
-            re.compile(value[len(_REGEX) :])
-        except re.error as error:
-            raise ValueError(f"target {value!r} is no regular expression: {error}") from None
+        _compiled(value)
     return value
 
 
@@ -43,7 +64,7 @@ def select(names: Sequence[str], targets: Iterable[str], *, what: str, owner: st
     for target in targets:
         if is_preset(target):
             raise ValueError(f"{target!r} is for pruners: it names weights, not what is chosen here ({what})")
-        found = {name for name in names if matches(target, name)}
+        found = set(matching(target, names))
         if not found:
             raise ValueError(f"target {target!r} matches no {what} of {owner}{_nearest(target, names)}")
         chosen |= found

@@ -48,13 +48,13 @@ class GridReport(ABC):
         """Print the tables."""
         from rich.console import Console
 
-        self.print_to(console or Console(highlight=False, soft_wrap=True))
+        self.print_to(console or Console(highlight=False, markup=False, soft_wrap=True))
 
     def __str__(self) -> str:
         from rich.console import Console
 
         stream = io.StringIO()
-        self.print_to(Console(file=stream, highlight=False, soft_wrap=True, width=200))
+        self.print_to(Console(file=stream, highlight=False, markup=False, soft_wrap=True, width=200))
         return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
     def save(self, folder: Path) -> list[Path]:

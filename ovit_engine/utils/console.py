@@ -27,7 +27,7 @@ def table_console() -> Console:
     """
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)  # recipes from strangers hold brackets
     if console.is_terminal:
         return console
     console.file = cast(IO[str], _Trimmed())

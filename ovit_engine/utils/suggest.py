@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 _LISTED = 30  # names; of a longer list only the first few are shown
 _FIRST = 3
+_LONGEST = 100  # characters of the unknown name that are compared; difflib takes seconds for a long one
 
 
 def suggest(word: str, known: Iterable[str], *, count: int = 1, cutoff: float = 0.5) -> str:
@@ -17,6 +18,7 @@ def suggest(word: str, known: Iterable[str], *, count: int = 1, cutoff: float = 
         cutoff: how similar a name must be, from 0 to 1.
     """
     known = list(known)
+    word = word[:_LONGEST]
     near = [name for name in known if word and word in name] or difflib.get_close_matches(word, known, count, cutoff)
     if near:
         *others, last = map(repr, near[:count])

@@ -2,6 +2,7 @@
 # ruff: noqa: E501
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,7 +112,30 @@ BAD = {
     "vars: {x: [1]}\nmodifiers: []\n": "r.yaml:1:11: variable 'x' must be one word or number",
     'vars: {1: 2}\nname: "${y}"\nmodifiers: []\n': "r.yaml:1:8: the name of a variable must be a word, not 1",
     'vars: {a: 1, b: "${a}"}\nname: "${b}"\nmodifiers: []\n': "r.yaml:1:17: ",
-    "modifiers: " + "[" * 1000 + "]" * 1000: "r.yaml:.*nested too deep",
+    # more than a recipe needs, or what no option can hold: files come from strangers
+    "modifiers: " + "[" * 1000 + "]" * 1000: "r.yaml:.*nested more than 50 levels deep",
+    "vars:\n" + "".join(f"  v{i}: &v{i} {'[' * 29}{f'*v{i - 1}' if i else 1}{']' * 29}\n" for i in range(60)): "r.yaml:2:30: nested more than 50 levels deep",
+    "a: &v0 1\n" + "".join(f"b{i}: &v{i} [{','.join([f'*v{i - 1}'] * 30)}]\n" for i in range(1, 61)): "r.yaml:1:4: more than 100,000 values, or anchors that multiply",
+    "description: " + "x" * 2**18: "r.yaml: 262,157 characters; a recipe has 262,144 at most",
+    f"vars: {{a: {'x' * 1000}}}\ndescription: {'${a}' * 500}\nmodifiers: []\n": "r.yaml:2:14: variables stand for more than 262,144 characters",
+    "training: {epochs: 1000000000000}\nmodifiers: []\n": "r.yaml:1:20: training.epochs: input should be less than or equal to 100000",
+    f"training: {{seed: {'9' * 400}}}\nmodifiers: []\n": "r.yaml:1:18: a number of 1329 bits; whole numbers have 63 at most",
+    f"training: {{seed: 0x{'F' * 5000}}}\nmodifiers: []\n": "r.yaml:1:18: a number of 20000 bits; whole numbers have 63 at most",
+    "training: {seed: !!timestamp x}\nmodifiers: []\n": "r.yaml:1:18: unknown tag 'tag:yaml.org,2002:timestamp'",
+    "? !!set x\n: 1\nmodifiers: []\n": "r.yaml:1:3: unknown tag 'tag:yaml.org,2002:set'",
+    "training: {seed: 2026-01-01}\nmodifiers: []\n": "r.yaml:1:18: an unquoted 2026-01-01 is a date to YAML: write it in quotes",
+    "training: {seed: !!int ''}\nmodifiers: []\n": "r.yaml:1:18: not a valid int: ''",
+    "training: {seed: !!float ''}\nmodifiers: []\n": "r.yaml:1:18: not a valid float: ''",
+    "training: {seed: !!bool x}\nmodifiers: []\n": "r.yaml:1:18: not a valid bool: 'x'",
+    'name: "\\ud800"\nmodifiers: []\n': "r.yaml:1:7: text holds the control character U+D800",
+    'description: "\\e[31m"\nmodifiers: []\n': "r.yaml:1:14: text holds the control character U+001B",
+    "name: ../../../x\nmodifiers: []\n": "r.yaml:1:7: name '../../../x' can't name a folder in runs/",
+    "name: /tmp/x\nmodifiers: []\n": "r.yaml:1:7: name '/tmp/x' can't name a folder in runs/",
+    "name: ..\nmodifiers: []\n": "r.yaml:1:7: name '..' can't name a folder in runs/",
+    PRUNE % f"start: {'9' * 400}st": "r.yaml:2:59: magnitude_prune.start: '999",
+    f"modifiers: [{{magnitude_prune: {{sparsity: 0.5, targets: ['re:{'(' * 2000}']}}}}]\n": "r.yaml:1:57: magnitude_prune.targets.0: a target has 2,000 characters: 1,000 at most",
+    f"modifiers: [{{magnitude_prune: {{sparsity: 0.5, targets: ['re:{'(' * 400}{')' * 400}']}}}}]\n": "r.yaml:1:57: magnitude_prune.targets.0: target 're:",
+    "modifiers: [{magnitude_prune: {sparsity: 0.5, targets: ['re:a{99999999999999999999}']}}]\n": "r.yaml:1:57: magnitude_prune.targets.0: target .* is no regular expression: repeat count too big",
 }  # fmt: skip
 
 
@@ -122,12 +146,13 @@ def _regex(message: str) -> str:
     return message
 
 
-@pytest.mark.parametrize("text", BAD, ids=lambda text: repr(text[:60]))
+@pytest.mark.parametrize("text", BAD, ids=lambda text: ascii(text[:60]))
 def test_bad_input_is_explained_at_its_place(text: str) -> None:
     with pytest.raises(RecipeError) as caught:
         parse(text)
     message = str(caught.value)
     assert "\n" not in message
+    assert len(message) <= 600
     assert re.match(_regex(BAD[text]), message), message
 
 
@@ -148,3 +173,25 @@ def test_an_error_in_a_variable_stands_where_the_variable_is_used() -> None:
     text = "vars: {s: 1.5}\nmodifiers:\n  - magnitude_prune: {targets: [a],\n      sparsity: '${s}'}\n"
     with pytest.raises(RecipeError, match=r"r.yaml:4:17: magnitude_prune.sparsity: sparsity 1.5"):
         parse(text)
+
+
+def test_a_nested_key_named_vars_is_left_alone() -> None:
+    read = parse(
+        "vars: {depth: 12}\ntraining: {model_args: {vars: {depth: 2}, depth: '${depth}'}}\nmodifiers: []\n", depth=6
+    )
+    assert read.vars == {"depth": 6}
+    assert read.training.model_args == {"vars": {"depth": 2}, "depth": 6}
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "a\0b"])
+def test_a_path_that_no_file_can_have(path: str) -> None:
+    with pytest.raises(RecipeError, match="no recipe file"):
+        Recipe.load(path)
+
+
+def test_a_file_of_many_megabytes_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "large.yaml"
+    with path.open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(RecipeError, match="274,877,906,944 characters; a recipe has 262,144 at most"):
+        Recipe.load(path)

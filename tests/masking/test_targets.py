@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ovit_engine.masking.parameters import Slot, clean_name, parameter_slots
-from ovit_engine.masking.targets import check_target_syntax, find_slots, match_targets, matches, select
+from ovit_engine.masking.targets import check_target_syntax, find_slots, match_targets, matching, select
 from tests.loops import recipe
 
 
@@ -90,11 +90,18 @@ def test_each_target_is_told_what_it_takes() -> None:
 
 
 def test_a_target_matches_whole_names() -> None:
-    assert matches("qkv.weight", "qkv.weight")
-    assert not matches("qkv", "qkv.weight")
-    assert not matches("re:qkv", "qkv.weight")
-    assert not matches("qkv.weigh.", "qkv.weight")
-    assert matches(r"re:.*\.weight", "a.b.weight")
+    names = ["qkv", "qkv.weight", "a.b.weight"]
+    assert matching("qkv.weight", names) == ["qkv.weight"]
+    assert matching("re:qkv", names) == ["qkv"]
+    assert matching("qkv.weigh.", names) == []
+    assert matching(r"re:.*\.weight", names) == ["qkv.weight", "a.b.weight"]
+    assert matching(r"re:(?!a).*weight", names) == ["qkv.weight"]
+
+
+@pytest.mark.parametrize("expression", [r"re:(a|aa)+$", r"re:(a|a)*$"])
+def test_an_expression_that_would_never_end(expression: str) -> None:
+    with pytest.raises(ValueError, match="takes longer than 1 s to match: simplify it"):
+        matching(expression, ["a" * 40 + "b"] * 20)
 
 
 @pytest.mark.parametrize(
