@@ -1,5 +1,6 @@
 """Int8 in training (quantization-aware) and after it."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -35,6 +36,8 @@ from ovit_engine.modifiers._quantize_options import (
     choose,
     scheme,
 )
+from ovit_engine.quant.batch_norm import is_foldable
+from ovit_engine.utils.suggest import listed
 from ovit_engine.utils.warn import warn
 
 
@@ -350,6 +353,16 @@ class Quantize(Scheduled, Surgical, Deployable, Exclusive, Synchronized):
         refused = [name for name in prepared.skipped if self.targets is not None]
         if refused:
             raise self.error(f"{refused[0]!r} can't be quantized: {prepared.skipped[refused[0]]}", "targets")
+        if prepared.skipped:
+            kinds = Counter(type(model.get_submodule(name)).__name__ for name in prepared.skipped)
+            counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+            names = listed(prepared.skipped, shown=8)
+            warn(f"{self.name}: {counts} stay float ({names}): they have a forward of their own")
         if not prepared.layers:
             raise self.error(f"{type(model).__name__} has no Linear or Conv2d layer to quantize")
         self._layers = prepared.layers
+        if prepared.untraced and any(map(is_foldable, model.modules())):
+            warn(
+                f"{self.name}: torch.fx can't trace the model's code around {listed(prepared.untraced)}: batch-norms "
+                "behind them are not folded into int8 convolutions and stay float, which is right but slower"
+            )

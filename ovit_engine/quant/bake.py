@@ -8,7 +8,7 @@ from ovit_engine.quant.attention import OPERANDS, QuantAttention
 from ovit_engine.quant.batch_norm import fold_factors, has_activation
 from ovit_engine.quant.fake_quantizer import FakeQuantize
 from ovit_engine.quant.functional import dequantize_linear, quantize, quantize_linear
-from ovit_engine.quant.layers import QuantConv2d, QuantLinear, quantize_output
+from ovit_engine.quant.layers import QuantConv2d, QuantLinear, has_hooks, keep_hooks, quantize_output
 from ovit_engine.quant.prepare import quantizers
 
 
@@ -48,6 +48,7 @@ class _BakedLayer(nn.Module):
         self.register_buffer("weight_scale", quantizer.scale.detach().float().clone())
         self.register_buffer("weight_zero_point", torch.zeros_like(zero_point, dtype=quantizer.grid.dtype))
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float().clone())
+        keep_hooks(layer, self)
 
     @property
     def levels(self) -> Tensor:
@@ -145,7 +146,7 @@ def bake(model: nn.Module) -> nn.Module:
         elif isinstance(layer, QuantConv2d):
             baked = BakedConv2d(layer)
             _replace(model, layer, baked)
-            if layer.norm is not None:
+            if layer.norm is not None and not has_hooks(layer) and not has_hooks(model.get_submodule(layer.norm)):
                 norms[layer.norm] = baked
         elif isinstance(layer, QuantAttention):
             _bake_attention(layer)

@@ -2,10 +2,12 @@
 
 ONNX Runtime runs a convolution in int8 (QLinearConv) only when batch-norm is folded in and a quantizer follows, with
 a ReLU between them at most. Each tensor is best rounded once: if it goes to one quantized layer and nowhere else, that
-layer's input quantizer is the one. The graph comes from `torch.fx`; models that cannot be traced are paired by
-order of registration, and every tensor gets its own quantizer.
+layer's input quantizer is the one. The graph comes from `torch.fx`, of the largest module around the convolution that
+it can trace. A batch-norm is folded only where that graph shows that it takes the convolution's output, and nothing
+else does.
 """
 
+import copy
 import warnings
 from collections import Counter
 from collections.abc import Collection
@@ -16,6 +18,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from ovit_engine.quant.batch_norm import has_activation, is_foldable
+from ovit_engine.quant.layers import has_hooks
 
 _RELU_MODULES = (nn.ReLU, nn.ReLU6)
 
@@ -32,20 +35,63 @@ class ConvOutput:
     norm: str | None
     # the module whose output is rounded: the convolution itself, its batch-norm, a ReLU; None: the next layer does it
     rounded_at: str | None
+    # whether a graph shows what follows
+    traced: bool = True
 
 
 def find_conv_outputs(model: nn.Module, convs: Collection[str], quantized: Collection[str]) -> dict[str, ConvOutput]:
-    """For each name in `convs` what follows it; `quantized` names all layers that get an input quantizer."""
-    graph = _trace(model, quantized)
-    if graph is None:
-        return {name: _by_registration(model, name) for name in convs}
+    """For each name in `convs` what follows it; `quantized` names all layers that get an input quantizer.
+
+    A copy of the model is traced, in eval mode, since that is what is exported.
+    """
+    # a convolution that no graph shows, or that is called twice, has a quantizer of its own, and nothing is folded
+    found = {name: ConvOutput(norm=None, rounded_at=name, traced=False) for name in convs}
+    try:
+        # parameters are never assigned while fx traces; buffers are, and are copied
+        traced = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}).eval()
+    except Exception:  # whatever the model's own __deepcopy__ raises
+        return found
+    paths = Counter(id(module) for _, module in traced.named_modules(remove_duplicate=False))
+    shared = {name for name, module in traced.named_modules(remove_duplicate=False) if paths[id(module)] > 1}
+    graphs: dict[str, fx.Graph | None] = {}
+    for name in convs:
+        for scope in _scopes(name):
+            if scope not in graphs:
+                graphs[scope] = _trace(traced.get_submodule(scope), _inside(scope, quantized))
+            graph = graphs[scope]
+            if graph is not None and (scope == "" or name not in shared):
+                found[name] = _follow(traced, scope, graph, name, quantized, shared)
+                break
+    return found
+
+
+def _scopes(name: str) -> list[str]:
+    """Return the modules around a layer, the model ("") first."""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[:depth]) for depth in range(len(parts) + 1)]
+
+
+def _inside(scope: str, names: Collection[str]) -> set[str]:
+    """Return the names below `scope`, as it knows them."""
+    prefix = f"{scope}." if scope else ""
+    return {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+
+
+def _follow(
+    model: nn.Module, scope: str, graph: fx.Graph, name: str, quantized: Collection[str], shared: Collection[str]
+) -> ConvOutput:
+    prefix = f"{scope}." if scope else ""
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
-    nodes = {str(node.target): node for node in graph.nodes if node.op == "call_module"}
-    once = {name for name, count in calls.items() if count == 1}
-    walker = _Walker(model, once, set(quantized))
-    # a convolution called twice has two outputs: its own quantizer sees both, and nothing can be folded
-    own = {name: ConvOutput(norm=None, rounded_at=name) for name in convs}
-    return own | {name: walker.follow(name, nodes[name]) for name in convs if name in once}
+    once = {target for target, count in calls.items() if count == 1}
+    if scope:
+        once -= _inside(scope, shared)
+    local = name.removeprefix(prefix)
+    if local not in once:
+        return ConvOutput(norm=None, rounded_at=name)
+    node = next(node for node in graph.nodes if node.op == "call_module" and node.target == local)
+    output = _Walker(model.get_submodule(scope), once, _inside(scope, quantized)).follow(local, node)
+    norm, rounded_at = (None if place is None else prefix + place for place in (output.norm, output.rounded_at))
+    return ConvOutput(norm=norm, rounded_at=rounded_at)
 
 
 @dataclass(frozen=True)
@@ -86,7 +132,10 @@ class _Walker:
     def _is_norm_of(self, conv: str, node: fx.Node) -> bool:
         if node.op != "call_module" or str(node.target) not in self.once:
             return False
-        return _fits(self.model.get_submodule(conv), self.model.get_submodule(str(node.target)))
+        layer, norm = self.model.get_submodule(conv), self.model.get_submodule(str(node.target))
+        if not isinstance(layer, nn.Conv2d) or not is_foldable(norm) or has_hooks(layer) or has_hooks(norm):
+            return False
+        return bool(norm.num_features == layer.out_channels)
 
     def _is_relu(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -109,30 +158,18 @@ def place_after_norm(model: nn.Module, norm: str) -> str:
     return norm if fuses else f"{norm}.drop"
 
 
-def _fits(conv: nn.Module, norm: nn.Module) -> bool:
-    return isinstance(conv, nn.Conv2d) and is_foldable(norm) and bool(norm.num_features == conv.out_channels)
-
-
-def _by_registration(model: nn.Module, name: str) -> ConvOutput:
-    """Return the batch-norm registered right after the convolution in the same parent, if it fits."""
-    parent, _, child = name.rpartition(".")
-    siblings = list(model.get_submodule(parent).named_children())
-    after = siblings[[sibling for sibling, _ in siblings].index(child) + 1 :]
-    if after and _fits(model.get_submodule(name), after[0][1]):
-        norm = f"{parent}.{after[0][0]}" if parent else after[0][0]
-        return ConvOutput(norm=norm, rounded_at=place_after_norm(model, norm))
-    return ConvOutput(norm=None, rounded_at=name)
-
-
 class _Tracer(fx.Tracer):
-    """Keeps quantized layers and batch-norms whole; all other modules as fx does."""
+    """Keeps layers and batch-norms whole, those of a subclass too; all other modules as fx does."""
 
     def __init__(self, leaves: Collection[nn.Module]) -> None:
         super().__init__()
         self._leaves = {id(leaf) for leaf in leaves}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return id(m) in self._leaves or has_activation(m) or super().is_leaf_module(m, module_qualified_name)
+        is_layer = isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))  # timm's Conv2dSame computes with sizes
+        return (
+            id(m) in self._leaves or is_layer or has_activation(m) or super().is_leaf_module(m, module_qualified_name)
+        )
 
 
 def _trace(model: nn.Module, quantized: Collection[str]) -> fx.Graph | None:

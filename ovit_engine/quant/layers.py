@@ -12,6 +12,14 @@ from torch.nn import functional as F
 from ovit_engine.quant.fake_quantizer import FakeQuantize
 from ovit_engine.quant.scheme import CPU, Scheme
 
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
 
 class QuantLinear(nn.Linear):
     """`nn.Linear` with quantized input and weight; the output is float, as MatMulIntegerToFloat gives it."""
@@ -80,6 +88,18 @@ def quantize_output(module: nn.Module, inputs: object, output: Tensor) -> Tensor
     """Forward hook: rounds the output of a module that has an `output_quantizer` child (batch-norm, ReLU)."""
     rounded: Tensor = module.get_submodule("output_quantizer")(output)
     return rounded
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether something of the user's runs with the forward of `module`: hooks, or a method put in its place."""
+    hooks = [hook for hook in module._forward_hooks.values() if hook is not quantize_output]
+    return bool(hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def keep_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Let `new`, which stands in for `old`, run the user's forward hooks too."""
+    for name in _HOOKS:
+        new.__dict__[name] = old.__dict__[name]
 
 
 def _require_exactly(layer: nn.Module, kind: type[nn.Module]) -> None:

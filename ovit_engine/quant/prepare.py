@@ -27,6 +27,8 @@ class Prepared:
     skipped: dict[str, str]
     # convolution -> batch-norm that bake folds into it
     folded: dict[str, str]
+    # convolutions of which no graph shows what follows: a batch-norm behind them stays as it is
+    untraced: tuple[str, ...]
 
 
 def prepare_quantization(
@@ -76,7 +78,8 @@ def prepare_quantization(
         _round_output(modules[name], _device_of(modules[name]), scheme)
     _leave_fast_path(model)
     folded = {name: output.norm for name, output in follow.items() if output.norm is not None}
-    return Prepared(layers=tuple(layers), skipped=skipped, folded=folded)
+    untraced = tuple(name for name, output in follow.items() if not output.traced)
+    return Prepared(layers=tuple(layers), skipped=skipped, folded=folded, untraced=untraced)
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, FakeQuantize]]:

@@ -1,4 +1,4 @@
-"""The valid names closest to an unknown one, for error messages."""
+"""Names in messages: the valid ones closest to an unknown one, and lists too long to print."""
 
 import difflib
 from collections.abc import Iterable
@@ -26,3 +26,10 @@ def suggest(word: str, known: Iterable[str], *, count: int = 1, cutoff: float = 
     shown = known if len(known) <= _LISTED else known[:_FIRST]
     more = f" and {len(known) - len(shown)} more" if len(shown) < len(known) else ""
     return f"; there are {', '.join(shown) or 'none'}{more}"
+
+
+def listed(names: Iterable[str], *, shown: int = 3) -> str:
+    """Return "'a', 'b' and 5 more"."""
+    names = list(names)
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(map(repr, names[:shown])) + more

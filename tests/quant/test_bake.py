@@ -146,6 +146,28 @@ def test_what_is_not_ready_is_named():
         bake(model)
 
 
+def test_hooks_of_the_users_run_in_the_deployed_form_too():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 5))
+    model[0].register_forward_hook(lambda module, inputs, output: output.relu())
+    model[3].register_forward_pre_hook(lambda module, inputs: (inputs[0] - 1,))
+    model[3].register_forward_hook(lambda module, inputs, output: output * 3)
+    x = torch.randn(8, 1, 8, 8)
+    trained(model, x)
+    expected = model(x)
+    baked = bake(copy.deepcopy(model))
+    assert isinstance(baked[1], nn.BatchNorm2d)
+    torch.testing.assert_close(baked(x), expected)
+
+
+def test_a_hook_that_came_after_prepare_keeps_the_norm():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+    x = torch.randn(8, 1, 8, 8)
+    trained(model, x)
+    model[1].register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
+    expected = model(x)
+    torch.testing.assert_close(bake(copy.deepcopy(model))(x), expected)
+
+
 def test_a_shared_layer_is_baked_in_all_its_places():
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})

@@ -168,18 +168,78 @@ def test_a_relu_called_twice_or_as_a_function_holds_no_quantizer():
     assert names == {"bn1.output_quantizer", "bn2.output_quantizer", "conv3.output_quantizer"}
 
 
-def test_a_model_that_cannot_be_traced_is_paired_by_registration():
-    class Untraceable(ConvNet):
-        def forward(self, x):
-            if x.sum() > 1e9:
-                x = x * 0
-            return super().forward(x)
+class Untraceable(ConvNet):
+    def forward(self, x):
+        if x.sum() > 1e9:
+            x = x * 0
+        return super().forward(x)
 
+
+def test_nothing_is_folded_where_no_graph_shows_what_follows():
     model = Untraceable()
     prepared = prepare_quantization(model, CONVS)
-    assert prepared.folded == {"conv1": "bn1", "conv2": "bn2"}
+    assert prepared.folded == {}
+    assert prepared.untraced == tuple(CONVS)
     names = {name for name, _ in quantizers(model) if "output" in name}
-    assert names == {"bn1.output_quantizer", "bn2.output_quantizer", "conv3.output_quantizer"}
+    assert names == {f"{name}.output_quantizer" for name in CONVS}
+
+
+def test_a_part_that_can_be_traced_is_enough():
+    class Checks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.stem = ConvNet(), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            if x.shape[1] != 3:
+                raise ValueError("three channels")
+            return self.body(self.stem(x))
+
+    prepared = prepare_quantization(Checks(), ["stem", *(f"body.{name}" for name in CONVS)])
+    assert prepared.folded == {"body.conv1": "body.bn1", "body.conv2": "body.bn2"}
+    assert prepared.untraced == ("stem",)
+
+
+def test_the_branch_of_evaluation_decides():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.other = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.BatchNorm2d(2)
+
+        def forward(self, x):
+            return self.other(self.conv(x)) if self.training else self.bn(self.conv(x))
+
+    model = Branches().train()
+    assert prepare_quantization(model, ["conv"]).folded == {"conv": "bn"}
+    assert model.training
+
+
+@pytest.mark.parametrize("where", ["conv1", "bn1"])
+def test_a_users_hook_between_convolution_and_norm_keeps_them_apart(where):
+    model = ConvNet()
+    model.get_submodule(where).register_forward_hook(lambda module, inputs, output: output * 2)
+    assert prepare_quantization(model, CONVS).folded == {"conv2": "bn2"}
+
+
+def test_tracing_leaves_no_trace_in_the_model():
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.features, self.cache = nn.Conv2d(2, 2, 1), None, {}
+            self.register_buffer("center", torch.full((2, 1, 1), 2.0))
+
+        def forward(self, x):
+            self.features = self.conv(x)
+            self.cache["mean"] = self.features.mean()
+            self.center = self.center * 0.9 + self.features.mean((0, 2, 3))[:, None, None] * 0.1
+            return self.features - self.center
+
+    model = Keeps()
+    prepare_quantization(model, ["conv"])
+    assert model.features is None
+    assert model.cache == {}
+    assert torch.equal(model.center, torch.full((2, 1, 1), 2.0))
+    assert model(torch.ones(1, 2, 3, 3)).shape == (1, 2, 3, 3)
 
 
 def test_a_convolution_called_twice_is_not_folded():
