@@ -132,8 +132,9 @@ def _from_onnx(
 ) -> "Compared":
     from torch.utils.data import DataLoader
 
+    from ovit_engine.post_training.onnx_images import classes_of, image_config
     from ovit_engine.post_training.ptq import calibration_batches
-    from ovit_engine.post_training.ptq_onnx import IMAGES, classes_of, image_config, ptq_onnx
+    from ovit_engine.post_training.ptq_onnx import IMAGES, ptq_onnx
     from ovit_engine.training.data import load_data, warn_if_classes_differ
 
     images = load_data(data, config=image_config(source, model, data), root=data_root)

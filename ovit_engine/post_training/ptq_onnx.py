@@ -2,33 +2,35 @@
 
 Left to itself that quantizer rounds every operator it knows, and a vision transformer loses ten points without a word
 (specs/peers.md §4). It is given the layers that have weights, by name; what comes out is measured like our own files.
+Where that is too far from the float file, other ranges are tried, then the layers that cost most stay float.
 """
 
-import json
 import logging
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
-from timm.data.config import resolve_data_config
+from onnx import TensorProto, helper, numpy_helper
 
-from ovit_engine.certificate import Promise, PromisedLayer
+from ovit_engine.analysis.diagnose import layer_costs, thin
+from ovit_engine.analysis.qdq import OBSERVERS, quantizer_range
+from ovit_engine.certificate import ExportError, Promise, PromisedLayer
 from ovit_engine.certificate.kernels import open_session, run_outputs
-from ovit_engine.certificate.measure import Provenance, input_types
-from ovit_engine.certificate.parity import make_reference, take_sample
-from ovit_engine.certificate.stored import load_onnx
+from ovit_engine.certificate.measure import Provenance
+from ovit_engine.certificate.parity import Sample, make_reference, take_sample
+from ovit_engine.certificate.stored import hidden
 from ovit_engine.certificate.tensors import hash_tensors
 from ovit_engine.export.exporter import check_output_path, publish
-from ovit_engine.export.module_names import name_by_module
 from ovit_engine.export.writer import remove_debris
+from ovit_engine.masking.targets import select
+from ovit_engine.post_training.onnx_graph import data_shapes, read
 from ovit_engine.post_training.ptq import Compared, compared
-from ovit_engine.training.data import config_of, model_data_config
 from ovit_engine.utils.console import errors_only
+from ovit_engine.utils.suggest import suggest
 
 log = logging.getLogger(__name__)
 
@@ -36,29 +38,56 @@ IMAGES = 256  # that ranges are taken from
 
 _SUFFIX = "_quantized"
 
-_WEIGHTS_ALONE = 4  # the IR version since which initializers need not be inputs
-
 # outputs that hold values, and places of values
 _CHOOSING = {"TopK": (0, 1), "ArgMax": (None, 0), "ArgMin": (None, 0)}
 
 _WEIGHTED = ("MatMul", "Gemm", "Conv")
 
+_COST_IMAGES = 32  # that the cost of each layer is measured on
+
+_CHANGED = 0.02  # of the largest output: what bringing a file into another form may change
+
+Batch = np.ndarray | tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to quantize a file."""
+
+    observer: str = "min_max"
+    # weights that stay float
+    exclude: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """In a line."""
+        left = f"; left in float: {', '.join(self.exclude)}" if self.exclude else ""
+        return f"ranges by observer {self.observer}{left}"
+
 
 def ptq_onnx(
     source: str | Path,
     path: str | Path,
-    batches: Sequence[np.ndarray],
+    batches: Sequence[Batch],
     *,
     data: Iterable[Any],
-    preprocessing: Any = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    exclude: Sequence[str] = (),
+    observer: str | None = None,
+    search: bool = True,
 ) -> Compared:
     """Quantize a float ONNX file: int8 weights a channel, uint8 activations, patch embedding and head left float.
 
     Args:
-        source: a file with one input [batch, C, H, W] and class logits first among its outputs.
-        batches: calibration images [N, C, H, W], as the file takes them.
+        source: a file whose inputs have one batch as their first axis.
+        batches: calibration batches as the file takes them; a tuple where it has several inputs.
         data: (inputs, targets) batches that both files are compared on; the first 1024 images are.
         preprocessing: for the new file's metadata.
+        shapes: of inputs of which the file leaves more than the batch free.
+        exclude: layers that stay float: names of weights without ".weight", or "re:" and a regular expression.
+        observer: min_max, percentile or mse; min_max first if left out.
+        search: where the file is too far from the float one, try other observers (if none was given), then leave the
+            layers that cost most in float.
 
     Raises:
         ExportError: the int8 file is too far from the float one, or a weight is not int8; nothing is written.
@@ -66,15 +95,44 @@ def ptq_onnx(
     """
     source, path = Path(source), Path(path)
     check_output_path(path)
+    if observer is not None and observer not in OBSERVERS:
+        raise ValueError(f"no observer {observer!r}{suggest(observer, OBSERVERS)}")
     if path.exists() and path.samefile(source):
         raise ValueError(f"{path.name} is the float file itself: name another output")
-    float_model = read(source)
-    shapes, types = input_types(float_model)
-    sample = take_sample(data, shapes, types)
+    model = read(source)
+    _check_output(model, source.name)
+    sizes, types, size = data_shapes(model, shapes or {}, source.name)
+    sample = take_sample(data, [(0, *shape[1:]) for shape in sizes], types)
     exact = run_outputs(open_session(source), sample.inputs)
+    seen = _rebatched(batches, size, types)
     with tempfile.TemporaryDirectory() as folder:
-        onnx.save(float_model, Path(folder) / "float.onnx")  # with its weights inside, wherever they were
-        proto = _quantized(Path(folder), batches, source.name)
+        prepared = _prepared(Path(folder), model, source.name)
+        _check_form(Path(folder) / "prepared.onnx", source, sample)
+        quantizer = _Quantizer(Path(folder), prepared, seen, source.name, exclude)
+        tries = _choices(quantizer, observer, search)
+        refusal: ExportError | None = None
+        for count, choice in enumerate(tries):
+            try:
+                done = _published(quantizer.quantized(choice), path, source, sample, exact, preprocessing)
+            except ExportError as error:
+                refusal = refusal or error
+                continue
+            return (
+                done if not count else replace(done, notes=(f"choice {count + 1} of the search: {choice.describe()}",))
+            )
+    assert refusal is not None
+    raise refusal
+
+
+def _published(
+    proto: onnx.ModelProto,
+    path: Path,
+    source: Path,
+    sample: Sample,
+    exact: np.ndarray,
+    preprocessing: Mapping[str, Any] | None,
+) -> Compared:
+    """Write one int8 file and compare it; raises ExportError."""
     weights = _name_weights(proto)
     remove_debris(proto)
     promise = Promise(layers=tuple(PromisedLayer(name=name, quantized=True) for name in weights))
@@ -91,69 +149,35 @@ def ptq_onnx(
     return compared(path, sample, exact, certificate)
 
 
-def read(source: Path) -> onnx.ModelProto:
-    """Return a float ONNX file with one image input, its weights named after their modules where it tells them.
-
-    Raises:
-        FileNotFoundError: nothing there.
-        ValueError: no ONNX, int8 already, or other inputs.
-    """
-    model = load_onnx(source)
-    if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
-        raise ValueError(f"{source.name} is quantized already: give the float file")
-    _keep_weights_inside(model)
-    shapes, types = input_types(model)
-    if len(shapes) == 1 and shapes[0] and shapes[0][0]:
+def _check_output(model: onnx.ModelProto, name: str) -> None:
+    if not model.graph.output:
+        raise ValueError(f"{name} has no output")
+    first = model.graph.output[0]
+    kind = TensorProto.DataType.Name(first.type.tensor_type.elem_type)
+    if "FLOAT" not in kind and kind != "UNDEFINED":
         raise ValueError(
-            f"{source.name} takes batches of {shapes[0][0]} only: export it with a free batch dimension "
-            "(dynamic_shapes)"
+            f"the first output of {name}, {first.name!r}, holds {kind}: whole numbers tell too little of what rounding "
+            "changes; quantize a file that gives the scores they are chosen from"
         )
-    if len(shapes) != 1 or len(shapes[0]) != 4 or types[0] != np.float32 or not all(shapes[0][1:]):
-        inputs = ", ".join(f"{list(shape)} {kind}" for shape, kind in zip(shapes, types, strict=True))
-        raise ValueError(f"{source.name} takes {inputs}: one float32 input [batch, C, H, W] of fixed size is needed")
-    name_by_module(model)
-    return model
 
 
-def _keep_weights_inside(model: onnx.ModelProto) -> None:
-    """Weights are no inputs: until 2019 files had to list them there, as some exporters do to this day."""
-    stored = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in stored]
-    del model.graph.input[:]
-    model.graph.input.extend(inputs)
-    model.ir_version = max(model.ir_version, _WEIGHTS_ALONE)
+def _rebatched(batches: Sequence[Batch], size: int, types: Sequence[Any]) -> list[tuple[np.ndarray, ...]]:
+    """The calibration batches as the file takes them: of its one size where that is fixed."""
+    whole = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    typed = [tuple(array.astype(kind) for array, kind in zip(batch, types, strict=True)) for batch in whole]
+    if not size:
+        return typed
+    columns = [np.concatenate(column) for column in zip(*typed, strict=True)]
+    starts = range(0, len(columns[0]) - size + 1, size)
+    return [tuple(column[start : start + size] for column in columns) for start in starts]
 
 
-def image_config(source: Path, model: str | None, data: str) -> dict[str, Any]:
-    """Return how the file wants its images, for `load_data`.
-
-    Read from a file of ours; otherwise that of timm's `model`, or ImageNet's mean and deviation, with a warning where
-    the images of `data` have none of their own.
-    """
-    proto = read(source)
-    (shape,), _ = input_types(proto)
-    known = {entry.key: entry.value for entry in proto.metadata_props}
-    if known.get("ovit.preprocessing", "{}") != "{}":
-        return config_of(json.loads(known["ovit.preprocessing"]))
-    if model is None:
-        if data != "digits":
-            log.warning(
-                "%s does not tell its preprocessing: ImageNet's mean and deviation are taken; did you mean --model "
-                "NAME?",
-                source.name,
-            )
-        config = dict(resolve_data_config({"input_size": tuple(shape[1:])}))  # type: ignore[no-untyped-call]
-        for key in ("mean", "std"):  # of grey images: the mean colour
-            if len(config[key]) != shape[1]:
-                config[key] = (sum(config[key]) / len(config[key]),) * shape[1]
-        return config
-    return {**model_data_config(model, {}), "input_size": tuple(shape[1:])}
-
-
-def classes_of(source: Path) -> int | None:
-    """Return how many classes the first output tells apart; None where its size is free."""
-    shape = read(source).graph.output[0].type.tensor_type.shape
-    return shape.dim[-1].dim_value or None if shape.dim else None
+def _check_form(prepared: Path, source: Path, sample: Sample) -> None:
+    """Raise ValueError if the file in the form that is quantized gives other outputs, in float."""
+    few = [array[:_COST_IMAGES] for array in sample.inputs]
+    found, wanted = (run_outputs(open_session(file), few) for file in (prepared, source))
+    if not np.abs(found - wanted).max() <= _CHANGED * np.abs(wanted).max():
+        raise ValueError(f"{source.name} gives other outputs once onnx has converted it to opset 13 and float32")
 
 
 def weighted_nodes(model: onnx.ModelProto) -> list[str]:
@@ -162,12 +186,15 @@ def weighted_nodes(model: onnx.ModelProto) -> list[str]:
     A patch embedding is a convolution of the input image whose stride is its kernel; a scorer does nothing but choose.
     """
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    image, computed = model.graph.input[0].name, _computed(model)
+    images, computed = _images(model), _computed(model)
     found = []
     for node in model.graph.node:
         if not computed.intersection(node.output) or node.op_type not in _WEIGHTED or node.input[1] not in initializers:
             continue
-        if len(initializers[node.input[1]].dims) < 2 or (node.input[0] == image and _is_patch_embedding(node)):
+        weight = initializers[node.input[1]]
+        if len(weight.dims) < 2 or weight.data_type != TensorProto.FLOAT:
+            continue
+        if node.input[0] in images and _is_patch_embedding(node):
             continue
         found.append(node)
     return [node.name for node in found[:-1]]
@@ -187,9 +214,17 @@ def _computed(model: onnx.ModelProto) -> set[str]:
             chooses = False
         if not chooses and found.intersection(node.output):
             found.update(name for name in node.input if name)  # an input that is left out has no name
-    if model.graph.input[0].name in found:
+    if found.intersection(value.name for value in model.graph.input):
         return found
     return {name for node in model.graph.node for name in node.output}  # what is chosen is the result
+
+
+def _images(model: onnx.ModelProto) -> set[str]:
+    """The inputs, and what is only another type of them."""
+    inputs = {value.name for value in model.graph.input}
+    return inputs.union(
+        *(node.output for node in model.graph.node if node.op_type == "Cast" and node.input[0] in inputs)
+    )
 
 
 def _is_patch_embedding(node: onnx.NodeProto) -> bool:
@@ -197,45 +232,137 @@ def _is_patch_embedding(node: onnx.NodeProto) -> bool:
     return "strides" in attributes and attributes["strides"] == attributes.get("kernel_shape")
 
 
-def _quantized(folder: Path, batches: Sequence[np.ndarray], name: str) -> onnx.ModelProto:
-    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static  # type: ignore[import-untyped]
+def _prepared(folder: Path, model: onnx.ModelProto, name: str) -> onnx.ModelProto:
+    """The float graph as ONNX Runtime's quantizer wants it, each node with a name of its own; kept as prepared.onnx."""
     from onnxruntime.quantization.shape_inference import quant_pre_process  # type: ignore[import-untyped]
 
-    source, prepared, result = (folder / f"{stage}.onnx" for stage in ("float", "prepared", "int8"))
+    source, result = folder / "float.onnx", folder / "prepared.onnx"
+    onnx.save(model, source)  # with its weights inside, wherever they were
     with errors_only(""):  # it logs advice to the root logger
-        quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
-        model = onnx.load(prepared)
-        for index, node in enumerate(model.graph.node):  # nodes are chosen by name; names may be missing, or come twice
-            node.name = f"n{index}"
-        onnx.save(model, prepared)
-        names = weighted_nodes(model)
-        if not names:
+        try:
+            quant_pre_process(str(source), str(result), skip_symbolic_shape=True)
+        except Exception as error:  # of ONNX Runtime and of onnx, which share no other base
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"ONNX Runtime can't prepare {name} for quantization: {reason}") from error
+    prepared = onnx.load(result)
+    for index, node in enumerate(prepared.graph.node):  # nodes are chosen by name; names may be missing, or come twice
+        node.name = f"n{index}"
+    onnx.save(prepared, result)
+    return prepared
+
+
+class _Quantizer:
+    """Makes int8 files of one float file."""
+
+    def __init__(
+        self,
+        folder: Path,
+        prepared: onnx.ModelProto,
+        batches: Sequence[tuple[np.ndarray, ...]],
+        name: str,
+        exclude: Sequence[str],
+    ) -> None:
+        self._folder, self._prepared, self._batches, self._name = folder, prepared, batches, name
+        self._inputs = [value.name for value in prepared.graph.input]
+        nodes = {node.name: node for node in prepared.graph.node}
+        chosen = [nodes[each] for each in weighted_nodes(prepared)]
+        if not chosen:
             raise ValueError(f"{name} has no MatMul, Gemm or Conv with a weight to quantize, but the last")
-        quantize_static(
-            str(prepared),
-            str(result),
-            _CalibrationReader(model.graph.input[0].name, batches),
-            quant_format=QuantFormat.QDQ,
-            nodes_to_quantize=names,
-            op_types_to_quantize=list(_WEIGHTED),
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            # the sums stay float: rounding them costs accuracy, and the kernel (MatMulIntegerToFloat) is as fast
-            extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"]},
+        layers = list(dict.fromkeys(_layer(node) for node in chosen))
+        left = select(layers, exclude, what="layer", owner=name)
+        self._nodes = [node for node in chosen if _layer(node) not in left]
+        if not self._nodes:
+            raise ValueError(f"exclude leaves nothing of {name} to quantize")
+
+    def quantized(self, choice: Choice) -> onnx.ModelProto:
+        """One int8 graph."""
+        from onnxruntime.quantization import QuantFormat, QuantType, quantize_static  # type: ignore[import-untyped]
+
+        result = self._folder / "int8.onnx"
+        nodes = [node for node in self._nodes if node.input[1] not in choice.exclude]
+        # the sums stay float: rounding them costs accuracy, and the kernel (MatMulIntegerToFloat) is as fast
+        options: dict[str, Any] = {"OpTypesToExcludeOutputQuantization": ["MatMul"]}
+        if choice.observer != "min_max":
+            options["TensorQuantOverrides"] = {
+                name: [{"quant_type": QuantType.QUInt8, "scale": np.array(scale), "zero_point": np.array(zero)}]
+                for name, (scale, zero) in self._ranges(nodes, choice.observer).items()
+            }
+        with errors_only(""):
+            quantize_static(
+                str(self._folder / "prepared.onnx"),
+                str(result),
+                _CalibrationReader(self._feeds()),
+                quant_format=QuantFormat.QDQ,
+                nodes_to_quantize=[node.name for node in nodes],
+                op_types_to_quantize=list(_WEIGHTED),
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                extra_options=options,
+            )
+        proto = onnx.load(result)
+        if unmeasurable := hidden(proto):
+            raise ValueError(f"{self._name} can't be verified in int8: {unmeasurable[0]}")
+        return proto
+
+    def costly(self, choice: Choice) -> list[str]:
+        """The quantized weights, that which costs most first."""
+        proto = self.quantized(choice)
+        _name_weights(proto)
+        columns = [np.concatenate(column)[:_COST_IMAGES] for column in zip(*self._batches, strict=True)]
+        costs = layer_costs(proto, Sample(tuple(columns), None, "data"))
+        weights = list(dict.fromkeys(node.input[1] for node in self._nodes))
+        return sorted(weights, key=lambda name: -costs.get(name, 0.0))
+
+    def _feeds(self) -> Iterator[dict[str, np.ndarray]]:
+        for batch in self._batches:
+            yield dict(zip(self._inputs, batch, strict=True))
+
+    def _ranges(self, nodes: Sequence[onnx.NodeProto], observer: str) -> dict[str, tuple[np.float32, np.generic]]:
+        """Scale and zero point of what `nodes` read."""
+        wanted = sorted({node.input[0] for node in nodes} - set(self._inputs))
+        tapped = onnx.ModelProto.FromString(self._prepared.SerializeToString())
+        known = {value.name for value in tapped.graph.output}
+        tapped.graph.output.extend(
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in wanted if name not in known
         )
-    return onnx.load(result)
+        onnx.save(tapped, self._folder / "tapped.onnx")
+        session = open_session(self._folder / "tapped.onnx")
+        seen: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
+        for feeds in self._feeds():
+            for name, values in zip(wanted, session.run(wanted, feeds), strict=True):
+                seen[name].append(thin(values))
+        # a zero point other than 0: of the whole range of uint8
+        unsigned = np.array(1, np.uint8)
+        return {name: quantizer_range(np.concatenate(parts), unsigned, observer) for name, parts in seen.items()}
+
+
+def _layer(node: onnx.NodeProto) -> str:
+    return str(node.input[1]).removesuffix(".weight")
+
+
+def _choices(quantizer: _Quantizer, observer: str | None, search: bool) -> Iterator[Choice]:
+    """What is tried, in turn: other observers; then more and more layers in float, up to half of them."""
+    yield (first := Choice(observer or "min_max"))
+    if not search:
+        return
+    if observer is None:
+        yield from (Choice(other) for other in OBSERVERS if other != first.observer)
+    costly = quantizer.costly(first)
+    count = 1
+    while count <= (len(costly) + 1) // 2:
+        yield Choice(first.observer, tuple(costly[:count]))
+        count *= 2
 
 
 class _CalibrationReader:
     """Hands ONNX Runtime one batch after the other."""
 
-    def __init__(self, name: str, batches: Sequence[np.ndarray]) -> None:
-        self._name, self._batches = name, iter(batches)
+    def __init__(self, feeds: Iterator[dict[str, np.ndarray]]) -> None:
+        self._feeds = feeds
 
     def get_next(self) -> dict[str, np.ndarray] | None:
-        batch = next(self._batches, None)
-        return None if batch is None else {self._name: batch}
+        return next(self._feeds, None)
 
 
 def _name_weights(proto: onnx.ModelProto) -> list[str]:

@@ -20,7 +20,7 @@ from ovit_engine.certificate.stored import count_others, hidden
 from ovit_engine.certificate.tensors import hash_tensors
 from ovit_engine.certificate.verify import verify_file
 from ovit_engine.export.exporter import export_model, publish
-from ovit_engine.post_training.ptq_onnx import read
+from ovit_engine.post_training.onnx_graph import read
 from tests.exported_files import small
 
 
