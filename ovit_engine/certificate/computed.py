@@ -6,9 +6,7 @@ import onnx
 
 from ovit_engine.certificate.kernels import walk_nodes
 from ovit_engine.certificate.stored import stored_tensors
-from ovit_engine.certificate.weights import trace
-
-_READERS = ("MatMul", "Gemm", "Conv")
+from ovit_engine.certificate.weights import trace, weight_inputs
 
 
 def inert_parts(model: onnx.ModelProto) -> list[str]:
@@ -46,8 +44,8 @@ def computed_weights(model: onnx.ModelProto) -> list[str]:
     return [
         f"{node.name or node.output[0]}: this {node.op_type} reads {name!r}, a weight computed from constants"
         for node in nodes
-        if node.op_type in _READERS
-        for name, other in zip(node.input[:2], reversed(node.input[:2]), strict=True)
+        for position in weight_inputs(node)
+        for name, other in [(node.input[position], node.input[1 if position == 0 else 0])]
         if name in constant
         and trace(name, producers, stored) is None
         and other not in constant  # a product of two constants acts as a bias

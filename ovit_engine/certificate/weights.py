@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +16,19 @@ from ovit_engine.certificate.kernels import walk_nodes
 from ovit_engine.certificate.model import GroupRule, LayerFacts, Promise, TileRule, read_pattern
 from ovit_engine.certificate.stored import stored_tensors
 
-_READERS = ("MatMul", "Gemm", "Conv")
+# operators that multiply with weights -> the inputs that may be one; a matrix product has its weight on either side
+READERS = {
+    "MatMul": (1, 0),
+    "Gemm": (1, 0),
+    "Conv": (1,),
+    "ConvTranspose": (1,),
+    "LSTM": (1, 2),
+    "GRU": (1, 2),
+    "RNN": (1, 2),
+}
+
+# those whose sums run along the second axis of the weight, as sparse kernels read it
+_ALONG_INPUTS = ("MatMul", "Gemm", "Conv")
 
 # what may stand between an activation's DequantizeLinear and its reader
 _SHAPE_ONLY = ("Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
@@ -60,34 +73,42 @@ class TracedTensor:
 
 
 def read_weights(model: onnx.ModelProto) -> dict[str, StoredWeight]:
-    """Every stored tensor that a MatMul, Gemm or Conv reads as its weight, by name."""
+    """Every stored tensor that a product, convolution or recurrent layer reads as its weight, by name."""
     initializers = stored_tensors(model)
     nodes = list(walk_nodes(model.graph))
     producers = {output: node for node in nodes for output in node.output}
     weights: dict[str, StoredWeight] = {}
     for node in nodes:
-        if node.op_type not in _READERS:
-            continue
-        for position in (1, 0) if node.op_type == "MatMul" else (1,):
+        for position in weight_inputs(node):
             source = trace(node.input[position], producers, initializers)
             if source is None or len(initializers[source.name].dims) < 2:
                 continue
             flip = _stored_in_out(node, position) != source.transposed
             weight = _read(initializers, source, node.op_type, flip)
-            activation = _activation(node.input[1 - position], producers, initializers)
+            if node.op_type == "Einsum":
+                weight = replace(weight, is_zero=_rows_of_einsum(weight.is_zero, node, position))
+            activation = _activation(node.input[1 if position == 0 else 0], producers, initializers)
             weight = replace(weight, activation=activation, node=node.name)
             other = weights.get(source.name)
             if other is None or _misfits(weight) >= _misfits(other):  # read both ways round: the worse of the two
                 weights[source.name] = weight
-            break
+            if node.op_type in ("MatMul", "Gemm"):
+                break
     return weights
+
+
+def weight_inputs(node: onnx.NodeProto) -> Sequence[int]:
+    """The inputs at which an operator may read a weight."""
+    if node.op_type == "Einsum" and len(node.input) > 1:
+        return range(len(node.input))
+    return READERS.get(node.op_type, ())
 
 
 def measure_layers(model: onnx.ModelProto, promise: Promise, names: dict[str, str]) -> tuple[LayerFacts, ...]:
     """Facts of every weight, patterns checked where promised.
 
     ``names`` maps a promised name to the initializer that holds it where that has another name (equal weights are
-    stored once). A promised weight that no MatMul, Gemm or Conv reads is measured as it is stored.
+    stored once). A promised weight that none of these operators reads is measured as it is stored.
     """
     weights = read_weights(model)
     initializers = stored_tensors(model)
@@ -154,7 +175,7 @@ def _facts(name: str, weight: StoredWeight, rule: GroupRule | TileRule | None) -
         symmetric=weight.symmetric,
         activation=None if weight.activation is None else weight.activation.dtype,
         activation_symmetric=None if weight.activation is None else weight.activation.symmetric,
-        broken_2_4=broken_groups(zero, _AMPERE),
+        broken_2_4=broken_groups(zero, _AMPERE) if weight.op in _ALONG_INPUTS else None,
         broken_groups=broken_groups(zero, rule) if isinstance(rule, GroupRule) else None,
         tile_zeros=tile_zeros(zero, rule) if isinstance(rule, TileRule) else None,
     )
@@ -223,9 +244,24 @@ def to_array(tensor: onnx.TensorProto) -> np.ndarray:
 
 def _stored_in_out(node: onnx.NodeProto, position: int) -> bool:
     """Whether the operator reads its weight as [in, out]."""
-    if node.op_type == "MatMul":
-        return position == 1
-    return node.op_type == "Gemm" and not any(a.name == "transB" and a.i for a in node.attribute)
+    if node.op_type == "Gemm":
+        turned = any(a.name == ("transA", "transB")[position] and a.i for a in node.attribute)
+        return turned == (position == 0)
+    return node.op_type == "MatMul" and position == 1
+
+
+def _rows_of_einsum(values: np.ndarray, node: onnx.NodeProto, position: int) -> np.ndarray:
+    """[out, in], where the sum runs along `in`; as stored where the equation does not name each axis."""
+    equation = next((a.s.decode() for a in node.attribute if a.name == "equation"), "").replace(" ", "")
+    terms, arrow, result = equation.partition("->")
+    letters = terms.split(",")[position]
+    if not arrow:
+        result = "".join(letter for letter in terms if terms.count(letter) == 1)
+    summed = [axis for axis, letter in enumerate(letters) if letter not in result]
+    kept = [axis for axis, letter in enumerate(letters) if letter in result]
+    if len(letters) != values.ndim or "." in letters or not summed or not kept:
+        return values
+    return values.transpose(*kept, *summed).reshape(math.prod(values.shape[axis] for axis in kept), -1)
 
 
 def _read(initializers: dict[str, onnx.TensorProto], source: TracedTensor, op: str, flip: bool) -> StoredWeight:

@@ -35,7 +35,12 @@ def to(name, op, *inputs, **attributes):
         ([node("Gemm", "x", "w", transB=1)], ROWS),
         ([node("Gemm", "x", "w")], ROWS.T),
         ([to("t", "Transpose", "w", perm=[1, 0]), node("MatMul", "x", "t")], ROWS),
+        ([node("Gemm", "w", "x")], ROWS),
+        ([node("Gemm", "w", "x", transA=1)], ROWS.T),
         ([node("Conv", "x", "w")], ROWS[:, :, None, None]),
+        ([node("Einsum", "x", "w", equation="ni,oi->no")], ROWS),
+        ([node("Einsum", "x", "w", equation="bi, io -> bo")], ROWS.T),
+        ([node("Einsum", "w", "x", equation="io,bi")], ROWS.T),
     ],
 )
 def test_two_of_four_is_checked_along_the_inputs(nodes, stored):
@@ -45,6 +50,32 @@ def test_two_of_four_is_checked_along_the_inputs(nodes, stored):
     assert (facts.zeros, facts.broken_groups) == (8, 0)
     (turned,) = measure_layers(graph(nodes, w=stored.swapaxes(0, 1).copy()), promise, {})
     assert (turned.zeros, turned.broken_groups) == (8, 2)
+
+
+@pytest.mark.parametrize(
+    ("reader", "shapes"),
+    [
+        (node("ConvTranspose", "x", "w"), {"w": (4, 2, 3, 3)}),
+        (node("Einsum", "x", "w", equation="...i,io->...o"), {"w": (8, 4)}),
+        (node("LSTM", "x", "w", "r", hidden_size=2), {"w": (1, 8, 3), "r": (1, 8, 2)}),
+        (node("GRU", "x", "w", "r", hidden_size=2), {"w": (1, 6, 3), "r": (1, 6, 2)}),
+        (node("RNN", "x", "w", "r", hidden_size=2), {"w": (1, 2, 3), "r": (1, 2, 2)}),
+    ],
+)
+def test_each_weight_that_is_multiplied_with_counts_whether_promised_or_not(reader, shapes):
+    arrays = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    arrays["w"].flat[0] = 0
+    facts = {layer.name: layer for layer in measure_layers(graph([reader], **arrays), Promise(), {})}
+    assert facts.keys() == shapes.keys()
+    assert (facts["w"].op, facts["w"].zeros) == (reader.op_type, 1)
+    assert all(facts[name].numel == arrays[name].size for name in shapes)
+    assert facts["w"].broken_2_4 is None  # no sparse kernel reads its axes
+
+
+def test_embeddings_are_no_weights_of_products():
+    reads = [to("e", "Gather", "table", "x"), node("MatMul", "e", "w")]
+    model = graph(reads, table=np.ones((7, 4), np.float32), w=ROWS.T)
+    assert read_weights(model).keys() == {"w"}
 
 
 def test_zero_is_what_the_zero_point_says():
@@ -75,7 +106,7 @@ def test_weights_inside_an_if_are_found():
 
 
 def test_a_promised_weight_that_something_else_reads_is_measured_as_stored():
-    model = graph([node("Einsum", "x", "w", equation="ni,oi->no")], w=ROWS)
+    model = graph([node("Mul", "x", "w")], w=ROWS)
     (facts,) = measure_layers(model, Promise(layers=(PromisedLayer(name="w", pattern="2:4"),)), {})
     assert (facts.op, facts.zeros, facts.broken_groups) == ("other", 8, 0)
 
