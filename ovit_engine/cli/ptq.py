@@ -1,6 +1,7 @@
 """ovit ptq: int8 without training."""
 
 import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,17 @@ log = logging.getLogger(__name__)
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="The ONNX file to write.")
 @options.workers
 @options.variables
+@options.shapes
+@options.preprocessing
+@click.option("--exclude", multiple=True, help="A layer of MODEL.onnx that stays float: its name, or re:EXPRESSION.")
+@click.option(
+    "--observer", type=click.Choice(["min_max", "percentile", "mse"]), help="How MODEL.onnx's ranges are taken."
+)
+@click.option(
+    "--search/--no-search",
+    default=True,
+    help="Where int8 is too far from MODEL.onnx: try other observers, then leave the costliest layers in float.",
+)
 def ptq(
     source: Path | None,
     model: str | None,
@@ -40,11 +52,13 @@ def ptq(
     output: Path,
     workers: int,
     variables: tuple[tuple[str, Any], ...],
+    **of_file: Any,
 ) -> None:
     """Take int8 ranges from some training images, write the ONNX file, and compare it with the float model.
 
     The model is a timm model with trained weights, or MODEL.onnx, a float file of any tool: then --model only tells
-    how images are prepared, if the file does not.
+    how images are prepared, if neither the file nor --mean, --std and the like do. For inputs that are not images
+    --data names an .npz file with an array [N, ...] for each input, and "labels" if there are classes.
     """
     from ovit_engine.certificate.render import print_certificate
 
@@ -60,12 +74,14 @@ def ptq(
                 "MODEL.onnx has its weights, and a recipe names layers of a PyTorch model: no --checkpoint, "
                 "--pretrained, --recipe or --model-arg"
             )
-        found = _from_onnx(source, model, data, data_root, output, workers)
+        found = _from_onnx(source, model, data, data_root, output, workers, of_file)
     else:
         from ovit_engine.core.recipe import Recipe
         from ovit_engine.post_training.ptq import DEFAULT
 
         read = Recipe.parse(DEFAULT) if recipe is None else Recipe.load(recipe, **dict(variables))
+        if given := [name for name, value in of_file.items() if value not in (None, (), True)]:
+            raise click.UsageError(f"--{given[0].replace('_', '-')} is for MODEL.onnx: a recipe tells it (--recipe)")
         found = _from_weights(read, model, model_args, checkpoint, pretrained, data, data_root, output, workers)
     print_certificate(found.certificate)
     for line in found.lines():
@@ -128,21 +144,42 @@ def _from_weights(
 
 
 def _from_onnx(
-    source: Path, model: str | None, data: str, data_root: Path | None, output: Path, workers: int
+    source: Path,
+    model: str | None,
+    data: str,
+    data_root: Path | None,
+    output: Path,
+    workers: int,
+    of_file: Mapping[str, Any],
 ) -> "Compared":
     from torch.utils.data import DataLoader
 
-    from ovit_engine.post_training.onnx_images import classes_of, image_config
+    from ovit_engine.post_training.onnx_graph import read
+    from ovit_engine.post_training.onnx_images import classes_of, image_config, read_inputs
     from ovit_engine.post_training.ptq import calibration_batches
-    from ovit_engine.post_training.ptq_onnx import IMAGES, ptq_onnx
+    from ovit_engine.post_training.ptq_onnx import IMAGES, Batch, ptq_onnx
     from ovit_engine.training.data import load_data, warn_if_classes_differ
 
-    images = load_data(data, config=image_config(source, model, data), root=data_root)
-    warn_if_classes_differ(images, classes_of(source))
+    proto, shapes = read(source), dict(of_file["shapes"])
+    batches: Sequence[Batch]
+    compared: Iterable[Any]
+    told: Mapping[str, Any] = {}
+    if data.endswith(".npz"):
+        batches, compared = read_inputs(proto, Path(data))
+    else:
+        config = image_config(proto, source.name, model, data, options.preprocessing_of(of_file), shapes)
+        images = load_data(data, config=config, root=data_root)
+        warn_if_classes_differ(images, classes_of(proto))
+        batches = [batch.numpy() for (batch,) in calibration_batches(images.train, IMAGES)]
+        compared, told = DataLoader(images.val, batch_size=64, num_workers=workers), images.preprocessing
     return ptq_onnx(
         source,
         output,
-        [batch.numpy() for (batch,) in calibration_batches(images.train, IMAGES)],
-        data=DataLoader(images.val, batch_size=64, num_workers=workers),
-        preprocessing=images.preprocessing,
+        batches,
+        data=compared,
+        preprocessing=told,
+        shapes=shapes,
+        exclude=of_file["exclude"],
+        observer=of_file["observer"],
+        search=of_file["search"],
     )

@@ -1,7 +1,7 @@
 """Training and validation images by name: digits, an image folder, or any timm dataset."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ovit_engine.training.arrangement import Arrange, arrangement, in_rgb
 from ovit_engine.training.augmentation import (
     AUGMENTATION_PRESETS,
     GaussianNoise,
@@ -100,12 +101,20 @@ def load_data(
     if mode is None:
         raise ValueError(f"images have 1 or 3 channels, the model takes {config['input_size'][0]}")
     config = data_config(config, augmentation)
-    images = Images(train, training_transform(config, augmentation), mode=mode, strict=strict, ignore=False)
+    rgb = in_rgb(config)
+    transforms: list[Callable[[Any], Tensor]] = [
+        training_transform(rgb, augmentation),
+        create_transform(**known_config(rgb)),
+        calibration_transform(rgb, augmentation),
+    ]
+    if arrangement(config):
+        transforms = [Arrange(config, each) for each in transforms]
+    images = Images(train, transforms[0], mode=mode, strict=strict, ignore=False)
     return ImageData(
         name,
         images,
-        Images(val, create_transform(**known_config(config)), mode=mode, strict=strict, ignore=True),
-        images.with_transform(calibration_transform(config, augmentation)),
+        Images(val, transforms[1], mode=mode, strict=strict, ignore=True),
+        images.with_transform(transforms[2]),
         classes,
         _preprocessing(config),
     )
@@ -151,6 +160,7 @@ def config_of(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
             "crop_pct": preprocessing["crop"],
             "interpolation": preprocessing["interpolation"],
             "crop_mode": preprocessing.get("crop_mode", "center"),
+            **arrangement(preprocessing),
         }
     except TypeError:
         told = {key: preprocessing[key] for key in ("size", "mean", "std")}
@@ -166,6 +176,7 @@ def _preprocessing(config: Mapping[str, Any]) -> dict[str, Any]:
         "crop": config["crop_pct"],
         "crop_mode": config["crop_mode"],
         "interpolation": config["interpolation"],
+        **arrangement(config),
     }
 
 
@@ -175,6 +186,8 @@ def _digits(config: Mapping[str, Any] | None, augmentation: str) -> ImageData:
             f"digits must not be flipped or cropped, as {augmentation!r} does: use augmentation none or noise"
         )
     channels, height, width = SIZE if config is None else config["input_size"]
+    if config is not None and arrangement(config):
+        raise ValueError("digits are grey and [C, H, W]: for another order give an image folder")
     augment = GaussianNoise() if augmentation == "noise" else None
     train, val, preprocessing = split_digits((channels, height, width), augment)
     return ImageData("digits", train, val, train, 10, preprocessing)

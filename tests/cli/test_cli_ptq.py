@@ -182,7 +182,7 @@ def test_a_file_of_another_tool(ovit: Ovit, float_file: Path) -> None:
     assert "float.onnx is the float file itself: name another output" in done.output
     assert float_file.read_bytes() == before
     done = ovit("ptq", "int8.onnx", "--data", "digits", "--output", "again.onnx")
-    assert "int8.onnx is quantized already: give the float file" in done.output
+    assert "int8.onnx is quantized already (QuantizeLinear): give the float file" in done.output
 
 
 def test_images_of_another_folder_are_prepared_as_the_runs_were(ovit: Ovit, run: Path) -> None:
@@ -229,9 +229,9 @@ def test_a_file_that_loses_too_much_is_not_written(
         (
             "vector.onnx",
             [],
-            "vector.onnx takes [0, 4] float32: one float32 input [batch, C, H, W] of fixed size is needed",
+            "vector.onnx takes [0, 4] float32, which are not images: give its inputs, --data inputs.npz",
         ),
-        ("fixed.onnx", [], "fixed.onnx takes batches of 1 only: export it with a free batch dimension"),
+        ("fixed.onnx", [], "fixed.onnx takes batches of 4096 only: 1024 at most"),
         ("one.onnx", [], "one.onnx has no MatMul, Gemm or Conv with a weight to quantize, but the last"),
     ],
 )
@@ -240,7 +240,7 @@ def test_files_that_cannot_be_quantized(ovit: Ovit, name: str, arguments: list[s
     for file, node, shape in (
         ("vector.onnx", helper.make_node("Relu", ["x"], ["y"]), ["b", 4]),
         ("one.onnx", helper.make_node("Conv", ["x", "w"], ["y"]), ["b", 1, 8, 8]),
-        ("fixed.onnx", helper.make_node("Conv", ["x", "w"], ["y"]), [1, 1, 8, 8]),
+        ("fixed.onnx", helper.make_node("Conv", ["x", "w"], ["y"]), [4096, 1, 8, 8]),
     ):
         values = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, s) for n, s in (("x", shape), ("y", None))]
         graph = helper.make_graph([node], "g", values[:1], values[1:], [weight] if "w" in node.input else [])
