@@ -18,7 +18,7 @@ from onnx import numpy_helper
 from onnxruntime.quantization.quant_utils import compute_scale_zp  # type: ignore[import-untyped]
 
 from ovit_engine.certificate.kernels import walk_nodes
-from ovit_engine.certificate.weights import trace
+from ovit_engine.certificate.weights import to_array, trace
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 
@@ -152,7 +152,7 @@ def rewrite(
 def with_ranges(model: onnx.ModelProto, values: Mapping[str, np.ndarray], observer: str) -> onnx.ModelProto:
     """Return a copy in which the quantizers in `values`, by output, have the range that `observer` takes from those."""
     changed = copy.deepcopy(model)
-    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    stored = {tensor.name: to_array(tensor) for tensor in model.graph.initializer}
     nodes = {node.output[0]: node for node in changed.graph.node}
     for output, array in values.items():
         zero = stored.get(nodes[output].input[2] if len(nodes[output].input) > 2 else "", np.array(1, np.uint8))
@@ -174,7 +174,7 @@ def _read_weights(model: onnx.ModelProto, producers: Mapping[str, onnx.NodeProto
             source = trace(node.input[position], producers, stored)
             if source is None or len(stored[source.name].dims) < 2:
                 continue
-            values, level = numpy_helper.to_array(stored[source.name]), None
+            values, level = to_array(stored[source.name]), None
             if source.quantize is not None:
                 level, zero = (_spread(source.quantize, index, stored, values) for index in (1, 2))
                 values = (values.astype(np.int32) - zero) * level
@@ -192,9 +192,11 @@ def _spread(node: onnx.NodeProto, index: int, stored: Mapping[str, onnx.TensorPr
         return np.zeros_like(levels, np.int32)
     if node.input[index] not in stored or stored[node.input[index]].dims[1:]:
         raise ValueError(f"{node.input[0]!r}: only one constant scale for each tensor or channel can be taken apart")
-    value = numpy_helper.to_array(stored[node.input[index]])
+    value = to_array(stored[node.input[index]])
     if value.size > 1:
         axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
+        if not -levels.ndim <= axis < levels.ndim:
+            raise ValueError(f"{node.input[0]!r}: scales along axis {axis} of a tensor of {levels.ndim} axes")
         value = value.reshape([-1 if each == axis % levels.ndim else 1 for each in range(levels.ndim)])
     return np.broadcast_to(value.astype(np.float32 if index == 1 else np.int32), levels.shape)
 

@@ -19,6 +19,7 @@ from onnxruntime.quantization import qdq_loss_debug  # type: ignore[import-untyp
 from onnxruntime.quantization.quant_utils import DEQUANT_OUTPUT_SUFFIX  # type: ignore[import-untyped]
 
 from ovit_engine.analysis.qdq import QdqLayer
+from ovit_engine.certificate.errors import CertificateError
 
 Feeds = Mapping[str, np.ndarray]
 
@@ -40,7 +41,13 @@ def qdq_activations(
         options.log_severity_level = _SILENT
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         for batch in batches:  # one at a time: all activations of many images do not fit into memory
-            yield qdq_loss_debug.collect_activations(str(augmented), [batch], session_options=options)
+            try:
+                found = qdq_loss_debug.collect_activations(str(augmented), [batch], session_options=options)
+            except Exception as error:  # the runtime's own exceptions share no other base
+                raise CertificateError(
+                    "ONNX Runtime cannot run the file", [str(error).strip().splitlines()[0]]
+                ) from error
+            yield found
 
 
 def input_errors(

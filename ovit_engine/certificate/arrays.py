@@ -37,6 +37,8 @@ def read_arrays(path: Path, largest: int) -> dict[str, np.ndarray]:
     Raises:
         ValueError: it is something else, damaged, or larger.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
     try:
         with ZipFile(path) as entries:
             size, count = sum(entry.file_size for entry in entries.infolist()), len(entries.infolist())

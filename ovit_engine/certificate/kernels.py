@@ -19,6 +19,9 @@ _SILENT = 4  # what fails is raised, with the same words
 
 _BATCH = 64
 
+# images that a file may take at once, if it takes no other number
+LARGEST_BATCH = 1024
+
 
 def open_session(path: Path, *, threads: int = 0, optimized: Path | None = None) -> Any:
     """A CPU session with all graph optimizations.
@@ -85,6 +88,9 @@ def run_outputs(session: Any, inputs: Sequence[np.ndarray]) -> np.ndarray:
     names = [value.name for value in session.get_inputs()]
     first = session.get_inputs()[0].shape[0]
     size = first if isinstance(first, int) else _BATCH
+    if not 0 < size <= LARGEST_BATCH:
+        reason = f"it takes batches of {size} only; 1 to {LARGEST_BATCH} are run"
+        raise CertificateError("ONNX Runtime cannot run the file", [reason])
     count = len(inputs[0])
     outputs = []
     for start in range(0, count, size):

@@ -373,8 +373,10 @@ def read_pattern(pattern: str | dict[str, list[int]]) -> GroupRule | TileRule | 
     if pattern == "unstructured":
         return None
     if isinstance(pattern, dict) and set(pattern) == {"block"} and len(pattern["block"]) == 2:
-        return TileRule(*pattern["block"])
-    match = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
-    if match is None:
-        raise ValueError(f"unknown pattern in a promise: {pattern!r}")
-    return GroupRule(int(match[1]), int(match[2]))
+        rule = TileRule(*pattern["block"])
+        if min(rule) >= 1:
+            return rule
+    match = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", pattern) if isinstance(pattern, str) else None
+    if match is not None and 0 < int(match[1]) <= int(match[2]):
+        return GroupRule(int(match[1]), int(match[2]))
+    raise ValueError(f"unknown pattern in a promise: {str(pattern)[:100]!r}")

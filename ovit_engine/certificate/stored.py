@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,12 @@ from ovit_engine.certificate.kernels import walk_graphs, walk_nodes
 
 # more integers than axes, paddings and the like have are values
 _SETTINGS = 16
+
+_LARGEST = 2**31  # bytes: what protobuf reads
+
+_LARGEST_METADATA = 16 * 2**20  # characters
+
+_SHOWN = 100  # characters of a name in a message
 
 _LISTS = ("value_floats", "value_ints", "value_float", "value_int")
 
@@ -29,10 +35,90 @@ def load_onnx(path: Path) -> onnx.ModelProto:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
+    if path.stat().st_size > _LARGEST:
+        raise ValueError(f"{str(path)!r} is larger than 2 GiB, which no ONNX file is")
     try:
-        return onnx.load(path)
+        model = onnx.load(path)
     except DecodeError:
         raise ValueError(f"{str(path)!r} is not an ONNX file") from None
+    except (onnx.checker.ValidationError, OSError) as error:  # of tensors in other files
+        raise ValueError(f"{str(path)!r} can't be read: {_line(error)}") from error
+    if wrong := malformed(model):
+        raise ValueError(f"{str(path)!r} is not a valid ONNX file: {wrong}")
+    return model
+
+
+def malformed(model: onnx.ModelProto) -> str | None:
+    """Return what keeps a graph from being read at all, in a line; None for one that can be.
+
+    Operators have the inputs they need, no value is computed from itself, shapes of tensors are shapes.
+    """
+    versions = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
+    for tensor in _all_tensors(model):
+        if any(size < 0 for size in tensor.dims):
+            return f"tensor {tensor.name[:_SHOWN]!r} has the shape {list(tensor.dims)[:8]}"
+    if any(not isinstance(name, str) for name in _names(model)):
+        return "a name in it is not UTF-8"
+    for graph in walk_graphs(model.graph):
+        for node in graph.node:
+            least = _least_inputs(node, versions)
+            if not node.output or len(node.input) < least or not all(node.input[:least]):
+                what = "no output" if not node.output else f"{len(node.input)} inputs of {least}"
+                return f"{node.op_type[:_SHOWN]} {node.name[:_SHOWN]!r} has {what}"
+        if looped := _looped(graph):
+            return f"{looped[:_SHOWN]!r} is computed from itself, or twice"
+    if sum(len(entry.key) + len(entry.value) for entry in model.metadata_props) > _LARGEST_METADATA:
+        return f"its metadata have more than {_LARGEST_METADATA:,} characters"
+    return None
+
+
+def _names(model: onnx.ModelProto) -> Iterator[object]:
+    """Every name in a graph; protobuf gives those that are not UTF-8 as bytes."""
+    for entry in model.metadata_props:
+        yield from (entry.key, entry.value)
+    for graph in walk_graphs(model.graph):
+        for value in (*graph.input, *graph.output, *graph.initializer):
+            yield value.name
+        for node in graph.node:
+            yield from (node.op_type, node.domain, node.name, *node.input, *node.output)
+            yield from (attribute.name for attribute in node.attribute)
+
+
+def _least_inputs(node: onnx.NodeProto, versions: Mapping[str, int]) -> int:
+    domain = "" if node.domain == "ai.onnx" else node.domain
+    try:
+        schema = onnx.defs.get_schema(node.op_type, versions.get(domain or "ai.onnx", 1), domain)
+    except (onnx.defs.SchemaError, TypeError):
+        return 0
+    return int(schema.min_input)
+
+
+def _looped(graph: onnx.GraphProto) -> str | None:
+    """A value that is computed from itself, or by two nodes."""
+    waits = {name: index for index, node in enumerate(graph.node) for name in node.output if name}
+    if len(waits) < sum(bool(name) for node in graph.node for name in node.output):
+        return _twice(name for node in graph.node for name in node.output if name)[0]
+    needs = [{waits[name] for name in node.input if name in waits} for node in graph.node]
+    readers: dict[int, list[int]] = {}
+    for index, before in enumerate(needs):
+        for each in before:
+            readers.setdefault(each, []).append(index)
+    ready = [index for index, before in enumerate(needs) if not before]
+    left = [len(before) for before in needs]
+    done = 0
+    while ready:
+        done += 1
+        for reader in readers.get(ready.pop(), ()):
+            left[reader] -= 1
+            if not left[reader]:
+                ready.append(reader)
+    if done == len(needs):
+        return None
+    return next(str(node.output[0]) for node, count in zip(graph.node, left, strict=True) if count)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def stored_tensors(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:

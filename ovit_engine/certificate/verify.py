@@ -26,7 +26,7 @@ from ovit_engine.certificate.model import (
 )
 from ovit_engine.certificate.notes import Note
 from ovit_engine.certificate.parity import Reference, accuracy, compare, find_stored, take_sample
-from ovit_engine.certificate.stored import hidden
+from ovit_engine.certificate.stored import hidden, malformed
 from ovit_engine.certificate.tensors import changed_tensors
 
 # facts that are the same on every machine
@@ -55,6 +55,9 @@ _OF_RUNTIME = ("runtime_ops", "kernels")
 
 # other machines round a level here and there the other way
 _TOLERANCE = 0.01
+
+# bytes; those of the largest models have 2 MB
+_LARGEST_CERTIFICATE = 64 * 2**20
 
 # builds of a compressor differ a little in what they make of the same bytes
 _SIZE_TOLERANCE = 0.02
@@ -232,6 +235,8 @@ def _read_model(path: Path, stated: Certificate) -> onnx.ModelProto:
         if (size := path.stat().st_size) < stated.bytes:
             fault += f", truncated: {size} of the {stated.bytes} bytes that the certificate states"
         raise VerificationError(f"{path.name} fails", [f"{path.name}: {fault}"])
+    if wrong := malformed(model):
+        raise VerificationError(f"{path.name} fails", [f"{path.name}: not a valid ONNX file: {wrong}"])
     if unmeasurable := hidden(model):
         raise VerificationError(f"{path.name} fails", unmeasurable)
     return model
@@ -240,6 +245,8 @@ def _read_model(path: Path, stated: Certificate) -> onnx.ModelProto:
 def _read_certificate(path: Path) -> Certificate:
     if not path.is_file():
         raise VerificationError("cannot verify", [f"no certificate beside the file: {path.name} is missing"])
+    if path.stat().st_size > _LARGEST_CERTIFICATE:
+        raise VerificationError("cannot verify", [f"{path.name} has more than {_LARGEST_CERTIFICATE:,} bytes"])
     try:
         return Certificate.from_json(path.read_text(encoding="utf-8"))
     except ValueError as error:

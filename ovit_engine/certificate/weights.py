@@ -295,8 +295,14 @@ def _zero_point(
         return zero_point.reshape(())
     options = {attribute.name: int(attribute.i) for attribute in node.attribute}
     axis = options.get("axis", 1)
+    if not -values.ndim <= axis < values.ndim:
+        raise CertificateError(
+            "unreadable", [f"{node.input[0]}: scales along axis {axis} of a tensor of {values.ndim} axes"]
+        )
     if zero_point.ndim > 1:  # one for each block of levels along the axis
-        spread = np.repeat(zero_point, options.get("block_size", 1), axis)
+        if zero_point.ndim != values.ndim:
+            raise CertificateError("unreadable", [f"{node.input[0]}: zero points of {zero_point.ndim} axes"])
+        spread = np.repeat(zero_point, min(max(options.get("block_size", 1), 1), values.shape[axis]), axis)
         return spread[tuple(map(slice, values.shape))]
     shape = [1] * values.ndim
     shape[axis] = -1

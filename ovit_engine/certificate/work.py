@@ -55,7 +55,7 @@ def measure_work(model: onnx.ModelProto) -> Work:
     """The work of one image in a file; half of the operations that `flops.count_flops` counts in PyTorch."""
     try:
         shapes, batch = infer_shapes(model)
-    except shape_inference.InferenceError as error:
+    except (shape_inference.InferenceError, RuntimeError, ValueError, TypeError) as error:  # of broken shapes
         reason = f"onnx can't infer its shapes: {' '.join(str(error).split())[:200]}"
         return Work(None, None, reason, reason)
     macs, tokens, unknown, no_tokens = None, None, "", ""

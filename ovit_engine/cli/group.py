@@ -11,6 +11,7 @@ import click
 from ovit_engine.distributed.launch import launched
 
 EXPECTED = (ValueError, OSError, MemoryError)  # what we raise on purpose, RecipeError and ExportError among them
+_LONGEST = 300  # characters of a file's name in a message
 MOST_FINDINGS = 20  # lines about one file
 
 
@@ -58,7 +59,8 @@ def describe(error: Exception) -> str:
         return f"{getattr(error, 'summary', error)}: {len(findings)} findings"
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{str(error.filename)!r}: {error.strerror}"
+        name = str(error.filename)
+        return f"{name if len(name) < _LONGEST else name[:_LONGEST] + '...'!r}: {error.strerror}"
     if isinstance(error, EXPECTED) and text:
         return text
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("ovit_engine"):

@@ -81,6 +81,8 @@ def _measured(layer: "SparseLayer", table: "SparseTable") -> str:
 def _choice(log: Path) -> "TensorRTChoice":
     from ovit_engine.certificate.sparse_cores import read_trt_log
 
+    if not log.is_file():
+        raise FileNotFoundError(f"no such file: {log}")
     try:
         return read_trt_log(log.read_text(errors="replace"))
     except ValueError as error:

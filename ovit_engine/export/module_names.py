@@ -17,6 +17,7 @@ from ovit_engine.certificate.kernels import walk_nodes
 
 _READERS = ("MatMul", "Gemm", "Conv")
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_LONGEST = 10_000  # characters of a node's scopes
 _UNNAMED = re.compile(r"val_\d+|onnx::\w+_\d+")
 
 
@@ -45,7 +46,7 @@ def _module_of(node: onnx.NodeProto) -> str:
     """Path of the module, e.g. "blocks.0.attn.qkv"; "" where it is not told."""
     scopes = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "")
     try:
-        listed = ast.literal_eval(scopes) if scopes else []
+        listed = ast.literal_eval(scopes) if 0 < len(scopes) <= _LONGEST else []
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         listed = []
     if isinstance(listed, list) and len(listed) > 1:  # the last is the operation

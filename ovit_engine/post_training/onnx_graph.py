@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper, version_converter
 
-from ovit_engine.certificate.kernels import walk_graphs, walk_nodes
+from ovit_engine.certificate.kernels import LARGEST_BATCH, walk_graphs, walk_nodes
 from ovit_engine.certificate.measure import input_types
 from ovit_engine.certificate.stored import load_onnx
 from ovit_engine.export.module_names import name_by_module
@@ -22,8 +22,6 @@ _WEIGHTS_ALONE = 4  # the IR version since which initializers need not be inputs
 _HALF = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 _QUANTIZED = ("Integer", "QLinear", "QuantizeLinear", "QGemm", "QAttention", "MatMulNBits", "FromQuantized")
-
-_LARGEST_BATCH = 1024  # images that a file may take at once, if it takes no other number
 
 _FREE_BATCH = "batch"
 
@@ -78,8 +76,8 @@ def data_shapes(
     if len(set(batches.values())) > 1:
         told = ", ".join(f"{each} {list(shape)}" for each, shape in zip(known, found, strict=True))
         raise ValueError(f"{name} takes {told}: the first axis of every input must be the same batch")
-    if found[0][0] > _LARGEST_BATCH:
-        raise ValueError(f"{name} takes batches of {found[0][0]} only: {_LARGEST_BATCH} at most")
+    if found[0][0] > LARGEST_BATCH:
+        raise ValueError(f"{name} takes batches of {found[0][0]} only: {LARGEST_BATCH} at most")
     return found, types, found[0][0]
 
 
