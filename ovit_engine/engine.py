@@ -1,6 +1,5 @@
 """Fires a recipe's events from hooks that PyTorch optimizers already have."""
 
-import copy
 import logging
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -53,6 +52,7 @@ from ovit_engine.gradients.calibration import Calibration
 from ovit_engine.masking.parameters import Slot, parameter_slots, unwrapped
 from ovit_engine.structured.shrink_model import warn_of_old_parameters
 from ovit_engine.sweep.sweep import Evaluate, find_sweep
+from ovit_engine.utils.copying import copy_model
 
 if TYPE_CHECKING:
     from ovit_engine.certificate.model import Certificate
@@ -355,7 +355,7 @@ class Engine:
         if sharded_modules(source):
             whole = "enter `with whole_model(engine.model):` on all ranks, and export inside it on one"
             raise RuntimeError(f"the model is sharded: {whole}")
-        reference = copy.deepcopy(unwrapped(source))
+        reference = copy_model(unwrapped(source))
         if model is not None:
             self.apply_to(reference)
         for modifier in having(self.modifiers, Deployable):

@@ -1,6 +1,5 @@
 """A frozen model that the trained one learns from: what both make of the same inputs, once a forward of the student."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from ovit_engine.distributed.comm import digest
 from ovit_engine.distributed.sharding import is_shard
 from ovit_engine.masking.parameters import clean_name, parameter_slots, unwrapped
 from ovit_engine.utils.autograd import is_recomputed
+from ovit_engine.utils.copying import copy_model
 
 TOKENS = "norm"  # of timm's vision transformers: the last layer that sees all tokens
 
@@ -258,7 +258,7 @@ def _copy_without_gradients(model: nn.Module) -> nn.Module:
     for parameter, _ in grads:
         parameter.grad = None
     try:
-        return copy.deepcopy(model)
+        return copy_model(model)
     finally:
         for parameter, grad in grads:
             parameter.grad = grad

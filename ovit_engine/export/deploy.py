@@ -1,6 +1,5 @@
 """From a model in training form to a promise and a file."""
 
-import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from ovit_engine.structured.gates import installed
 from ovit_engine.structured.removal import hold_ranges
 from ovit_engine.structured.shrink_model import harvest, manifest_of, shrink
 from ovit_engine.tokens import hooks_of
+from ovit_engine.utils.copying import copy_model
 
 
 def write(
@@ -42,7 +42,7 @@ def write(
     """
     deployable = having(modifiers, Deployable)
     forget_teacher(reference.eval())
-    baked = copy.deepcopy(reference)
+    baked = copy_model(reference)
     promise = smaller(baked, masks, dead=any(modifier.removes_dead for modifier in deployable))
     manifest = manifest_of(baked)
     for modifier in deployable:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from ovit_engine.export.writer import MIN_OPSET, as_inputs, build_onnx, check_fl
 from ovit_engine.utils.autograd import eval_mode
 from ovit_engine.utils.files import staged
 from ovit_engine.utils.precision import exact_arithmetic
+from ovit_engine.utils.suggest import listed
 
 _BATCH = 64
 _WHOLE = Manifest()
@@ -85,7 +86,8 @@ def export_model(
     told = _as_json(preprocessing or {})
     sample = _sample(as_inputs(example_inputs), data)
     reference = make_reference(sample, _pytorch_logits(reference_model or model, sample))
-    proto, shared = build_onnx(model, example_inputs, dynamic_batch=dynamic_batch, opset=opset)
+    proto, shared, unused = build_onnx(model, example_inputs, dynamic_batch=dynamic_batch, opset=opset)
+    promise = _without(promise, unused, path.name)
     origin = Provenance(
         recipe_name=recipe_name,
         recipe_text=recipe_text,
@@ -98,6 +100,15 @@ def export_model(
     promised = [origin.shared_weights.get(layer.name, layer.name) for layer in promise.layers]
     reference = replace(reference, tensors=hash_tensors(proto, state, promised))
     return publish(proto, path, origin, sample, reference)
+
+
+def _without(promise: Promise, unused: Collection[str], file: str) -> Promise:
+    """The promise without weights that the exported model never uses, such as those of heads for training only."""
+    left = [layer.name for layer in promise.layers if layer.name in unused]
+    if not left:
+        return promise
+    log.warning("%s: the model in eval mode does not use %s, which the file leaves out", file, listed(left))
+    return promise.model_copy(update={"layers": tuple(layer for layer in promise.layers if layer.name not in unused)})
 
 
 def _as_json(preprocessing: Mapping[str, Any]) -> dict[str, Any]:

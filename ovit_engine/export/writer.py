@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -31,6 +31,16 @@ MIN_OPSET = 21
 _MAX_BYTES = 2**31 - 1
 
 
+class Built(NamedTuple):
+    """An ONNX graph of a model."""
+
+    proto: onnx.ModelProto
+    # weight -> the initializer that holds it where an equal weight has its name
+    shared: dict[str, str]
+    # parameters and buffers of the model that its outputs don't depend on
+    unused: set[str]
+
+
 def write_onnx(
     model: nn.Module,
     example_inputs: Tensor | Sequence[Tensor],
@@ -40,24 +50,24 @@ def write_onnx(
     opset: int = MIN_OPSET,
     metadata: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Write ``model`` (baked) to ``path``, atomically; returns the names as ``build_onnx`` does.
+    """Write ``model`` (baked) to ``path``, atomically; returns the initializers that equal weights share.
 
     Raises:
         ExportError: PyTorch cannot trace the model, or the file would pass the 2 GiB that one ONNX file may have.
     """
-    proto, names = build_onnx(model, example_inputs, dynamic_batch=dynamic_batch, opset=opset)
-    set_metadata(proto, metadata or {})
-    atomic_write(path, serialize(proto))
-    return names
+    built = build_onnx(model, example_inputs, dynamic_batch=dynamic_batch, opset=opset)
+    set_metadata(built.proto, metadata or {})
+    atomic_write(path, serialize(built.proto))
+    return built.shared
 
 
 def build_onnx(
     model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, dynamic_batch: bool = True, opset: int = MIN_OPSET
-) -> tuple[onnx.ModelProto, dict[str, str]]:
+) -> Built:
     """The ONNX graph of ``model`` in eval mode, without exporter debris.
 
     The model is moved to the CPU. One input is called "input", one output "logits"; several are numbered. Weights have
-    their PyTorch names; the returned mapping names the initializer of those that share it with an equal weight.
+    their PyTorch names.
     """
     if opset < MIN_OPSET:
         raise ValueError(f"opset must be {MIN_OPSET} or newer, got {opset}")
@@ -88,7 +98,19 @@ def build_onnx(
     remove_debris(proto)
     if has_int8_activations(proto):
         step_down(proto)
-    return proto, names
+    return Built(proto, names, _unused(model, program.exported_program))
+
+
+def _unused(model: nn.Module, program: torch.export.ExportedProgram) -> set[str]:
+    """The tensors of the model whose memory no node of the traced program reads."""
+    signature, state = program.graph_signature, model.state_dict()
+    read = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    tensors = [state[name] for key, name in names.items() if key in read and name in state]
+    lifted = signature.inputs_to_lifted_tensor_constants.items()
+    tensors += [value for key, name in lifted if key in read and isinstance(value := program.constants[name], Tensor)]
+    used = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    return {name for name, tensor in state.items() if tensor.untyped_storage().data_ptr() not in used}
 
 
 def check_float32(model: nn.Module) -> None:

@@ -2,13 +2,12 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ovit_engine.quant.attention import OPERANDS, QuantAttention
 from ovit_engine.quant.batch_norm import fold_factors, has_activation
 from ovit_engine.quant.fake_quantizer import FakeQuantize
 from ovit_engine.quant.functional import dequantize_linear, quantize, quantize_linear
-from ovit_engine.quant.layers import QuantConv2d, QuantLinear, has_hooks, keep_hooks, quantize_output
+from ovit_engine.quant.layers import QuantConv2d, QuantLinear, copy_attributes, has_hooks, keep_hooks, quantize_output
 from ovit_engine.quant.prepare import quantizers
 
 _MAX_BIAS = 2**30  # half of int32: sums are added to the bias
@@ -32,7 +31,10 @@ class QuantizeDequantize(nn.Module):
 
 
 class _BakedLayer(nn.Module):
-    """Int8 levels and scales of a weight, as buffers; the bias stays float."""
+    """Int8 levels and scales of a weight, as buffers; the bias stays float.
+
+    It has the type and the attributes of the layer that it replaces, since the model's code may read them.
+    """
 
     axis: int  # of the output channels, in `levels`
     weight_scale: Tensor
@@ -40,7 +42,8 @@ class _BakedLayer(nn.Module):
     bias: Tensor | None
 
     def __init__(self, layer: QuantLinear | QuantConv2d) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
+        copy_attributes(layer, self)
         self.input = QuantizeDequantize(layer.input_quantizer)
         quantizer, weight = layer.weight_quantizer, layer.weight.detach()
         quantizer.observe(weight)  # a live range belongs to the weight of this moment; a frozen one stays
@@ -70,7 +73,7 @@ class _BakedLayer(nn.Module):
         return values
 
 
-class BakedLinear(_BakedLayer):
+class BakedLinear(_BakedLayer, nn.Linear):  # type: ignore[misc]
     """The weight is stored as ONNX MatMul reads it, [in, out]: no transpose in the graph, one kernel a layer."""
 
     axis = 1
@@ -80,7 +83,7 @@ class BakedLinear(_BakedLayer):
         self.levels = self.levels.t().contiguous()
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]
         return super().weight.t()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,7 +95,7 @@ class BakedLinear(_BakedLayer):
         return y.squeeze(0) if flat else y
 
 
-class BakedConv2d(_BakedLayer):
+class BakedConv2d(_BakedLayer, nn.Conv2d):  # type: ignore[override]
     """Int8 convolution between explicit Q/DQ pairs."""
 
     axis = 0
@@ -102,9 +105,6 @@ class BakedConv2d(_BakedLayer):
         self.output: nn.Module = nn.Identity()
         if layer.output_quantizer is not None:
             self.output = QuantizeDequantize(layer.output_quantizer)
-        self.stride, self.dilation, self.groups = layer.stride, layer.dilation, layer.groups
-        self.padding = layer.padding if layer.padding_mode == "zeros" else (0, 0)
-        self.padding_mode, self.border = layer.padding_mode, list(layer._reversed_padding_repeated_twice)
 
     def fold(self, norm: nn.Module) -> None:
         """Take over a batch-norm: exact, because every output channel has a scale of its own (from here on at least).
@@ -134,11 +134,7 @@ class BakedConv2d(_BakedLayer):
         self.weight_scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.input(x)
-        if self.padding_mode != "zeros":
-            x = F.pad(x, self.border, mode=self.padding_mode)
-        y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-        rounded: Tensor = self.output(y)
+        rounded: Tensor = self.output(self._conv_forward(self.input(x), self.weight, self.bias))
         return rounded
 
 
@@ -153,32 +149,33 @@ def bake(model: nn.Module) -> nn.Module:
     """
     model.eval()
     _check_ready(model)
-    norms: dict[str, BakedConv2d] = {}
+    norms: dict[str, nn.Module] = {}
     for layer in list(model.modules()):
         if isinstance(layer, (QuantLinear, QuantConv2d)) and not layer.weight_quantizer.enabled:
             _make_float(layer)
         elif isinstance(layer, QuantLinear):
-            _replace(model, layer, BakedLinear(layer))
+            _become(layer, BakedLinear(layer))
         elif isinstance(layer, QuantConv2d):
-            baked = BakedConv2d(layer)
-            _replace(model, layer, baked)
-            if layer.norm is not None and not has_hooks(layer) and not has_hooks(model.get_submodule(layer.norm)):
-                norms[layer.norm] = baked
+            norm = layer.norm
+            _become(layer, BakedConv2d(layer))
+            if norm is not None and not has_hooks(layer) and not has_hooks(model.get_submodule(norm)):
+                norms[norm] = layer
         elif isinstance(layer, QuantAttention):
             _bake_attention(layer)
     # deepest first: a quantizer inside a batch-norm (in timm's `drop`) is baked before the batch-norm goes
     for name, module in reversed(list(model.named_modules())):
-        _bake_follower(model, module, norms.get(name))
+        _bake_follower(module, norms.get(name))
     for module in model.modules():
         if isinstance(module, BakedConv2d):
             module.fit_bias()
     return model
 
 
-def _bake_follower(model: nn.Module, module: nn.Module, conv: BakedConv2d | None) -> None:
+def _bake_follower(module: nn.Module, conv: nn.Module | None) -> None:
     """Bake what follows a convolution: fold the batch-norm if `conv` owns it, make its quantizer explicit."""
-    stages: list[nn.Module] = [module]
+    stages: list[nn.Module] | None = None
     if conv is not None:
+        assert isinstance(conv, BakedConv2d)
         conv.fold(module)
         stages = [module.get_submodule("drop"), module.get_submodule("act")] if has_activation(module) else []
     quantizer = module._modules.pop("output_quantizer", None)
@@ -187,9 +184,10 @@ def _bake_follower(model: nn.Module, module: nn.Module, conv: BakedConv2d | None
         for key in [key for key, hook in module._forward_hooks.items() if hook is quantize_output]:
             del module._forward_hooks[key]
         if quantizer.enabled:
+            stages = [_moved(module)] if stages is None else stages
             stages.append(QuantizeDequantize(quantizer))
-    if stages != [module]:
-        _replace(model, module, stages[0] if len(stages) == 1 else nn.Sequential(*stages))
+    if stages is not None:
+        _become(module, copy_attributes(module, nn.Sequential(*stages)))
 
 
 def _bake_attention(layer: QuantAttention) -> None:
@@ -230,9 +228,14 @@ def _make_float(layer: QuantLinear | QuantConv2d) -> None:
         layer.__class__ = nn.Linear  # type: ignore[assignment]
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `old` is a child: a shared layer has several parents."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
+def _moved(module: nn.Module) -> nn.Module:
+    """Return a new object that is all that `module` was, which may then become another."""
+    copied = module.__class__.__new__(module.__class__)
+    copied.__dict__ = dict(module.__dict__)
+    return copied
+
+
+def _become(old: nn.Module, new: nn.Module) -> None:
+    """Make `old` itself what `new` is: parents, lists and closures of the model's code may all refer to it."""
+    old.__class__ = new.__class__
+    old.__dict__ = new.__dict__

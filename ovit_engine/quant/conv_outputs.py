@@ -7,7 +7,6 @@ it can trace. A batch-norm is folded only where that graph shows that it takes t
 else does.
 """
 
-import copy
 import warnings
 from collections import Counter
 from collections.abc import Collection
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 
 from ovit_engine.quant.batch_norm import has_activation, is_foldable
 from ovit_engine.quant.layers import has_hooks
+from ovit_engine.utils.copying import copy_model
 
 _RELU_MODULES = (nn.ReLU, nn.ReLU6)
 
@@ -48,7 +48,7 @@ def find_conv_outputs(model: nn.Module, convs: Collection[str], quantized: Colle
     found = {name: ConvOutput(norm=None, rounded_at=name, traced=False) for name in convs}
     try:
         # parameters are never assigned while fx traces; buffers are, and are copied
-        traced = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}).eval()
+        traced = copy_model(model, {id(parameter): parameter for parameter in model.parameters()}).eval()
     except Exception:  # whatever the model's own __deepcopy__ raises
         return found
     paths = Counter(id(module) for _, module in traced.named_modules(remove_duplicate=False))

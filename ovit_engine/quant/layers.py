@@ -102,6 +102,13 @@ def keep_hooks(old: nn.Module, new: nn.Module) -> None:
         new.__dict__[name] = old.__dict__[name]
 
 
+def copy_attributes(old: nn.Module, new: nn.Module) -> nn.Module:
+    """Give `new`, which stands in for `old`, the attributes that the model's code may read; returns `new`."""
+    own = {*nn.Module().__dict__, "output_quantizer", "norm", "forward", "train"}
+    new.__dict__.update({name: value for name, value in vars(old).items() if name not in own})
+    return new
+
+
 def _require_exactly(layer: nn.Module, kind: type[nn.Module]) -> None:
     if type(layer) is not kind:
         raise TypeError(f"expected exactly {kind.__name__}, got {type(layer).__module__}.{type(layer).__qualname__}")

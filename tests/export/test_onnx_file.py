@@ -99,7 +99,7 @@ def test_opset_and_metadata(vit):
 
 def test_float_weights_that_the_exporter_transposed_get_their_names_back():
     model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 4))
-    proto, shared = build_onnx(model, torch.randn(2, 3, 8))
+    proto, shared, _ = build_onnx(model, torch.randn(2, 3, 8))
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
     np.testing.assert_array_equal(tensors["0.weight"], model[0].weight.detach().numpy().T)
     np.testing.assert_array_equal(tensors["2.weight"], model[2].weight.detach().numpy().T)
@@ -109,7 +109,7 @@ def test_float_weights_that_the_exporter_transposed_get_their_names_back():
 def test_equal_weights_stored_once_are_found_under_both_names():
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4, bias=False))
     model[2].weight.data.copy_(model[0].weight.data)
-    proto, shared = build_onnx(model, torch.randn(2, 3, 4))
+    proto, shared, _ = build_onnx(model, torch.randn(2, 3, 4))
     stored = {tensor.name for tensor in proto.graph.initializer}
     assert {"0.weight", "2.weight"} <= stored | set(shared)
     assert set(shared.values()) <= stored
@@ -137,12 +137,12 @@ def test_one_example_does_not_fix_the_batch():
         def forward(self, x):
             return x + 1 if x.shape[0] == 1 else x * 2
 
-    proto, _ = build_onnx(SpecialCase(), torch.randn(1, 3))
+    proto, _, _ = build_onnx(SpecialCase(), torch.randn(1, 3))
     assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
 
 
 def test_a_fixed_batch_on_request():
-    proto, _ = build_onnx(nn.Linear(3, 2), torch.randn(5, 3), dynamic_batch=False)
+    proto, _, _ = build_onnx(nn.Linear(3, 2), torch.randn(5, 3), dynamic_batch=False)
     assert [dim.dim_value for dim in proto.graph.input[0].type.tensor_type.shape.dim] == [5, 3]
 
 
