@@ -26,6 +26,7 @@ from ovit_engine.core.modifier import Modifier
 from ovit_engine.core.run import Run
 from ovit_engine.core.schedule import Clock
 from ovit_engine.distributed.sharding import gathered
+from ovit_engine.masking.owners import sums_along_rows, why_not_pruned
 from ovit_engine.masking.parameters import Slot
 from ovit_engine.masking.targets import check_target_syntax, find_slots
 from ovit_engine.pruning import prune_by_scores
@@ -80,10 +81,18 @@ class Masking(Scheduled, Exclusive, Patterned, Coordinated):
         for slot in self._slots:
             with self.errors_at("pattern", slot.name):
                 self.pattern.check(slot.tensor.shape)
+            if reason := why_not_pruned(slot):
+                raise self.error(f"{slot.name!r} can't be pruned: {reason}; leave it out", "targets")
             if self.pattern.group > 1 and isinstance(slot.module, _TRANSPOSED):
                 kind = type(slot.module).__name__
                 raise self.error(
                     f"{slot.name}: {self.pattern} in a {kind}, whose axes no sparse kernel reads", "pattern"
+                )
+            if self.pattern.group > 1 and not sums_along_rows(slot):
+                raise self.error(
+                    f"{slot.name!r} belongs to {type(slot.module).__name__}, which may store it as [in, out], and "
+                    f"{self.pattern} must lie along the inputs: make it the weight of an nn.Linear, or leave it out",
+                    "pattern",
                 )
 
     def patterns(self) -> Mapping[str, Pattern]:

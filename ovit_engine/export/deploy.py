@@ -12,6 +12,8 @@ from ovit_engine.core.modifier import Modifier
 from ovit_engine.core.recipe import Recipe
 from ovit_engine.distillation.teacher import forget_teacher
 from ovit_engine.export.exporter import export_model
+from ovit_engine.export.resolve import resolve_weights
+from ovit_engine.export.writer import as_inputs
 from ovit_engine.masking.masks import Masks
 from ovit_engine.masking.parameters import clean_name
 from ovit_engine.quant import QuantConv2d, QuantLinear
@@ -43,6 +45,7 @@ def write(
     deployable = having(modifiers, Deployable)
     forget_teacher(reference.eval())
     baked = copy_model(reference)
+    masks = resolve_weights(baked, masks, as_inputs(example_inputs))
     promise = smaller(baked, masks, dead=any(modifier.removes_dead for modifier in deployable))
     manifest = manifest_of(baked)
     for modifier in deployable:

@@ -25,10 +25,13 @@ from ovit_engine.certificate.errors import ExportError
 from ovit_engine.certificate.kernels import walk_graphs, walk_nodes
 from ovit_engine.export.opset import has_int8_activations, step_down
 from ovit_engine.quant.functional import DEQUANTIZE_OVERLOAD, QUANTIZE_OVERLOAD
+from ovit_engine.utils.console import errors_only
 from ovit_engine.utils.files import atomic_write
 
 MIN_OPSET = 21
 _MAX_BYTES = 2**31 - 1
+# it warns of each Split that it leaves as it is
+_OPTIMIZER = ("onnxscript.optimizer._constant_folding",)
 
 
 class Built(NamedTuple):
@@ -206,7 +209,7 @@ def serialize(proto: onnx.ModelProto) -> bytes:
 
 def _export(model: nn.Module, inputs: tuple[Tensor, ...], **options: Any) -> Any:
     printed = io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stderr(printed):
+    with warnings.catch_warnings(), contextlib.redirect_stderr(printed), errors_only(*_OPTIMIZER):
         # the exporter's own deprecations; warnings of the user's model still show
         for module in (r"torch\.onnx", r"torch\.export", r"torch\._export", r"onnxscript", r"onnx_ir", r"copyreg"):
             warnings.filterwarnings("ignore", category=DeprecationWarning, module=module)
