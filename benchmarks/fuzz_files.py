@@ -25,6 +25,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from ovit_engine.certificate import Certificate
 from ovit_engine.cli.group import EXPECTED
 
 SECONDS, BYTES = 5, 2**30
@@ -174,8 +175,8 @@ def attack(folder: Path, first: int, last: int) -> None:
 
 def _facts(content: bytes) -> Any:
     """What a certificate says of its file; not of the machine, and no digits that differ between machines."""
-    said = json.loads(content, parse_float=lambda text: round(float(text), 2))
-    return {key: value for key, value in said.items() if key not in ("machine", "versions", "notes")}
+    said = Certificate.from_json(content.decode()).model_dump_json(exclude={"machine", "versions", "notes"})
+    return json.loads(said, parse_float=lambda text: round(float(text), 2))
 
 
 def _late(*_: Any) -> None:

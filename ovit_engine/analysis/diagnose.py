@@ -45,8 +45,6 @@ _VALUES = 2**15
 # what a group must make of the whole error to be halved further
 _SHARE = 0.05
 
-_LEAST_COST = 0.02
-
 # the error that the file may have left with the weights of its reference, of which biases may have been corrected
 _LEFT = 0.01
 
@@ -54,13 +52,16 @@ _LEFT = 0.01
 _UNLIKE = 0.02
 
 
-def diagnose_file(path: str | Path, data: Any, *, reference: str | Path | None = None) -> Diagnosis:
+def diagnose_file(
+    path: str | Path, data: Any, *, reference: str | Path | None = None, progress: Callable[[int], None] | None = None
+) -> Diagnosis:
     """Measure what each part and each layer of an int8 file costs, and which changes of the recipe help.
 
     Args:
         data: as for `verify_file`; the first 256 images are used.
         reference: the float file that the int8 one was made from. Without it the file itself in float takes its place,
             and the cost of rounded weights and of sparsity can't be measured.
+        progress: called before each run of the file or of a variant of it, with the number of runs so far.
 
     Raises:
         FileNotFoundError: a file does not exist.
@@ -70,13 +71,13 @@ def diagnose_file(path: str | Path, data: Any, *, reference: str | Path | None =
     layers = find_layers(model)
     if not any(layer.roundings for layer in layers) and reference is None:
         raise ValueError(f"{Path(path).name} rounds no activations: give the float file with --reference")
-    variants = _Variants(model, layers, take_sample(data, *input_types(model), limit=_IMAGES))
+    variants = _Variants(model, layers, take_sample(data, *input_types(model), limit=_IMAGES), progress)
     not_compared: NotCompared | None = "no reference"
     if reference is not None:
         not_compared = variants.take_reference(load_onnx(Path(reference)), Path(reference))
     outputs = [layer.output for layer in layers]
     whole = variants.run(rounded=outputs)
-    costs = _bisect(outputs, lambda group: variants.run(rounded=group).noise, whole.noise)
+    costs = _bisect(outputs, lambda group: variants.run(rounded=group).noise, _SHARE * whole.noise)
     suspects = sorted((output for output in costs if costs[output]), key=lambda output: -costs[output])
     gains = {each: variants.run(rounded=set(outputs) - {each}).agreement - whole.agreement for each in suspects}
     inputs = input_errors(model, variants.floated(outputs), layers, next(variants.batches(_BATCH)))
@@ -109,7 +110,14 @@ def diagnose_file(path: str | Path, data: Any, *, reference: str | Path | None =
 class _Variants:
     """The file with some of it in float, run on the images and compared with the float logits."""
 
-    def __init__(self, model: onnx.ModelProto, layers: Sequence[QdqLayer], sample: Sample) -> None:
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        layers: Sequence[QdqLayer],
+        sample: Sample,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self._progress, self._runs = progress, 0
         self.model, self.layers, self.sample = model, layers, sample
         self.outputs = [layer.output for layer in layers]
         self.stored = {layer.output: layer.weight for layer in layers if layer.weight is not None}
@@ -187,6 +195,9 @@ class _Variants:
 
     def _logits(self, model: onnx.ModelProto) -> np.ndarray:
         """The first output for all images."""
+        if self._progress is not None:
+            self._progress(self._runs)
+        self._runs += 1
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "variant.onnx"
             onnx.save(model, file)
@@ -236,16 +247,14 @@ def is_pruned(weight: LayerWeight, reference: np.ndarray) -> np.ndarray:
     return found
 
 
-def _bisect(
-    outputs: Sequence[str], noise_of: Callable[[Sequence[str]], float], total: float, least: float = _SHARE
-) -> dict[str, float]:
-    """Error of each layer alone; 0 where it, or a group that it is in, makes less than this share of `total`."""
+def _bisect(outputs: Sequence[str], noise_of: Callable[[Sequence[str]], float], least: float) -> dict[str, float]:
+    """Error of each layer alone; 0 where it, or a group that it is in, makes less than `least`."""
     costs = dict.fromkeys(outputs, 0.0)
     groups = [list(outputs)]
     while groups:
         group = groups.pop()
         noise = noise_of(group)
-        if not noise or noise < least * total:
+        if not noise or noise < least:
             continue
         if len(group) == 1:
             costs[group[0]] = noise
@@ -273,16 +282,14 @@ def _find_changes(variants: _Variants, suspects: Sequence[str], whole: Score) ->
     return sorted(helpful, key=lambda change: -change.score.agreement)
 
 
-def layer_costs(model: onnx.ModelProto, sample: Sample) -> dict[str, float]:
+def layer_costs(model: onnx.ModelProto, sample: Sample, *, least: float) -> dict[str, float]:
     """Return the error of the logits that each layer of an int8 file makes alone, by the name of its weight.
 
-    0 for those that make less than 2 % of the file's.
+    0 for those that make less than `least`, as a share of the squares of the logits.
     """
     layers = find_layers(model)
     variants = _Variants(model, layers, sample)
-    outputs = [layer.output for layer in layers]
-    whole = variants.run(rounded=outputs)
-    costs = _bisect(outputs, lambda group: variants.run(rounded=group).noise, whole.noise, _LEAST_COST)
+    costs = _bisect([layer.output for layer in layers], lambda group: variants.run(rounded=group).noise, least)
     return {layer.weight.name: costs[layer.output] for layer in layers if layer.weight is not None}
 
 

@@ -183,7 +183,7 @@ def notes_of(certificate: Certificate) -> Iterator[Note]:
 def input_types(model: onnx.ModelProto) -> tuple[list[tuple[int, ...]], list[np.dtype[Any]]]:
     """Shapes (0 for a free dimension) and NumPy types of the inputs."""
     kinds = [value.type.tensor_type for value in model.graph.input]
-    shapes = [tuple(dim.dim_value for dim in kind.shape.dim) for kind in kinds]
+    shapes = [tuple(max(dim.dim_value, 0) for dim in kind.shape.dim) for kind in kinds]
     return shapes, [np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type)) for kind in kinds]
 
 

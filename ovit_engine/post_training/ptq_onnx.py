@@ -43,7 +43,13 @@ _CHOOSING = {"TopK": (0, 1), "ArgMax": (None, 0), "ArgMin": (None, 0)}
 
 _WEIGHTED = ("MatMul", "Gemm", "Conv")
 
-_COST_IMAGES = 32  # that the cost of each layer is measured on
+_CHECK_IMAGES = 32  # that a form or a choice is checked on before it is measured on all
+
+_COST_IMAGES = 8  # that the cost of each layer is measured on
+
+# squared error of the outputs over their squares: of a choice that is worth measuring, and what the layers that stay
+# int8 may add up to, alone
+_WORTH, _LEFT = 0.05, (0.02, 0.01, 0.004, 0.001)
 
 _CHANGED = 0.02  # of the largest output: what bringing a file into another form may change
 
@@ -113,7 +119,10 @@ def ptq_onnx(
         refusal: ExportError | None = None
         for count, choice in enumerate(tries):
             try:
-                done = _published(quantizer.quantized(choice), path, source, sample, exact, preprocessing)
+                proto = quantizer.quantized(choice)
+                if count and not quantizer.is_close(proto):
+                    continue
+                done = _published(proto, path, source, sample, exact, preprocessing)
             except ExportError as error:
                 refusal = refusal or error
                 continue
@@ -174,7 +183,7 @@ def _rebatched(batches: Sequence[Batch], size: int, types: Sequence[Any]) -> lis
 
 def _check_form(prepared: Path, source: Path, sample: Sample) -> None:
     """Raise ValueError if the file in the form that is quantized gives other outputs, in float."""
-    few = [array[:_COST_IMAGES] for array in sample.inputs]
+    few = [array[:_CHECK_IMAGES] for array in sample.inputs]
     found, wanted = (run_outputs(open_session(file), few) for file in (prepared, source))
     if not np.abs(found - wanted).max() <= _CHANGED * np.abs(wanted).max():
         raise ValueError(f"{source.name} gives other outputs once onnx has converted it to opset 13 and float32")
@@ -305,14 +314,33 @@ class _Quantizer:
             raise ValueError(f"{self._name} can't be verified in int8: {unmeasurable[0]}")
         return proto
 
-    def costly(self, choice: Choice) -> list[str]:
-        """The quantized weights, that which costs most first."""
+    def is_close(self, proto: onnx.ModelProto) -> bool:
+        """Whether an int8 graph is worth measuring: its outputs for some calibration images are near the float ones."""
+        onnx.save(proto, self._folder / "choice.onnx")
+        images = self._first(_CHECK_IMAGES)
+        files = ("choice.onnx", "prepared.onnx")
+        found, exact = (run_outputs(open_session(self._folder / file), images) for file in files)
+        return float(np.square(found - exact).sum()) <= _WORTH * float(np.square(exact).sum())
+
+    def costly(self, choice: Choice) -> Iterator[tuple[str, ...]]:
+        """The fewest weights without which the others cost little, for less and less of it."""
         proto = self.quantized(choice)
         _name_weights(proto)
-        columns = [np.concatenate(column)[:_COST_IMAGES] for column in zip(*self._batches, strict=True)]
-        costs = layer_costs(proto, Sample(tuple(columns), None, "data"))
+        costs = layer_costs(proto, Sample(tuple(self._first(_COST_IMAGES)), None, "data"), least=_LEFT[-1] / 10)
         weights = list(dict.fromkeys(node.input[1] for node in self._nodes))
-        return sorted(weights, key=lambda name: -costs.get(name, 0.0))
+        weights.sort(key=lambda name: -costs.get(name, 0.0))
+        tried = 0
+        for most in _LEFT:
+            count = max(1, tried + 1)
+            while count < len(weights) and sum(costs.get(name, 0.0) for name in weights[count:]) > most:
+                count += 1
+            if count < len(weights):
+                tried = count
+                yield tuple(weights[:count])
+
+    def _first(self, count: int) -> list[np.ndarray]:
+        """So many calibration images, or a whole batch where the file takes one size."""
+        return [np.concatenate(column)[:count] for column in zip(*self._batches, strict=True)]
 
     def _feeds(self) -> Iterator[dict[str, np.ndarray]]:
         for batch in self._batches:
@@ -342,17 +370,13 @@ def _layer(node: onnx.NodeProto) -> str:
 
 
 def _choices(quantizer: _Quantizer, observer: str | None, search: bool) -> Iterator[Choice]:
-    """What is tried, in turn: other observers; then more and more layers in float, up to half of them."""
+    """What is tried, in turn: other observers; then more and more layers in float."""
     yield (first := Choice(observer or "min_max"))
     if not search:
         return
     if observer is None:
         yield from (Choice(other) for other in OBSERVERS if other != first.observer)
-    costly = quantizer.costly(first)
-    count = 1
-    while count <= (len(costly) + 1) // 2:
-        yield Choice(first.observer, tuple(costly[:count]))
-        count *= 2
+    yield from (Choice(first.observer, exclude) for exclude in quantizer.costly(first))
 
 
 class _CalibrationReader:

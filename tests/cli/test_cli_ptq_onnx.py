@@ -1,6 +1,7 @@
 """`ovit ptq FILE.onnx`: what the command line says of the images and inputs of a file of another tool."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -116,3 +117,24 @@ def test_an_unknown_order_is_an_error() -> None:
     assert arrangement({"channels": "rgb", "layout": "nhwc"}) == {"layout": "nhwc"}
     with pytest.raises(ValueError, match="channels must be rgb or bgr, not 'gbr'"):
         arrangement({"channels": "gbr"})
+
+
+@pytest.mark.usefixtures("files")
+def test_diagnose_takes_another_tools_file_and_how_it_wants_its_images(
+    ovit: Ovit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without our metadata, and with the float file beside it."""
+    ovit("ptq", "bgr.onnx", "--data", "images", "--output", "int8.onnx", *ARGUMENTS)
+    model = onnx.load("int8.onnx")
+    del model.metadata_props[:]
+    onnx.save(model, "other.onnx")
+    monkeypatch.setattr(sys.modules["ovit_engine.cli.diagnose"], "_SECONDS", 0)  # the command has that name too
+    done = ovit("diagnose", "other.onnx", "--data", "images", "--reference", "bgr.onnx", *ARGUMENTS)
+    assert done.exit_code == 0, done.output
+    assert "100.00% agree, accuracy 100.00% with bgr.onnx, whose accuracy is 100.00%" in done.output
+    assert "diagnose: 2 variants of the file were run" in done.output
+    wrong = ovit("diagnose", "other.onnx", "--data", "images", *ARGUMENTS[:2], *ARGUMENTS[4:])
+    assert "accuracy 33.33%" in wrong.output
+    np.savez("inputs.npz", x=np.random.default_rng(0).uniform(0, 255, (80, 8, 8, 3)).astype(np.float32))
+    arrays = ovit("diagnose", "other.onnx", "--data", "inputs.npz", "--shape", "x=1,8,8,3")
+    assert "other.onnx on 40 images" in arrays.output
