@@ -358,6 +358,14 @@ class Quantize(Scheduled, Surgical, Deployable, Exclusive, Synchronized):
             counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
             names = listed(prepared.skipped, shown=8)
             warn(f"{self.name}: {counts} stay float ({names}): they have a forward of their own")
+        unknown = [] if self.targets is not None else quant.unquantized(model)
+        if unknown:
+            kinds = Counter(type(model.get_submodule(name)).__name__ for name in unknown)
+            counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+            warn(
+                f"{self.name}: weights of {counts} stay float ({listed(unknown, shown=8)}): only Linear and Conv2d "
+                "layers are quantized"
+            )
         if not prepared.layers:
             raise self.error(f"{type(model).__name__} has no Linear or Conv2d layer to quantize")
         self._layers = prepared.layers

@@ -34,6 +34,7 @@ from ovit_engine.quant.prepare import (
     quantizers,
     set_enabled,
     set_observing,
+    unquantized,
     unrounded_outputs,
 )
 from ovit_engine.quant.range_search import extremes, least_error_range, percentile_range
@@ -89,5 +90,6 @@ __all__ = [
     "share_ranges",
     "smooth",
     "unfreeze_batch_norm",
+    "unquantized",
     "unrounded_outputs",
 ]

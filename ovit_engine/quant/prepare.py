@@ -82,6 +82,12 @@ def prepare_quantization(
     return Prepared(layers=tuple(layers), skipped=skipped, folded=folded, untraced=untraced)
 
 
+def unquantized(model: nn.Module) -> list[str]:
+    """Names of modules of torch whose own weights are those of products, and which have no quantized form."""
+    kinds = (nn.MultiheadAttention, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
+    return [n for n, m in model.named_modules() if isinstance(m, kinds) and not isinstance(m, nn.Conv2d)]
+
+
 def quantizers(model: nn.Module) -> Iterator[tuple[str, FakeQuantize]]:
     """Return every fake quantizer of `model` with its name."""
     for name, module in model.named_modules():

@@ -258,3 +258,13 @@ def test_a_phase_whose_step_was_interrupted_comes_at_the_next() -> None:
             optimizer.step()
     engine.detach()
     assert states(model) == {(True, False)}
+
+
+@pytest.mark.filterwarnings("ignore:quantize. 1 NonDynamicallyQuantizableLinear")
+@pytest.mark.parametrize(
+    "layer", [nn.MultiheadAttention(8, 2), nn.ConvTranspose2d(8, 8, 3), nn.Conv1d(8, 8, 3), nn.GRU(8, 8)]
+)
+def test_other_layers_with_weights_are_named_as_float(layer: nn.Module) -> None:
+    model = nn.Sequential(mlp(), layer)
+    with pytest.warns(UserWarning, match=rf"weights of 1 {type(layer).__name__} stay float \('1'\)"):
+        Engine(model, recipe("quantize: {start: 1st}"), steps_per_epoch=2, epochs=1).prepare()
