@@ -121,8 +121,8 @@ def _model_layers(training: "Training") -> tuple["LayerShape", ...]:
     import torch
 
     from ovit_engine.analysis.layer_shapes import linear_shapes
-    from ovit_engine.cli.validate import empty_model
     from ovit_engine.training.data import model_data_config
+    from ovit_engine.training.models import empty_model
 
     model = empty_model(training)
     device = next(model.parameters()).device

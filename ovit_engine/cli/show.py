@@ -97,8 +97,8 @@ def preset_lines(recipe: "Recipe") -> Iterable[str]:
 
 def _weights(recipe: "Recipe", modifier: "Modifier", targets: list[str]) -> dict[str, int]:
     """Return how many weights each target takes of the recipe's model, by part in presets; raises RecipeError."""
-    from ovit_engine.cli.validate import empty_model
     from ovit_engine.masking.targets import match_targets
+    from ovit_engine.training.models import empty_model
 
     try:
         found = match_targets(empty_model(recipe.training), targets)

@@ -74,7 +74,9 @@ def print_points(index: "Index") -> None:
         if point.onnx is not None and point.onnx_bytes is not None and point.onnx_gzip_bytes is not None
     ]
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    console.print(plain_table(["point", "sparsity", index.metric, "epoch", "left", "size", "gzip", "FLOPs"], rows))
+    console.print(
+        plain_table(["point", "sparsity", index.metric, "epoch", "left", "size", "gzip", "multiply-adds"], rows)
+    )
     if files:
         console.print(plain_table(["ONNX file", index.metric, "size", "gzip"], files))
     missing = sorted(set(index.asked) - {point.sparsity for point in index.points})

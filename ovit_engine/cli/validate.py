@@ -8,11 +8,8 @@ import click
 from ovit_engine.cli import options
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ovit_engine.core.recipe import Recipe
     from ovit_engine.core.schedule import Clock
-    from ovit_engine.core.training_options import Training
     from ovit_engine.engine import Engine
 
 STEPS_PER_EPOCH = 100
@@ -51,11 +48,12 @@ def validate(
             check_schedule(read, clock)
         console.print(f"{read.name}: ok; --model NAME checks its targets")
         return
-    from ovit_engine.training.schedulers import check_scheduler
+    from ovit_engine.training.checks import check_training
 
     with options.assuming(assumed):
         engine = prepared(read, model, model_args, epochs=epochs, steps_per_epoch=steps_per_epoch)
-    check_scheduler(engine.recipe.training, engine.modifiers)
+    if read.training.model_fields_set:
+        check_training(engine)
     _print_matches(console, engine)
     console.print(f"{read.name}: ok on {engine.recipe.training.model}")
 
@@ -82,25 +80,12 @@ def prepared(
 ) -> "Engine":
     """Return an engine of the recipe on an empty model: the recipe's own, or another by name."""
     from ovit_engine.engine import Engine
+    from ovit_engine.training.models import empty_model
 
     changed = options.with_options(recipe, model, model_args, epochs=epochs)
     return Engine(
         empty_model(changed.training), changed, steps_per_epoch=steps_per_epoch, epochs=changed.training.epochs
     ).prepare()
-
-
-def empty_model(training: "Training") -> "nn.Module":
-    """Return the model without memory for its weights, where it can be made so."""
-    import torch
-
-    from ovit_engine.training.api import make_model, model_name
-
-    model_name(training)
-    try:
-        with torch.device("meta"):
-            return make_model(training)
-    except (RuntimeError, NotImplementedError):  # it looks at values while it is made
-        return make_model(training)
 
 
 def _print_matches(console: Any, engine: "Engine") -> None:

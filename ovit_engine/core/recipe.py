@@ -18,7 +18,7 @@ from ovit_engine.core.modifier import Modifier
 from ovit_engine.core.registry import modifiers
 from ovit_engine.core.training_options import Training
 from ovit_engine.core.yaml_reader import Located, check_length, read_yaml
-from ovit_engine.utils.suggest import suggest
+from ovit_engine.utils.suggest import did_you_mean, suggest
 from ovit_engine.utils.validation import reason
 
 T = TypeVar("T", bound=BaseModel)
@@ -64,7 +64,8 @@ class Recipe:
         shipped = shipped_recipes()
         if str(source) in shipped:
             return cls._parse(shipped[str(source)], f"{source}.yaml", variables)
-        near = suggest(str(source), shipped, count=3)
+        beside = [file.name for file in sorted(path.parent.glob("*.y*ml"))]
+        near = did_you_mean(path.name, beside, cutoff=0.8) or suggest(str(source), shipped, count=3)
         raise RecipeError(f"no recipe file {str(source)!r} nor a shipped recipe (`ovit recipes`){near}")
 
     @classmethod

@@ -55,11 +55,6 @@ class AugmentationPreset:
     # share of an image's side that evaluation looks at; None: as the model says
     crop: float | None = 0.9
 
-    @property
-    def mixes(self) -> bool:
-        """Whether images of a batch are mixed with each other."""
-        return self.mixup > 0 or self.cutmix > 0
-
 
 def _steiner(auto: str, mix: float) -> AugmentationPreset:
     """Of "How to train your ViT" (Steiner et al. 2021)."""
@@ -146,11 +141,17 @@ def known_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in keys}
 
 
+def mixes_images(training: Training) -> bool:
+    """Return whether the images of a batch are mixed with each other."""
+    preset = AUGMENTATION_PRESETS.get(training.augmentation)
+    return preset is not None and (preset.mixup > 0 or preset.cutmix > 0)
+
+
 def make_mixup(training: Training, classes: int) -> Mixup | None:
     """timm's mixup and cutmix for batches [N, C, H, W] with labels [N], which become soft targets [N, classes]."""
-    preset = AUGMENTATION_PRESETS.get(training.augmentation)
-    if preset is None or not preset.mixes:
+    if not mixes_images(training):
         return None
+    preset = AUGMENTATION_PRESETS[training.augmentation]
     return Mixup(  # type: ignore[no-untyped-call]
         mixup_alpha=preset.mixup,
         cutmix_alpha=preset.cutmix,

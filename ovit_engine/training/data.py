@@ -25,6 +25,7 @@ from ovit_engine.training.augmentation import (
 )
 from ovit_engine.training.digits import SIZE, split_digits
 from ovit_engine.training.images import Images, ImageSource
+from ovit_engine.utils.suggest import did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,9 @@ def load_data(
     elif name.partition("/")[0].lower() in PREFIXES and "/" in name:
         train, val, classes = _timm_sources(name, root)
     else:
-        raise FileNotFoundError(f"no data {name!r}: {WHAT}")
+        folders = [each.name for each in sorted(folder.parent.glob("*")) if each.is_dir()]
+        near = did_you_mean(folder.name, ["digits", *folders], cutoff=0.8)
+        raise FileNotFoundError(f"no data {name!r}{near or f': {WHAT}'}")
     mode = {1: "L", 3: "RGB"}.get(config["input_size"][0])
     if mode is None:
         raise ValueError(f"images have 1 or 3 channels, the model takes {config['input_size'][0]}")

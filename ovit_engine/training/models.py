@@ -117,7 +117,7 @@ def with_small_model(recipe: Recipe, steps_per_epoch: int) -> Recipe:
     names a block further back, so that it would match nothing, all blocks stay. Raises ValueError as `make_model`.
     """
     training = recipe.training
-    model = _empty(training)
+    model = empty_model(training)
     if sum(parameter.numel() for parameter in model.parameters()) < LARGE:
         return recipe
     accepted = inspect.signature(type(model).__init__).parameters
@@ -138,14 +138,18 @@ def _can_follow(recipe: Recipe, steps_per_epoch: int) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of this model, which is not the user's
         try:
-            Engine(_empty(training), recipe, steps_per_epoch=steps_per_epoch, epochs=training.epochs).prepare()
+            Engine(empty_model(training), recipe, steps_per_epoch=steps_per_epoch, epochs=training.epochs).prepare()
         except ValueError:
             return False
     return True
 
 
-def _empty(training: Training) -> nn.Module:
-    with torch.device("meta"):
+def empty_model(training: Training) -> nn.Module:
+    """Return the model without memory for its weights, where it can be made so. Raises ValueError as `make_model`."""
+    try:
+        with torch.device("meta"):
+            return make_model(training)
+    except (RuntimeError, NotImplementedError):  # it looks at values while it is made
         return make_model(training)
 
 

@@ -23,8 +23,6 @@ TAIL_EPOCHS = 100
 
 TAIL_MAX, TAIL_MIN = 5e-5, 1e-5
 
-METRIC = "accuracy"  # what the bundled trainer reports
-
 
 def load_point(model: nn.Module, path: str | Path) -> Engine:
     """Load a point of a sweep ("runs/x/sweep/0.75.pt") into a fresh model; `engine.export(...)` writes its file.

@@ -10,7 +10,7 @@ from ovit_engine.core.recipe import Recipe
 from ovit_engine.core.state import whole_state_dict
 from ovit_engine.core.training_options import Training
 from ovit_engine.training.checkpoint import load_weights
-from ovit_engine.training.models import make_model
+from ovit_engine.training.models import empty_model, make_model
 from ovit_engine.utils.torch_files import load_file, save_file
 
 FILE = "teacher.pt"  # the weights, so that a resumed run needs nothing but its folder
@@ -35,6 +35,16 @@ def make_teacher(recipe: Recipe) -> nn.Module | None:
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"training.teacher: {error}") from error
     return teacher
+
+
+def check_teacher(recipe: Recipe) -> None:
+    """Raise ValueError if timm does not have the teacher that the recipe's training names."""
+    if recipe.training.teacher is None or recipe.training.teacher.model == "same":
+        return
+    try:
+        empty_model(_training_of_teacher(recipe))
+    except ValueError as error:
+        raise ValueError(f"training.teacher: {error}") from error
 
 
 def save_teacher(teacher: nn.Module, folder: Path) -> None:

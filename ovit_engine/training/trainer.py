@@ -40,12 +40,13 @@ from ovit_engine.training.checkpoint import (
     set_aside,
     with_manifest,
 )
+from ovit_engine.training.checks import METRIC, check_sweep
 from ovit_engine.training.data import ImageData, load_data, model_data_config
 from ovit_engine.training.metrics import EpochMetrics, TrainingListener, evaluate, write_metrics
 from ovit_engine.training.models import make_model, model_name, with_classes
 from ovit_engine.training.schedulers import make_scheduler
 from ovit_engine.training.steps import Steps
-from ovit_engine.training.sweep_run import METRIC, complete
+from ovit_engine.training.sweep_run import complete
 from ovit_engine.training.teachers import load_teacher, make_teacher, save_teacher
 from ovit_engine.utils.random_states import mixed, seed_everything
 
@@ -155,9 +156,8 @@ class Trainer:
             output=self.output,
             teacher=teacher,
         ).prepare()
+        check_sweep(self.engine)
         if self.engine.sweep is not None:
-            if self.engine.sweep.plan.metric != METRIC:
-                raise ValueError(f"sweep by {self.engine.sweep.plan.metric!r}: the trainer measures {METRIC!r} only")
             self.engine.sweep.extra = self._about_point
         ema = self.training.ema
         self.ema = None if ema is None else ModelEmaV3(self.model, decay=ema)

@@ -261,3 +261,25 @@ def test_validate_finds_what_train_would_refuse(ovit: Ovit) -> None:
         done = ovit(command, "long.yaml", "--epochs", 7)
         assert done.stderr.startswith("ovit: error: long.yaml:1:")
         assert done.stderr.endswith(f": {expected}\n")
+
+
+@pytest.mark.parametrize(
+    ("training", "modifiers", "message"),
+    [
+        ("augmentation: deit, batch_size: 20, accumulate: 4", "", "batch_size / accumulate must be even, not 5"),
+        ("augmentation: light1, model_args: {in_chans: 1}", "", "'light1' is made for colour images"),
+        ("teacher: {model: resnet5O}", "", "training.teacher: timm has no model 'resnet5O'; did you mean 'resnet50'"),
+        (
+            "seed: 1",
+            "- magnitude_prune: {start: 0ep, end: 2ep, every: 1ep, sparsity: {from: 0.4, to: 0.6}, "
+            "targets: ['re:blocks.*fc1.weight'], sweep: {sparsity: [0.6], metric: top5}}",
+            "sweep by 'top5': the trainer measures 'accuracy' only",
+        ),
+    ],
+)
+def test_validate_refuses_options_as_train_does(ovit: Ovit, training: str, modifiers: str, message: str) -> None:
+    text = f"training: {{model: vit_tiny_patch16_224, {training}}}\nmodifiers: [%s]\n"
+    Path("one.yaml").write_text(text.replace("[%s]", f"\n  {modifiers}" if modifiers else "[]"))
+    done = ovit("validate", "one.yaml")
+    assert done.exit_code == 1
+    assert message in done.stderr

@@ -33,6 +33,9 @@ def test_a_recipe_path_that_does_not_exist(ovit: Ovit, command: str) -> None:
         "no recipe file 'xyz' nor a shipped recipe (`ovit recipes`); there are "
     )
     assert one_error(ovit(command, "evit")).endswith("; did you mean 'tokens/evit_deit_small_70'?")
+    Path("mine").mkdir()
+    Path("mine/prune_later.yaml").write_text("modifiers: []")
+    assert one_error(ovit(command, "mine/prune_latr.yaml")).endswith("; did you mean 'prune_later.yaml'?")
 
 
 @pytest.mark.parametrize(
@@ -65,6 +68,7 @@ def test_a_recipe_with_a_mistake_names_the_place(ovit: Ovit, text: str, message:
         ),
         (["show", "tiny.yaml", "--var", "sparsity=1.2"], "sparsity 1.2 is not in [0, 1)"),
         (["train", "--recipe", "tiny.yaml", "--data", "photos"], "no data 'photos': give 'digits', an image folder"),
+        (["train", "--recipe", "tiny.yaml", "--data", "digts"], "no data 'digts'; did you mean 'digits'?"),
         (["train", "--recipe", "tiny.yaml", "--data", "digits", "--model", "vit_tinny"], "timm has no model"),
         (["train", "--recipe", "tiny.yaml", "--data", "digits", "--device", "tpuu"], "no device 'tpuu'"),
         (["train", "--recipe", "tiny.yaml", "--data", "digits", "--checkpoint", "no.pt"], "no checkpoint 'no.pt'"),

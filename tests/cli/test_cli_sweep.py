@@ -47,7 +47,7 @@ def test_the_table_and_the_plot(ovit: Ovit, swept: tuple[Path, str]) -> None:
     done = ovit("sweep", swept[0])
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
-    assert lines[0].split() == ["point", "sparsity", "accuracy", "epoch", "left", "size", "gzip", "FLOPs"]
+    assert lines[0].split() == ["point", "sparsity", "accuracy", "epoch", "left", "size", "gzip", "multiply-adds"]
     points = read_index(swept[0] / FOLDER).points
     for line, point in zip(lines[1:3], points, strict=True):
         assert line.split()[:3] == [str(point.sparsity), f"{point.measured:.2%}", f"{point.metric:.2%}"]

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from ovit_engine import Engine, Recipe
-from ovit_engine.cli.validate import empty_model
 from ovit_engine.core.recipe import shipped_recipes
 from ovit_engine.structured.gates import installed
 from ovit_engine.training.api import train, with_training
+from ovit_engine.training.models import empty_model
 
 NAMES = [name for name in shipped_recipes() if name.startswith("gohsp/")]
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 36, "depth": 2, "num_heads": 3, "weight_init": "jax"}

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from ovit_engine import Clock, Engine, Recipe
-from ovit_engine.cli.validate import empty_model
 from ovit_engine.core.capabilities import Exclusive, having, timeline_rows
 from ovit_engine.core.recipe import shipped_recipes
 from ovit_engine.modifiers.cyclic_lr import CyclicLR
 from ovit_engine.training.api import Trained, train, with_training
+from ovit_engine.training.models import empty_model
 
 PAPER = [name for name in shipped_recipes() if name.startswith("paper/")]
 

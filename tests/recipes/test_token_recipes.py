@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from ovit_engine import Engine, Recipe
-from ovit_engine.cli.validate import empty_model
 from ovit_engine.core.recipe import shipped_recipes
 from ovit_engine.flops import count_flops
 from ovit_engine.modifiers.dynamic_vit import DynamicViT
 from ovit_engine.training.api import train, with_training
+from ovit_engine.training.models import empty_model
 
 DYNAMIC = [name for name in shipped_recipes() if name.startswith("tokens/dynamic_vit")]
 # specs/structured-and-tokens.md §7.4

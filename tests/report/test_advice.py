@@ -158,6 +158,18 @@ def test_a_sweep_that_falls_and_one_that_does_not():
     assert said(run(sweep=sweep(3.0, 2.0, best="min"))) == []
 
 
+def test_a_run_that_is_too_short_says_nothing_of_higher_sparsities():
+    flat = run(sweep=sweep(0.9, 0.9), epochs=epochs(0.9, 0.9, 0.9, 0.9, 0.9, 0.9))
+    assert said(flat) == ["Sweep to higher sparsities."]
+    assert said(replace(flat, epochs=epochs(0.9, 0.9))) == []  # too few epochs to tell
+    assert said(run(sweep=sweep(0.2, 0.3))) == []  # training gained more than pruning cost
+    rising = replace(flat, epochs=epochs(0.4, 0.5, 0.6, 0.7, 0.8, 0.9))
+    assert said(rising) == ["Train the pruned model further."]
+    assert "Sweep to higher sparsities." not in said(replace(flat, training=training(finished=False)))
+    assert said(run(sweep=replace(sweep(0.8, 0.8), baseline=0.9))) == []  # it lost much before its first point
+    assert said(run(sweep=replace(sweep(0.9, 0.9), baseline=0.91))) == ["Sweep to higher sparsities."]
+
+
 def test_the_cliff_is_named_as_what_it_is():
     (advice,) = advise(run(sweep=sweep(0.9, 0.8, 0.5)))
     assert "first step" in advice.why

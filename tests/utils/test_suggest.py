@@ -2,7 +2,7 @@
 
 import pytest
 
-from ovit_engine.utils.suggest import suggest
+from ovit_engine.utils.suggest import did_you_mean, suggest
 
 NAMES = ["ovit_prune", "magnitude_prune", "quantize"]
 MANY = [f"name{number}" for number in range(40)]
@@ -26,3 +26,4 @@ MANY = [f"name{number}" for number in range(40)]
 )
 def test_suggest(word: str, known: list[str], options: dict[str, int], text: str) -> None:
     assert suggest(word, known, **options) == text  # type: ignore[arg-type]
+    assert did_you_mean(word, known, **options) == (text if text.startswith("; did") else "")  # type: ignore[arg-type]
