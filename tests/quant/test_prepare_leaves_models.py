@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ovit_engine import Engine, Recipe
-from ovit_engine.quant import FakeQuantize, quantizers
+from ovit_engine.quant import FakeQuantize, dense_state_dict, quantizers
 
 QUANTIZE = Recipe.parse("modifiers: [{quantize: {}}]")
 
@@ -48,8 +48,7 @@ def attributes(model: nn.Module) -> dict[str, Any]:
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
-    ours = {f"{name}.{key}" for name, quantizer in quantizers(model) for key in quantizer.state_dict()}
-    return {name: value for name, value in model.state_dict().items() if name not in ours}
+    return dense_state_dict(model.state_dict())
 
 
 def check(model: nn.Module, x: Tensor) -> None:
