@@ -43,6 +43,7 @@ class GateModifier(Scheduled, Surgical, Deployable, Exclusive, Coordinated, Sync
     _gates: dict[str, Tensor] = PrivateAttr(default_factory=dict)  # in force, by site; one for all gate modifiers
     _written_at: int = PrivateAttr(default=-1)  # the step at which it last wrote gates
     _scored: list[int] = PrivateAttr(default_factory=list)  # steps at whose end scores are needed, in order
+    _is_rehearsal: bool = PrivateAttr(default=False)
     _window: int = PrivateAttr(default=0)  # steps that are recorded before each of them
     _records: bool = PrivateAttr(default=False)  # whether the tallies at the gates are its own
 
@@ -102,6 +103,7 @@ class GateModifier(Scheduled, Surgical, Deployable, Exclusive, Coordinated, Sync
                 yield spell_kept(kind, [kept[site.name] for site in sites], [site.count for site in sites])
 
     def attach(self, run: Run) -> None:
+        self._is_rehearsal = run.is_rehearsal
         if self._loaded:
             self._check_model_came_too(run)
             begin = self._begin(run.step)
@@ -158,6 +160,8 @@ class GateModifier(Scheduled, Surgical, Deployable, Exclusive, Coordinated, Sync
 
     def scores(self, site: GateSite) -> GateScores:
         """What the window that ends now says of a site; RecipeError where it saw no gradient."""
+        if self._is_rehearsal:  # which skips the windows: all the same
+            return GateScores.of(site, torch.ones_like(self.tally(site).sums))
         if site.name not in self._sums:
             raise self.error("no gradients were recorded: training ended before the steps that would have told scores")
         with self.errors_at():

@@ -1,5 +1,6 @@
 """Fires a recipe's events from hooks that PyTorch optimizers already have."""
 
+import copy
 import logging
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -47,6 +48,7 @@ from ovit_engine.core.state import check_state, make_state, restore_state, whole
 from ovit_engine.core.training_length import warn_of_a_late_end, warn_of_an_early_end
 from ovit_engine.core.watch import StepWatch
 from ovit_engine.distillation.teacher import Teacher
+from ovit_engine.distributed.comm import world
 from ovit_engine.distributed.sharding import reshard, sharded_modules
 from ovit_engine.gradients.calibration import Calibration
 from ovit_engine.masking.parameters import Slot, parameter_slots, unwrapped
@@ -154,6 +156,7 @@ class Engine:
         criterion: nn.Module | None = None,
         ema: nn.Module | None = None,
         evaluate: Evaluate | None = None,
+        example_inputs: Tensor | tuple[Tensor, ...] | None = None,
     ) -> "Engine":
         """Start. `optimizer` is the clock; masks hold after the step of each.
 
@@ -164,8 +167,11 @@ class Engine:
             criterion: a loss module whose result gets the extra loss terms, in place of `engine.loss` in the loop.
             ema: an averaged copy of the model (timm's ModelEmaV3, torch's AveragedModel): it keeps the same masks.
             evaluate: measures the model that it is given; a sweep calls it before the model of a point changes.
+            example_inputs: one batch that the model takes. Training and export are rehearsed with it on a copy of the
+                model, on the CPU, so that what would fail at export fails now.
 
         Raises:
+            ExportError: rehearsed, the model can't be exported, or the file would break the recipe's promise.
             RuntimeError: attached already, or the optimizer lacks parameters that PREPARE made.
             TypeError: not an Optimizer (a scheduler, or a wrapper that is none: give what is inside), or a wrong kind.
             ValueError: no optimizer trains this model.
@@ -188,6 +194,8 @@ class Engine:
             held = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
             check_parameters(self.model, held, self._new)
             warn_of_old_parameters(self.model, held)
+        if example_inputs is not None and self.run.step == 0:
+            self.rehearse(*optimizers, example_inputs=example_inputs)
         self._agreement.begin()
         if self.run.teacher is not None:
             self.run.teacher.check_student()
@@ -212,6 +220,33 @@ class Engine:
             self._handles.append(criterion.register_forward_hook(AddTerms(self._terms)))
         self._stage = Event.ATTACH
         return self
+
+    def rehearse(self, *optimizers: Optimizer, example_inputs: Tensor | tuple[Tensor, ...]) -> None:
+        """Try training and export on a copy of the model, on the CPU, before `attach`; `attach` does so if asked.
+
+        A time lapse of a few steps with weights pruned by magnitude, and an export that writes nothing. Model,
+        optimizers and random states are as before. A model that can't be copied is not rehearsed, with a warning.
+
+        Raises:
+            ExportError: the model can't be exported, or the file would break the recipe's promise.
+        """
+        from ovit_engine.export.rehearsal import rehearse
+
+        with world().fail_together():
+            if not world().is_main:
+                return
+            if sharded_modules(self.model):
+                log.warning("not rehearsed: the model is sharded")
+                return
+            run = self.run
+            kept: dict[int, Any] = {id(run.logs): [], id(run.progress): run.progress, id(self.sweep): None}
+            try:
+                copy_model(self.model, kept)
+                twin, twins = copy.deepcopy((self, optimizers), kept)
+            except Exception as error:  # whatever the model's own code raises
+                log.warning("not rehearsed: the model can't be copied: %s", error)
+                return
+            rehearse(twin, twins, example_inputs)
 
     def detach(self) -> None:
         """Finish: hooks go, masks are projected a last time, schedules that have not reached their end finish or raise.
@@ -358,8 +393,6 @@ class Engine:
         reference = copy_model(unwrapped(source))
         if model is not None:
             self.apply_to(reference)
-        for modifier in having(self.modifiers, Deployable):
-            modifier.check(reference)
         if "_original_forward" in vars(reference):  # Accelerate put one on the object that computes in half precision
             del reference.forward, reference._original_forward
         return write(

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import importlib
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -49,3 +50,10 @@ def jpeg_folder(tmp_path: Path) -> Path:
                 pixels = ramp * generator.uniform(0.3, 1, 3) + generator.uniform(0, 30, (32, 40, 3))
                 Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{index}.jpg", quality=90)
     return root
+
+
+@pytest.fixture(autouse=True)
+def trainings_are_not_rehearsed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rehearsal takes seconds: of the bundled trainer's only a test that is marked `rehearsed` makes one."""
+    if "ovit_engine.training.trainer" in sys.modules and request.node.get_closest_marker("rehearsed") is None:
+        monkeypatch.setattr(sys.modules["ovit_engine.training.trainer"].Trainer, "_examples", lambda self: None)

@@ -212,9 +212,19 @@ class Pruner(PruningSchedule, Masking):
 
         What is pruned already, the False of `present_masks`, stays so.
         """
+        return self._solve_by(self.scores(run, slots), run, slots, sparsity)
+
+    def _solve_by_magnitude(
+        self, run: Run, slots: Sequence[Slot], sparsity: float | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        return self._solve_by([slot.gather().abs() for slot in slots], run, slots, sparsity)
+
+    def _solve_by(
+        self, scores: Sequence[Tensor], run: Run, slots: Sequence[Slot], sparsity: float | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
         pruned = prune_by_scores(
             [slot.gather() for slot in slots],
-            self.scores(run, slots),
+            scores,
             names=[slot.name for slot in slots],
             masks=self.present_masks(run),
             sparsity=sparsity,
@@ -295,7 +305,8 @@ class Pruner(PruningSchedule, Masking):
 
     def _prune(self, run: Run, event: int) -> None:
         begin = perf_counter()
-        masks, weights = self.solve(run, self._slots, self._of_all(run, self._events[event]))
+        solve = self._solve_by_magnitude if run.is_rehearsal else self.solve
+        masks, weights = solve(run, self._slots, self._of_all(run, self._events[event]))
         self.write(run, masks, weights)
         self._done = event
         run.report({f"{self.name}/seconds": perf_counter() - begin})

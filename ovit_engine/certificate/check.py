@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ovit_engine.certificate.model import GroupRule, Promise, PromisedLayer, TileRule, read_pattern
@@ -25,14 +26,7 @@ _INTEGER = ("INT8", "UINT8")
 
 def check(certificate: Certificate, promise: Promise) -> list[str]:
     """Every way in which the measured file breaks ``promise``, a line each; empty if it holds."""
-    measured = {layer.name: layer for layer in certificate.layers}
-    violations = []
-    for layer in promise.layers:
-        facts = measured.get(layer.name)
-        if facts is None:
-            violations.append(f"{layer.name}: no such weight in the file")
-        else:
-            violations += _check_layer(layer, facts)
+    violations = check_layers(certificate.layers, promise)
     if promise.tokens is not None and certificate.tokens is None:
         reason = next((str(note) for note in certificate.notes if note.code == "tokens_unknown"), "none are counted")
         violations.append(f"tokens: promised {promise.tokens}; {reason}")
@@ -43,6 +37,19 @@ def check(certificate: Certificate, promise: Promise) -> list[str]:
     stored = certificate.parity_stored
     if stored is not None:  # a few images: one that falls the other way is no breach
         violations += _check_parity(stored, min(wanted, 1 - 1 / stored.images), certificate.reference)
+    return violations
+
+
+def check_layers(layers: Iterable[LayerFacts], promise: Promise) -> list[str]:
+    """Every way in which weights of the file break ``promise``, a line each."""
+    measured = {layer.name: layer for layer in layers}
+    violations = []
+    for layer in promise.layers:
+        facts = measured.get(layer.name)
+        if facts is None:
+            violations.append(f"{layer.name}: no such weight in the file")
+        else:
+            violations += _check_layer(layer, facts)
     return violations
 
 

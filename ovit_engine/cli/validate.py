@@ -55,7 +55,23 @@ def validate(
     if read.training.model_fields_set:
         check_training(engine)
     _print_matches(console, engine)
-    console.print(f"{read.name}: ok on {engine.recipe.training.model}")
+    _rehearse(engine)
+    console.print(f"{read.name}: ok on {engine.recipe.training.model}, rehearsed up to the ONNX file")
+
+
+def _rehearse(validated: "Engine") -> None:
+    """Try training and export on the model with its weights."""
+    from rich.console import Console
+
+    from ovit_engine.engine import Engine
+    from ovit_engine.training.api import make_model, rehearse
+    from ovit_engine.utils.progress import ProgressReport
+
+    recipe, clock = validated.recipe, validated.run.clock
+    model = make_model(recipe.training)
+    engine = Engine(model, recipe, steps_per_epoch=clock.steps_per_epoch, total_steps=clock.total_steps).prepare()
+    with ProgressReport(Console(stderr=True)) as engine.run.progress:
+        rehearse(engine)
 
 
 def check_schedule(recipe: "Recipe", clock: "Clock") -> None:

@@ -37,6 +37,7 @@ class Run:
         progress: reports long work, as `progress("ovit_prune: gradients", 512, 1024)`.
         skipped: steps that a gradient scaler left out, as far as known; see `Engine.skip_step`.
         logs: functions that take what is logged; `Engine.log_to` adds to them.
+        is_rehearsal: whether this is a copy that tries the way to the file: what is chosen plays no part.
     """
 
     model: nn.Module
@@ -51,6 +52,7 @@ class Run:
     progress: Progress = field(default_factory=ProgressReport)
     skipped: int = 0
     logs: list[Log] = field(default_factory=list)
+    is_rehearsal: bool = False
     _seen: int = 0  # of the steps skipped since the last one applied, those that the engine saw itself
 
     @property

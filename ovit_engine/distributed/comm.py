@@ -4,6 +4,7 @@ import hashlib
 import socket
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -217,9 +218,22 @@ def _describe_values(first: object, other: object) -> str:
     return "" if isinstance(first, bytes) or isinstance(other, bytes) else f" ({other!r}, not {first!r})"
 
 
+_SINGLE = ContextVar("_SINGLE", default=False)
+
+
+@contextmanager
+def single_process() -> Iterator[None]:
+    """Let this process work as if it were the only one: the others know nothing of what it does."""
+    token = _SINGLE.set(True)
+    try:
+        yield
+    finally:
+        _SINGLE.reset(token)
+
+
 def world() -> Comm:
     """Return the processes that train together: those of the default group of torch.distributed, if there are any."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if _SINGLE.get() or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return SINGLE_PROCESS
     group = dist.group.WORLD
     assert group is not None

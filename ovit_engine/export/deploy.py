@@ -1,17 +1,18 @@
 """From a model in training form to a promise and a file."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from ovit_engine.certificate import Certificate, Promise, PromisedLayer
+from ovit_engine.certificate.manifest import Manifest
 from ovit_engine.core.capabilities import Deployable, having
 from ovit_engine.core.modifier import Modifier
 from ovit_engine.core.recipe import Recipe
 from ovit_engine.distillation.teacher import forget_teacher
-from ovit_engine.export.exporter import export_model
+from ovit_engine.export.exporter import export_model, try_export
 from ovit_engine.export.resolve import resolve_weights
 from ovit_engine.export.writer import as_inputs
 from ovit_engine.masking.masks import Masks
@@ -30,7 +31,7 @@ def write(
     example_inputs: Tensor | tuple[Tensor, ...],
     *,
     recipe: Recipe,
-    modifiers: Iterable[Modifier],
+    modifiers: Sequence[Modifier],
     masks: Masks,
     data: Iterable[Any] | None,
     preprocessing: Mapping[str, Any] | None,
@@ -42,14 +43,7 @@ def write(
         ExportError: the file is not what `masks` and the quantized layers promise.
         RuntimeError: heads or units can't be removed without changing what the model computes.
     """
-    deployable = having(modifiers, Deployable)
-    forget_teacher(reference.eval())
-    baked = copy_model(reference)
-    masks = resolve_weights(baked, masks, as_inputs(example_inputs))
-    promise = smaller(baked, masks, dead=any(modifier.removes_dead for modifier in deployable))
-    manifest = manifest_of(baked)
-    for modifier in deployable:
-        modifier.bake(baked)
+    baked, promise, manifest = _deployed(reference, modifiers, masks, example_inputs)
     return export_model(
         baked,
         path,
@@ -63,6 +57,35 @@ def write(
         reference_model=reference,
         dynamic_batch=dynamic_batch,
     )
+
+
+def try_write(
+    reference: nn.Module,
+    example_inputs: Tensor | tuple[Tensor, ...],
+    *,
+    modifiers: Sequence[Modifier],
+    masks: Masks,
+) -> None:
+    """Raise what `write` would raise of the same model and modifiers, as far as it shows without training."""
+    baked, promise, manifest = _deployed(reference, modifiers, masks, example_inputs)
+    try_export(baked, example_inputs, promise=promise, manifest=manifest, reference_model=reference)
+
+
+def _deployed(
+    reference: nn.Module, modifiers: Sequence[Modifier], masks: Masks, example_inputs: Tensor | tuple[Tensor, ...]
+) -> tuple[nn.Module, Promise, Manifest]:
+    """Return the deployed form of a model, which is set to eval mode and stays what it is, and its promise."""
+    deployable = having(modifiers, Deployable)
+    for modifier in deployable:
+        modifier.check(reference)
+    forget_teacher(reference.eval())
+    baked = copy_model(reference)
+    masks = resolve_weights(baked, masks, as_inputs(example_inputs))
+    promise = smaller(baked, masks, dead=any(modifier.removes_dead for modifier in deployable))
+    manifest = manifest_of(baked)
+    for modifier in deployable:
+        modifier.bake(baked)
+    return baked, promise, manifest
 
 
 def smaller(model: nn.Module, masks: Masks, *, dead: bool) -> Promise:

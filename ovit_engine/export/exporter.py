@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ovit_engine.certificate.check import check
+from ovit_engine.certificate.check import check, check_layers
 from ovit_engine.certificate.computed import inert_parts
 from ovit_engine.certificate.errors import CertificateError, ExportError
 from ovit_engine.certificate.html import to_html
@@ -35,6 +36,7 @@ from ovit_engine.certificate.parity import (
 )
 from ovit_engine.certificate.stored import hidden
 from ovit_engine.certificate.tensors import hash_tensors
+from ovit_engine.certificate.weights import measure_layers
 from ovit_engine.export.writer import MIN_OPSET, as_inputs, build_onnx, check_float32, serialize, set_metadata
 from ovit_engine.utils.autograd import eval_mode
 from ovit_engine.utils.files import staged
@@ -42,6 +44,10 @@ from ovit_engine.utils.precision import exact_arithmetic
 from ovit_engine.utils.suggest import listed
 
 _BATCH = 64
+
+# cosine below which outputs differ by more than rounding; 0.94 was seen of a batch-norm folded into the wrong layer
+_GROSS = 0.9
+
 _WHOLE = Manifest()
 log = logging.getLogger(__name__)
 
@@ -109,6 +115,46 @@ def _without(promise: Promise, unused: Collection[str], file: str) -> Promise:
         return promise
     log.warning("%s: the model in eval mode does not use %s, which the file leaves out", file, listed(left))
     return promise.model_copy(update={"layers": tuple(layer for layer in promise.layers if layer.name not in unused)})
+
+
+def try_export(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Tensor],
+    *,
+    promise: Promise,
+    manifest: Manifest = _WHOLE,
+    reference_model: nn.Module,
+) -> None:
+    """Raise what `export_model` would raise of a model whose training has not begun; nothing is written.
+
+    Outputs are compared on ``example_inputs`` alone, and only for faults that no rounding explains: weights that were
+    not trained say nothing about agreement.
+
+    Raises:
+        ExportError: the model cannot be exported, or the file would break the promise.
+    """
+    check_float32(model)
+    inputs = as_inputs(example_inputs)
+    reference = _pytorch_logits(reference_model, Sample(tuple(value.numpy() for value in inputs), None, "random"))
+    proto, shared, unused = build_onnx(model, example_inputs)
+    promise = _without(promise, unused, "the file")
+    if unmeasurable := hidden(proto):
+        raise ExportError("the file could not be verified", unmeasurable)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rehearsal.onnx"
+        path.write_bytes(serialize(proto))
+        parity = compare(run_outputs(open_session(path), [value.numpy() for value in inputs]), reference, "random")
+    promised = {layer.name: shared[layer.name] for layer in promise.layers if layer.name in shared}
+    layers = measure_layers(proto, promise, promised)
+    violations = [
+        *check_layers(layers, promise),
+        *inert_parts(proto),
+        *manifest.contradictions({layer.name: layer.shape for layer in layers}),
+    ]
+    if parity.cosine < _GROSS:
+        violations.append(f"the file's outputs are not the model's: mean cosine {parity.cosine:.3f}")
+    if violations:
+        raise ExportError("the file would break its promise", violations)
 
 
 def _as_json(preprocessing: Mapping[str, Any]) -> dict[str, Any]:

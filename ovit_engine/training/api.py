@@ -6,7 +6,7 @@ from ovit_engine.core.recipe import Recipe
 from ovit_engine.distributed.torchrun import process_group
 from ovit_engine.training.device import choose_device
 from ovit_engine.training.metrics import SILENT, EpochMetrics, TrainingListener, evaluate
-from ovit_engine.training.models import make_model, model_name, with_training
+from ovit_engine.training.models import make_model, model_name, rehearse, with_training
 from ovit_engine.training.runs import begin
 from ovit_engine.training.trainer import SAVE_EVERY, FinishedRunError, Trained, Trainer
 
@@ -19,6 +19,7 @@ __all__ = [
     "evaluate",
     "make_model",
     "model_name",
+    "rehearse",
     "train",
     "with_training",
 ]

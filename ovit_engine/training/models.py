@@ -3,6 +3,7 @@
 import inspect
 import warnings
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import timm
@@ -17,7 +18,10 @@ from torch.utils.data import TensorDataset
 from ovit_engine.core.recipe import Recipe
 from ovit_engine.core.training_options import Training
 from ovit_engine.engine import Engine
-from ovit_engine.training.augmentation import with_preset
+from ovit_engine.export.rehearsal import MAX_EXAMPLES
+from ovit_engine.masking.parameters import is_scorer
+from ovit_engine.tokens import param_groups
+from ovit_engine.training.augmentation import AUGMENTATION_PRESETS, with_preset
 from ovit_engine.training.data import ImageData
 from ovit_engine.training.verify_resume import Setup
 from ovit_engine.utils.random_states import seed_everything
@@ -98,6 +102,35 @@ def make_model(training: Training, *, pretrained: bool = False) -> nn.Module:
     return model
 
 
+def make_optimizer(model: nn.Module, training: Training) -> Optimizer:
+    """Return the optimizer of a `training` section for a model that is prepared."""
+    options: dict[str, Any] = {}
+    preset = AUGMENTATION_PRESETS.get(training.augmentation)
+    if preset is not None and training.optimizer == "adamw":
+        options["eps"] = preset.eps
+    if any(is_scorer(name) for name, _ in model.named_parameters()):  # they may learn at a rate of their own
+        options["param_group_fn"] = partial(param_groups, weight_decay=training.weight_decay)
+    made: Optimizer = create_optimizer_v2(
+        model,
+        opt=training.optimizer,
+        lr=training.lr,
+        weight_decay=training.weight_decay,
+        momentum=training.momentum,
+        **options,
+    )
+    return made
+
+
+def rehearse(engine: Engine) -> None:
+    """Try the whole way to an ONNX file of a prepared engine whose model `make_model` made, on noise; raises as it."""
+    training, model = engine.recipe.training, engine.model
+    channels = next((p.shape[1] for p in model.parameters() if p.ndim == 4), 3)
+    config: Any = model.pretrained_cfg
+    side = _side(training, model, otherwise=config["input_size"][-1])
+    noise = torch.randn(MAX_EXAMPLES, channels, side, side, generator=torch.Generator().manual_seed(0))
+    engine.rehearse(make_optimizer(model, training), example_inputs=noise)
+
+
 def with_classes(recipe: Recipe, data: ImageData) -> Recipe:
     """`recipe` with a model of as many classes as the data have, unless it says how many itself."""
     given = recipe.training.model_args.get("num_classes")
@@ -163,22 +196,12 @@ def small_setup(training: Training, images: int) -> Setup:
     classes: Any = model.num_classes
     y = torch.randint(classes, (images,), generator=generator)
 
-    def optimizer(trained: nn.Module) -> Optimizer:
-        made: Optimizer = create_optimizer_v2(
-            trained,
-            opt=training.optimizer,
-            lr=training.lr,
-            weight_decay=training.weight_decay,
-            momentum=training.momentum,
-        )
-        return made
-
-    return Setup(model, TensorDataset(x, y), cross_entropy, optimizer)
+    return Setup(model, TensorDataset(x, y), cross_entropy, partial(make_optimizer, training=training))
 
 
-def _side(training: Training, model: nn.Module) -> int:
-    """Of an image, in pixels: what the model insists on, or little."""
+def _side(training: Training, model: nn.Module, otherwise: int = 32) -> int:
+    """Of an image, in pixels: what the model insists on, or `otherwise`."""
     side = training.model_args.get("img_size")
     if side is None and "img_size" in inspect.signature(type(model).__init__).parameters:
         side = model.pretrained_cfg["input_size"][-1]  # type: ignore[index]
-    return 32 if side is None else side if isinstance(side, int) else side[-1]
+    return otherwise if side is None else side if isinstance(side, int) else side[-1]

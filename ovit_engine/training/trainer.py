@@ -5,15 +5,13 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]  # public, though not re-exported by "as"
 from timm.utils.model_ema import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
@@ -23,10 +21,9 @@ from ovit_engine.core.state import whole_state_dict
 from ovit_engine.distributed.comm import SINGLE_PROCESS, Comm
 from ovit_engine.distributed.torchrun import first_on_machine
 from ovit_engine.engine import Engine
+from ovit_engine.export.rehearsal import MAX_EXAMPLES
 from ovit_engine.gradients.calibration import Calibration
-from ovit_engine.masking.parameters import is_scorer
 from ovit_engine.structured.shrink_model import rebuild
-from ovit_engine.tokens import param_groups
 from ovit_engine.training.augmentation import AUGMENTATION_PRESETS, make_mixup, with_preset
 from ovit_engine.training.batches import SeededItems, TrainingBatches, part_size, worker_errors
 from ovit_engine.training.checkpoint import (
@@ -43,7 +40,7 @@ from ovit_engine.training.checkpoint import (
 from ovit_engine.training.checks import METRIC, check_sweep
 from ovit_engine.training.data import ImageData, load_data, model_data_config
 from ovit_engine.training.metrics import EpochMetrics, TrainingListener, evaluate, write_metrics
-from ovit_engine.training.models import make_model, model_name, with_classes
+from ovit_engine.training.models import make_model, make_optimizer, model_name, with_classes
 from ovit_engine.training.schedulers import make_scheduler
 from ovit_engine.training.steps import Steps
 from ovit_engine.training.sweep_run import complete
@@ -161,19 +158,7 @@ class Trainer:
             self.engine.sweep.extra = self._about_point
         ema = self.training.ema
         self.ema = None if ema is None else ModelEmaV3(self.model, decay=ema)
-        options: dict[str, Any] = {}
-        if self.preset is not None and self.training.optimizer == "adamw":
-            options["eps"] = self.preset.eps
-        if any(is_scorer(name) for name, _ in self.model.named_parameters()):  # they may learn at a rate of their own
-            options["param_group_fn"] = partial(param_groups, weight_decay=self.training.weight_decay)
-        self.optimizer = create_optimizer_v2(
-            self.model,
-            opt=self.training.optimizer,
-            lr=self.training.lr,
-            weight_decay=self.training.weight_decay,
-            momentum=self.training.momentum,
-            **options,
-        )
+        self.optimizer = make_optimizer(self.model, self.training)
         self.scheduler = make_scheduler(self.engine, self.optimizer, self.training)
 
     @property
@@ -226,6 +211,7 @@ class Trainer:
                 calibration=Calibration(self.calibration_loader, cross_entropy, seed=self.training.seed),
                 ema=self.ema,
                 evaluate=lambda model: self.accuracy(),
+                example_inputs=self._examples(),
             )
             self._begin()
             for epoch in range(len(self.metrics), epochs):
@@ -246,6 +232,11 @@ class Trainer:
         if self.ema is not None:
             self.model.load_state_dict(self.deployed.state_dict())
         return Trained(self.model, self.engine, self.data, tuple(self.metrics), self.output / LAST)
+
+    def _examples(self) -> Tensor:
+        """The first validation images, for the rehearsal."""
+        images = self.data.val
+        return torch.stack([images[i][0] for i in range(min(MAX_EXAMPLES, len(images)))])  # type: ignore[arg-type]
 
     def _begin(self) -> None:
         """Put back the state of optimizer and scaler, and wrap the model for several processes."""
