@@ -53,7 +53,10 @@ def jpeg_folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def trainings_are_not_rehearsed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rehearsal takes seconds: of the bundled trainer's only a test that is marked `rehearsed` makes one."""
-    if "ovit_engine.training.trainer" in sys.modules and request.node.get_closest_marker("rehearsed") is None:
-        monkeypatch.setattr(sys.modules["ovit_engine.training.trainer"].Trainer, "_examples", lambda self: None)
+def commands_do_not_rehearse(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rehearsal takes seconds: of `ovit train` and `validate` only a test that is marked `rehearsed` makes one."""
+    if request.node.get_closest_marker("rehearsed") is None:
+        if (trainer := sys.modules.get("ovit_engine.training.trainer")) is not None:
+            monkeypatch.setattr(trainer.Trainer, "_examples", lambda self: None)
+        if (api := sys.modules.get("ovit_engine.training.api")) is not None:
+            monkeypatch.setattr(api, "rehearse", lambda engine: None)

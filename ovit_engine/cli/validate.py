@@ -56,7 +56,7 @@ def validate(
         check_training(engine)
     _print_matches(console, engine)
     _rehearse(engine)
-    console.print(f"{read.name}: ok on {engine.recipe.training.model}, rehearsed up to the ONNX file")
+    console.print(f"{read.name}: ok on {engine.recipe.training.model}")
 
 
 def _rehearse(validated: "Engine") -> None:

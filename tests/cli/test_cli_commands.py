@@ -283,3 +283,22 @@ def test_validate_refuses_options_as_train_does(ovit: Ovit, training: str, modif
     done = ovit("validate", "one.yaml")
     assert done.exit_code == 1
     assert message in done.stderr
+
+
+@pytest.mark.rehearsed
+@pytest.mark.parametrize("command", ["validate", "train"])
+def test_what_cannot_be_exported_is_found_before_training(
+    ovit: Ovit, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ovit_engine.certificate.errors import ExportError
+    from ovit_engine.export import rehearsal
+
+    def refuse(*args: object, **options: object) -> None:
+        raise ExportError("cannot export", ["an operator"])
+
+    monkeypatch.setattr(rehearsal, "try_write", refuse)
+    options = ["--data", "digits", "--recipe"] if command == "train" else []
+    result = ovit(command, *options, "tiny.yaml")
+    assert result.exit_code == 1
+    assert "cannot export: an operator" in result.output
+    assert not list(Path("runs").glob("**/*.pt"))
