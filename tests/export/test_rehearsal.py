@@ -18,10 +18,9 @@ from ovit_engine.core.recipe import shipped_recipes
 from ovit_engine.training.models import make_model, rehearse, with_small_model
 from ovit_engine.utils.random_states import seed_everything
 
-PRUNE = (
-    "ovit_prune: {sparsity: {from: 0.2, to: 0.5}, start: 1st, end: 8st, every: 1st, targets: [conv.weight, head.weight]"
-)
-STACKED = f"modifiers: [{{{PRUNE}, block: 8, gradients: 16}}}}, {{quantize: {{start: 9st}}}}]"
+SPARSITY = "sparsity: {from: 0.2, to: 0.5}, start: 1st, end: 8st, every: 1st"
+PRUNE = f"ovit_prune: {{{SPARSITY}, targets: [conv.weight, head.weight], block: 8, gradients: 16}}"
+STACKED = f"modifiers: [{{{PRUNE}}}, {{quantize: {{start: 9st}}}}]"
 
 
 class Net(nn.Module):
