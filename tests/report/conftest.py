@@ -17,7 +17,7 @@ from ovit_engine.training.data import load_data
 from ovit_engine.training.models import make_model
 
 RECIPE = r"""
-name: tiny_<b>bold</b>
+name: tiny_<b>bold
 description: "half of the zeros & <script>alert('no')</script>"
 training:
   model: vit_tiny_patch16_224

