@@ -29,7 +29,7 @@ from ovit_engine.analysis.qdq_errors import Feeds, input_errors, qdq_activations
 from ovit_engine.certificate.check import MIN_AGREEMENT
 from ovit_engine.certificate.kernels import open_session, run_outputs
 from ovit_engine.certificate.measure import input_types
-from ovit_engine.certificate.parity import Sample, take_sample
+from ovit_engine.certificate.parity import Sample, same_class, take_sample, top1
 from ovit_engine.certificate.stored import load_onnx
 
 _IMAGES = 256
@@ -151,11 +151,10 @@ class _Variants:
         exact, labels = self.exact.astype(np.float64), self.sample.labels
         with np.errstate(invalid="ignore", over="ignore"):
             noise = float(np.square(logits - exact).sum() / max(np.square(exact).sum(), 1e-30))
-        accuracy = None if labels is None or logits.ndim != 2 else float((logits.argmax(1) == labels).mean())
         return Score(
-            agreement=float((logits.argmax(-1) == exact.argmax(-1)).mean()),
+            agreement=same_class(logits, exact),
             noise=noise if np.isfinite(noise) else float("inf"),
-            accuracy=accuracy,
+            accuracy=top1(logits, labels),
         )
 
     def parts(self, *, with_weights: bool) -> Iterator[PartCost]:

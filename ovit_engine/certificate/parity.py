@@ -15,6 +15,7 @@ import numpy as np
 from ovit_engine.certificate.arrays import read_arrays
 from ovit_engine.certificate.errors import CertificateError
 from ovit_engine.certificate.model import Accuracy, Parity
+from ovit_engine.utils.class_axis import class_axis
 
 WANTED_IMAGES = 256
 
@@ -135,7 +136,7 @@ def compare(logits: np.ndarray, reference: np.ndarray, source: str) -> Parity:
     cosines = np.where(lengths > 0, (ours * theirs).sum(axis=1) / np.where(lengths > 0, lengths, 1), 0.0)
     cosines[(ours == theirs).all(axis=1)] = 1.0
     largest = np.abs(theirs).max()
-    agreement = float((logits.argmax(-1) == reference.argmax(-1)).reshape(len(ours), -1).mean())
+    agreement = same_class(logits, reference)
     low, high = wilson(agreement, len(ours))
     return Parity(
         images=len(ours),
@@ -161,11 +162,27 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 
 
 def accuracy(logits: np.ndarray, reference: np.ndarray, labels: np.ndarray | None) -> Accuracy | None:
-    """Top-1 of both on class labels [N]; None without."""
-    if labels is None or logits.ndim != 2:
+    """Top-1 of both; None where `top1` has none."""
+    file, pytorch = (top1(values, labels) for values in (logits, reference))
+    if labels is None or file is None or pytorch is None:
         return None
-    file, pytorch = (float((values.argmax(1) == labels).mean()) for values in (logits, reference))
     return Accuracy(images=len(labels), file=file, pytorch=pytorch)
+
+
+def same_class(logits: np.ndarray, reference: np.ndarray) -> float:
+    """Return the share of images, or of their places, with the same argmax along the classes."""
+    axis = class_axis(logits.ndim)
+    return float((logits.argmax(axis) == reference.argmax(axis)).mean())
+
+
+def top1(logits: np.ndarray, labels: np.ndarray | None) -> float | None:
+    """Return the accuracy of class scores [N, C] on labels [N]; None without labels and for other outputs.
+
+    One column holds a logit, a probability or a number: it has no argmax.
+    """
+    if labels is None or logits.ndim != 2 or logits.shape[1] < 2:
+        return None
+    return float((logits.argmax(1) == labels).mean())
 
 
 def take_sample(data: Any, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[Any], limit: int = MAX_IMAGES) -> Sample:

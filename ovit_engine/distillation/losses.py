@@ -8,20 +8,25 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from ovit_engine.utils.class_axis import class_axis
+
 
 def soft_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """KL divergence of the student's distribution from the teacher's, mean over images; logits [B, K].
 
+    The logits may be those of a map [B, K, H, W] or sequence [B, L, K]: each place counts as an image (`class_axis`).
     Both are softened by the temperature T, and the result is multiplied by T^2, so that gradients keep their size.
     """
-    ours = log_softmax(_exact(student) / temperature, dim=-1)
-    theirs = log_softmax(_exact(teacher) / temperature, dim=-1)
-    return kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
+    axis = class_axis(student.ndim)
+    ours = log_softmax(_exact(student) / temperature, dim=axis)
+    theirs = log_softmax(_exact(teacher) / temperature, dim=axis)
+    return kl_div(ours, theirs, reduction="none", log_target=True).sum(axis).mean() * temperature**2
 
 
 def hard_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Cross-entropy of the student's logits [B, K] with the class that the teacher finds most likely."""
-    return cross_entropy(_exact(student), teacher.argmax(dim=-1))
+    """Cross-entropy of the student's logits, as in `soft_loss`, with the class that the teacher finds most likely."""
+    axis = class_axis(student.ndim)
+    return cross_entropy(_exact(student).movedim(axis, 1), teacher.argmax(dim=axis))
 
 
 def token_loss(student: Tensor, teacher: Tensor, origin: Tensor | None = None, weight: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from ovit_engine.certificate import Certificate, ExportError
 from ovit_engine.certificate.kernels import open_session, run_outputs
 from ovit_engine.certificate.model import Parity
-from ovit_engine.certificate.parity import Sample, compare, take_sample
+from ovit_engine.certificate.parity import Sample, compare, take_sample, top1
 from ovit_engine.core.modifier import Modifier
 from ovit_engine.core.recipe import Recipe
 from ovit_engine.core.registry import modifiers
@@ -153,15 +153,11 @@ def compared(
 ) -> Compared:
     """Return the file at `path` beside the float model's logits [N, classes]."""
     rounded = run_outputs(open_session(path), sample.inputs)
-    accuracies = [
-        None if sample.labels is None or values.ndim != 2 else float((values.argmax(1) == sample.labels).mean())
-        for values in (exact, rounded)
-    ]
     return Compared(
         certificate=certificate,
         parity=compare(rounded, exact, sample.source),
-        float_accuracy=accuracies[0],
-        int8_accuracy=accuracies[1],
+        float_accuracy=top1(exact, sample.labels),
+        int8_accuracy=top1(rounded, sample.labels),
         notes=tuple(notes),
     )
 

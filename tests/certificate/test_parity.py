@@ -49,6 +49,21 @@ def test_accuracy_needs_labels():
     assert accuracy(logits, logits, None) is None
 
 
+def test_one_column_has_no_accuracy():
+    column = np.array([[-1.0], [2.0]])
+    assert accuracy(column, column, np.array([0, 1])) is None
+
+
+def test_the_classes_of_a_map_are_its_second_axis():
+    reference = np.zeros((2, 3, 2, 2))
+    reference[:, 1] = 1.0
+    other = reference.copy()
+    other[0, 2, 1, 0] = 2.0  # one of eight pixels is of another class
+    assert compare(other, reference, "data").agreement == 7 / 8
+    wider = reference + np.array([0.0, 5.0])  # a change along the width changes no class
+    assert compare(wider, reference, "data").agreement == 1.0
+
+
 @pytest.mark.parametrize("kind", ["loader", "dataset", "batches", "arrays", "single items", "no labels"])
 def test_images_from_anything(kind):
     images, labels = torch.arange(150.0).reshape(50, 3), torch.arange(50)

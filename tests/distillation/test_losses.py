@@ -96,3 +96,24 @@ def test_no_token_left_is_no_distance_and_no_nan() -> None:
     assert float(loss.detach()) == 0
     assert student.grad is not None
     assert not student.grad.any()
+
+
+def test_maps_have_their_classes_along_axis_one() -> None:
+    drawn = np.random.default_rng(0)
+    student, teacher = drawn.normal(size=(2, 4, 3, 5)), drawn.normal(size=(2, 4, 3, 5))
+    places = [array.transpose(0, 2, 3, 1).reshape(-1, 4) for array in (student, teacher)]
+    ours, theirs = torch.tensor(student), torch.tensor(teacher)
+    assert float(soft_loss(ours, theirs, 2.0)) == pytest.approx(by_hand(*places, 2.0), rel=1e-9)
+    shift = torch.linspace(-3, 3, 5, dtype=torch.float64)  # the same for all classes of a place
+    assert float(soft_loss(theirs + shift, theirs)) == pytest.approx(0, abs=1e-12)
+    expected = hard_loss(*(torch.tensor(array) for array in places))
+    assert float(hard_loss(ours, theirs)) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_sequences_have_their_classes_along_the_last_axis() -> None:
+    student, teacher = np.random.default_rng(1).normal(size=(2, 2, 3, 5))
+    flat = [array.reshape(-1, 5) for array in (student, teacher)]
+    ours, theirs = torch.tensor(student), torch.tensor(teacher)
+    assert float(soft_loss(ours, theirs)) == pytest.approx(by_hand(*flat, 1.0), rel=1e-9)
+    expected = hard_loss(*(torch.tensor(array) for array in flat))
+    assert float(hard_loss(ours, theirs)) == pytest.approx(float(expected), rel=1e-9)
