@@ -15,6 +15,7 @@ import numpy as np
 from ovit_engine.certificate.arrays import read_arrays
 from ovit_engine.certificate.errors import CertificateError
 from ovit_engine.certificate.model import Accuracy, Parity
+from ovit_engine.utils.batches import split_batch
 from ovit_engine.utils.class_axis import class_axis
 
 WANTED_IMAGES = 256
@@ -188,8 +189,8 @@ def top1(logits: np.ndarray, labels: np.ndarray | None) -> float | None:
 def take_sample(data: Any, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[Any], limit: int = MAX_IMAGES) -> Sample:
     """The first images of ``data``, ``limit`` at most.
 
-    ``data``: an iterable of batches (a loader) or a dataset of single items; each is ``inputs`` or
-    ``(inputs, targets)``. ``shapes`` and ``dtypes``: of the model's inputs, batch first, 0 for a free size.
+    ``data``: an iterable of batches (a loader) or a dataset of single items; each in a form of ``split_batch``.
+    ``shapes`` and ``dtypes``: of the model's inputs, batch first, 0 for a free size.
     Whole-number targets of one dimension are labels; others are left out. Images with a label below zero do not
     count, as in `cross_entropy`.
 
@@ -259,12 +260,8 @@ def _items(data: Any) -> Iterator[Any]:
 
 def _as_batch(item: Any, shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[np.ndarray, ...], np.ndarray | None]:
     """(inputs, labels) with a batch dimension, whatever form the item has."""
-    inputs, target = item, None
-    if isinstance(item, (tuple, list)):
-        if not item:
-            raise ValueError("data holds an empty item")
-        inputs, target = item[0], (item[1] if len(item) > 1 else None)
-    columns = [_array(value) for value in (inputs if isinstance(inputs, (tuple, list)) else [inputs])]
+    args, kwargs, target = split_batch(item)
+    columns = [_array(value) for value in (*args, *kwargs.values())]
     if len(columns) != len(shapes):
         raise ValueError(f"data gives {len(columns)} inputs, the model takes {len(shapes)}")
     single = columns[0].ndim == len(shapes[0]) - 1

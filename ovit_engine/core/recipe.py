@@ -15,7 +15,7 @@ from pydantic import (
 
 from ovit_engine.core.errors import Origin, RecipeError
 from ovit_engine.core.modifier import Modifier
-from ovit_engine.core.registry import modifiers
+from ovit_engine.core.registry import GROUP, broken_plugins, modifiers
 from ovit_engine.core.training_options import Training
 from ovit_engine.core.yaml_reader import Located, check_length, read_yaml
 from ovit_engine.utils.suggest import did_you_mean, suggest
@@ -159,9 +159,16 @@ def _build(entry: Located) -> Modifier:
     ((name, options),) = entry.value.items()
     known = modifiers()
     if name not in known:
-        raise RecipeError(f"{entry.key_origin(name)}: no modifier {name!r}{suggest(str(name), list(known))}")
+        raise RecipeError(f"{entry.key_origin(name)}: no modifier {name!r}{_known_modifiers(str(name))}")
     modifier = _validated(known[name], options, str(name)) or known[name]()
     return modifier.set_origins({"": entry.key_origin(name), **_option_origins(options)})
+
+
+def _known_modifiers(name: str) -> str:
+    """The nearest name, and what a plugin may have to do with it."""
+    near = suggest(name, list(modifiers()))
+    plugins = "; ".join(broken_plugins()) or f"a plugin's modifiers come with its package (entry points {GROUP!r})"
+    return f"{near}{'' if near.endswith('?') else '.'} {plugins[0].upper()}{plugins[1:]}"
 
 
 def _option_origins(options: Located) -> dict[str, Origin]:

@@ -32,18 +32,20 @@ def register(name: str) -> Callable[[type[M]], type[M]]:
 
 
 @cache
-def _load_plugins() -> None:
+def broken_plugins() -> tuple[str, ...]:
+    """Import the plugins of installed packages; return a line for each that can't be: it may be of no concern."""
+    broken = []
     for plugin in entry_points(group=GROUP):
         try:
             plugin.load()
         except Exception as error:
             package = "an unknown package" if plugin.dist is None else plugin.dist.name
             what = " ".join(f"{type(error).__name__}: {error}".split())
-            plugged = f"{plugin.name!r} ({plugin.value}) of {package}"
-            raise ImportError(f"modifier plugin {plugged} can't be imported: {what}") from error
+            broken.append(f"the plugin {plugin.name!r} ({plugin.value}) of {package} can't be imported: {what}")
+    return tuple(broken)
 
 
 def modifiers() -> dict[str, type[Modifier]]:
     """All modifiers by name: ours and those of installed packages, all through one entry-point group."""
-    _load_plugins()
+    broken_plugins()
     return dict(sorted(_REGISTRY.items()))

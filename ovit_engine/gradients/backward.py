@@ -1,8 +1,9 @@
 """Gradients of a model at fixed weights: one by one, or several from one backward pass where that is proved right."""
 
+import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,9 +14,12 @@ from torch.utils._pytree import tree_map
 from ovit_engine.gradients.batched import Recorder, Trace, batch_size_of, batched_gradients, record, split_outputs
 from ovit_engine.masking.parameters import Slot
 from ovit_engine.utils.autograd import eval_mode
+from ovit_engine.utils.batches import LABELS, split_batch
 from ovit_engine.utils.random_states import mixed, random_state, seed_everything, set_random_state
 
 LossFunction = Callable[[Any, Any], Tensor]
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # arguments by position and by name
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +44,11 @@ class GradientPass:
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction, slots: Sequence[Slot], *, seed: int) -> None:
         self.model, self.loss_fn, self.slots, self.seed = model, loss_fn, list(slots), seed
+        parameters = inspect.signature(model.forward).parameters
+        self._takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+        self._accepted = set(parameters)
+        self.largest = 0.0  # entry of all gradients so far
+        self._losses: dict[int, Tensor] = {}  # of numbered batches, since the last check
         self._trace: Trace | None = None  # of a batched forward pass that was proved right
 
     @contextmanager
@@ -81,27 +90,49 @@ class GradientPass:
 
         Raises:
             TypeError: the loss is no scalar, a batch no pair.
-            ValueError: a slot that the loss does not depend on.
+            ValueError: a slot that the loss does not depend on, a gradient that is no number.
         """
         slots = self.slots[: len(rows)]
-        if len(batches) > 1 and self._trace is not None and self._batched(slots, rows, batches) == self._trace:
-            return
-        for place, (number, batch) in enumerate(batches):
-            for row, grad in zip(rows, self._plain(slots, number, batch), strict=True):
-                row[place].copy_(grad)
+        if len(batches) < 2 or self._trace is None or self._batched(slots, rows, batches) != self._trace:
+            for place, (number, batch) in enumerate(batches):
+                for row, grad in zip(rows, self._plain(slots, number, batch), strict=True):
+                    row[place].copy_(grad)
+        self._check([number for number, _ in batches], rows)
+
+    def _check(self, numbers: Sequence[int], rows: Sequence[Tensor]) -> None:
+        """Raise ValueError for a loss or a gradient that is no number; one wait for the device a call."""
+        largest = torch.stack([row[: len(numbers)].flatten(1).abs().amax(1).double().cpu() for row in rows]).amax(0)
+        losses = dict(zip(self._losses, torch.stack(list(self._losses.values())).tolist(), strict=True))
+        self._losses.clear()
+        for number, entry in zip(numbers, largest.tolist(), strict=True):
+            if not math.isfinite(losses[number]) or not math.isfinite(entry):
+                raise ValueError(
+                    f"calibration batch {number} (from 0): the loss is {losses[number]:g}, the largest entry of its "
+                    f"gradient {entry:g}. Does it hold no image with a valid label (a mean over none is nan), or "
+                    "values that are no number?"
+                )
+        self.largest = max(self.largest, float(largest.max()))
 
     @torch.no_grad()
     def forward(self, number: int, batch: Any) -> None:
         """Call the model on the inputs of a numbered batch, for hooks that watch it."""
         inputs, _ = _inputs_and_targets(batch, self.slots[0].tensor)
         seed_everything(mixed(self.seed, 1, number))
-        self.model(inputs)
+        self._outputs(inputs)
+
+    def _outputs(self, inputs: Inputs) -> Any:
+        args, kwargs = inputs
+        if (
+            not args and len(kwargs) == 1 and not self._takes_any and not self._accepted & kwargs.keys()
+        ):  # a name of the data's own
+            return self.model(*kwargs.values())
+        return self.model(*args, **kwargs)
 
     def _plain(self, slots: Sequence[Slot], number: int, batch: Any) -> list[Tensor]:
         """Return one gradient of each slot by a backward pass of its own."""
         inputs, targets = _inputs_and_targets(batch, slots[0].tensor)
         seed_everything(mixed(self.seed, 1, number))
-        loss = self._loss(self.model(inputs), targets)
+        loss = self._loss(number, self._outputs(inputs), targets)
         grads = torch.autograd.grad(loss, [slot.tensor for slot in slots], allow_unused=True)
         for slot, grad in zip(slots, grads, strict=True):
             if grad is None:
@@ -119,14 +150,14 @@ class GradientPass:
         pairs = [_inputs_and_targets(batch, slots[0].tensor) for _, batch in batches]
         seed_everything(mixed(self.seed, 2, batches[0][0]))
         try:
-            outputs, recorder = record(self.model, [x for x, _ in pairs], [slot.tensor for slot in slots])
+            outputs, recorder = record(self._outputs, [x for x, _ in pairs], [slot.tensor for slot in slots])
         except Exception as error:
             log.debug("no batched forward pass: %r", error)
             return None
         losses = []
         for (number, _), output, (_, targets) in zip(batches, outputs, pairs, strict=True):
             seed_everything(mixed(self.seed, 1, number))
-            losses.append(self._loss(output, targets))
+            losses.append(self._loss(number, output, targets))
         try:
             seen = batched_gradients(losses, recorder, rows)
         except Exception as error:
@@ -134,13 +165,14 @@ class GradientPass:
             return None
         return recorder.trace if seen else None
 
-    def _loss(self, outputs: Any, targets: Any) -> Tensor:
+    def _loss(self, number: int, outputs: Any, targets: Any) -> Tensor:
         loss = self.loss_fn(outputs, targets)
         if not isinstance(loss, Tensor) or loss.ndim:
             shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(f"loss_fn must return the mean loss as a scalar tensor, not {shape}")
         if not loss.requires_grad:
             raise ValueError(f"the calibration loss does not depend on {self.slots[0].name!r}: is it detached?")
+        self._losses[number] = loss.detach().float()
         return loss
 
     def _obstacle(self) -> str | None:
@@ -159,7 +191,7 @@ class GradientPass:
         inputs, _ = _inputs_and_targets(batch, self.slots[0].tensor)
         rows, recorder = batch_size_of(inputs), Recorder()
         with recorder:
-            self.model(split_outputs(inputs, rows, rows)[0])
+            self._outputs(split_outputs(inputs, rows, rows)[0])
         return recorder.activations * rows
 
     def _difference(self, batches: Sequence[tuple[int, Any]]) -> str | None:
@@ -183,14 +215,23 @@ def _cloned(batch: Any) -> Any:
     return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
 
 
-def _inputs_and_targets(batch: Any, like: Tensor) -> tuple[Any, Any]:
+def _inputs_and_targets(batch: Any, like: Tensor) -> tuple[Inputs, Any]:
     """Inputs and targets on the weights' device, float inputs in the weights' type."""
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise TypeError(f"calibration batches must be (inputs, targets), not {type(batch).__name__}")
-    inputs, targets = (part.to(like.device) if isinstance(part, Tensor) else part for part in batch)
-    if isinstance(inputs, Tensor) and inputs.is_floating_point():
-        inputs = inputs.to(like.dtype)
-    return inputs, targets
+    if not isinstance(batch, (tuple, list, Mapping)):
+        raise TypeError(f"calibration batches must be (inputs, targets) or a mapping, not {type(batch).__name__}")
+    args, kwargs, targets = split_batch(batch)
+    if targets is None:
+        raise TypeError(
+            f"calibration batches hold no targets: give (inputs, targets), or a mapping with {', '.join(LABELS)}"
+        )
+
+    def moved(leaf: Any) -> Any:
+        return leaf.to(like.device) if isinstance(leaf, Tensor) else leaf
+
+    def fitting(leaf: Any) -> Any:
+        return leaf.to(like.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return tree_map(lambda leaf: fitting(moved(leaf)), (args, kwargs)), tree_map(moved, targets)
 
 
 @contextmanager

@@ -26,7 +26,8 @@ class Calibration:
     workers persist: its dataset, collate function and number of workers are used.
 
     Args:
-        data: a DataLoader or a Dataset whose items are (inputs, target).
+        data: a DataLoader or a Dataset whose items are (inputs, target), or mappings with "labels" among them; inputs
+            are a tensor, a tuple of the model's arguments or a mapping of them by name.
         loss_fn: mean loss of (outputs, targets); plain cross-entropy without label smoothing is what is published.
         seed: of the order of samples and of any augmentation; the same seed gives the same gradients.
     """
@@ -138,6 +139,11 @@ def _chunks(
                 drawn = [(n, kept.pop(n) if n in kept else next(batches)) for n in numbers[part.start : part.stop]]
                 work.fill([buffer[part.start : part.stop] for buffer in buffers], drawn)
         yield [buffer[: len(numbers)] for buffer in buffers]
+    if wanted == len(work.slots) and work.largest == 0:  # of a part of the slots it may be so
+        raise ValueError(
+            f"all {sum(map(len, chunks))} calibration gradients are zero, so they tell no weight from another: does "
+            "the loss ignore all labels, or is it multiplied by 0?"
+        )
 
 
 def _parts(count: int, size: int) -> list[range]:

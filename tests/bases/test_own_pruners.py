@@ -18,6 +18,7 @@ from ovit_engine import (
     Modifier,
     Pruner,
     Recipe,
+    RecipeError,
     Run,
     Slot,
     find_slots,
@@ -162,13 +163,24 @@ def test_two_pruners_whose_names_differ_by_the_suffix_keep_both() -> None:
     assert {"rand", "rand_prune", "magnitude"} <= set(pruner_names())
 
 
-def test_a_plugin_that_can_not_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plugin_that_can_not_be_imported_is_named_where_a_modifier_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     broken = EntryPoint("mine", "no_such_module_of_mine", registry.GROUP)
     monkeypatch.setattr(registry, "entry_points", lambda group: [broken])
-    with pytest.raises(
-        ImportError, match=r"^modifier plugin 'mine' \(no_such_module_of_mine\) of an unknown package .*No mod"
-    ):
-        registry._load_plugins.__wrapped__()
+    registry.broken_plugins.cache_clear()
+    try:
+        assert Recipe.parse("modifiers: [{constant_mask: {}}]").modifiers  # a recipe without it is of no concern
+        words = r"no modifier 'mine'.* The plugin 'mine' \(no_such_module_of_mine\) of an unknown package can't be"
+        with pytest.raises(RecipeError, match=words):
+            Recipe.parse("modifiers: [{mine: {}}]")
+    finally:
+        registry.broken_plugins.cache_clear()
+
+
+def test_a_modifier_that_nobody_knows_may_be_a_plugins() -> None:
+    with pytest.raises(RecipeError, match=r"A plugin's modifiers come with its package \(entry points 'ovit_engine\."):
+        Recipe.parse("modifiers: [{mine: {}}]")
 
 
 @pytest.mark.usefixtures("own_obd")

@@ -96,7 +96,7 @@ def test_several_inputs_and_targets_that_are_no_classes():
     [
         ([torch.zeros(40, 4)], ValueError, r"shape \(4,\) an image, the model takes \(3,\)"),
         ([((torch.zeros(40, 3), torch.zeros(40, 3)), 0)], ValueError, "gives 2 inputs, the model takes 1"),
-        ([()], ValueError, "empty item"),
+        ([()], ValueError, "a batch is empty"),
         ([], ValueError, "holds 0 images"),
         (7, TypeError, "got int"),
     ],

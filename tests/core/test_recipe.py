@@ -144,8 +144,9 @@ pruners = st.tuples(st.sampled_from(["magnitude_prune", "ovit_prune"]), amounts,
 rates = st.tuples(st.floats(1e-9, 1e-4), st.floats(1e-4, 10), times).map(
     lambda parts: {"cyclic_lr": {"min": parts[0], "max": parts[1], "period": parts[2]}}
 )
+names = words.filter(lambda text: text.strip() and text[0] != "." and not set(text) & set("/\\") and len(text) <= 100)
 documents = st.fixed_dictionaries(
-    {"name": words, "modifiers": st.lists(st.one_of(pruners, rates), max_size=3)},
+    {"name": names, "modifiers": st.lists(st.one_of(pruners, rates), max_size=3)},
     optional={"training": st.fixed_dictionaries({"lr": st.floats(1e-12, 1)}), "vars": st.just({"unused": "1e-3"})},
 )
 

@@ -312,9 +312,80 @@ def test_what_is_no_loss_is_said(loss: Any, words: str) -> None:
         collect(Calibration(DATA, loss), linear())
 
 
-def test_batches_are_pairs() -> None:
-    with pytest.raises(TypeError, match=r"calibration batches must be \(inputs, targets\), not dict"):
+def test_a_batch_without_targets_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"hold no targets: give \(inputs, targets\), or a mapping with labels"):
         collect(Calibration([{"x": X[0]}] * 8, mse), linear())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"must be \(inputs, targets\) or a mapping, not Tensor"):
+        collect(Calibration(X, mse), linear())  # type: ignore[arg-type]
+
+
+class Sums(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(2, 3))
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return (x + 2 * z) @ self.weight.T
+
+
+class TwoInputs(Dataset[Any]):
+    def __init__(self, form: Callable[[Tensor, Tensor, Tensor], Any]) -> None:
+        self.form = form
+
+    def __len__(self) -> int:
+        return len(X)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.form(X[index], X[index].flip(0), Y[index])
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x, z, y: ((x, z), y),
+        lambda x, z, y: (x, z, y),
+        lambda x, z, y: {"z": z, "x": x, "labels": y},
+        lambda x, z, y: ({"z": z, "x": x}, y),
+    ],
+    ids=["nested", "flat", "mapping", "named"],
+)
+@pytest.mark.parametrize("count", [4, 32])
+def test_gradients_of_several_inputs_in_every_form(form: Callable[..., Any], count: int) -> None:
+    model, z = Sums(), X.flip(1)
+    (found,) = collect(Calibration(TwoInputs(form), mse), model, count=count, images_per_gradient=40)
+    with torch.no_grad():
+        inputs = X + 2 * z
+        expected = 2 * (inputs @ model.weight.T - Y).T @ inputs / Y.numel()
+    torch.testing.assert_close(found, expected.expand(count, 2, 3), rtol=1e-4, atol=1e-6)
+
+
+def test_one_input_by_a_name_of_the_data() -> None:
+    class Named(TwoInputs):
+        def __getitem__(self, index: int) -> Any:
+            return {"pixel_values": X[index], "labels": Y[index]}
+
+    (named,) = collect(Calibration(Named(lambda x, z, y: x), mse), linear())
+    (paired,) = collect(Calibration(DATA, mse), linear())
+    assert torch.equal(named, paired)
+
+
+@pytest.mark.parametrize("count", [8, 32])
+def test_a_batch_whose_loss_is_no_number_is_named(count: int) -> None:
+    labels = torch.arange(40) % 2
+    labels[8:12] = -100  # gradient 2 of 4 images each, where nothing is shuffled
+
+    class Ordered(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter(zip(X, labels, strict=True))
+
+    with pytest.raises(ValueError, match=r"calibration batch 2 \(from 0\): the loss is nan"):
+        collect(Calibration(Ordered(), nn.functional.cross_entropy), linear(), count=count)
+
+
+def test_gradients_that_are_all_zero_are_refused() -> None:
+    with pytest.raises(ValueError, match="all 8 calibration gradients are zero"):
+        collect(Calibration(DATA, lambda outputs, targets: outputs.sum() * 0), linear(), count=8)
 
 
 def test_a_slot_that_the_loss_does_not_depend_on_is_named() -> None:
