@@ -71,6 +71,11 @@ def _check_layer(layer: PromisedLayer, facts: LayerFacts) -> list[str]:
     return violations
 
 
+def check_other(name: str, parity: Parity) -> list[str]:
+    """Every way in which an output beside the compared one is not PyTorch's."""
+    return [f"{name}: {line}" for line in _check_parity(parity, 0.0, "PyTorch")]
+
+
 def _check_parity(parity: Parity, agreement: float, reference: str) -> list[str]:
     violations = []
     if parity.agreement < agreement:

@@ -81,9 +81,14 @@ def walk_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 
 
 def run_outputs(session: Any, inputs: Sequence[np.ndarray]) -> np.ndarray:
-    """The first output for all images, in batches; a file of fixed batch is fed that many at a time.
+    """The first output that has a row for each image, float32; raises CertificateError as `run_all`."""
+    return next(iter(run_all(session, inputs).values()))
 
-    Raises CertificateError if the runtime gives up half-way.
+
+def run_all(session: Any, inputs: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Every output that has a row for each image, float32, by name; a file of fixed batch is fed that many at a time.
+
+    Raises CertificateError if the runtime gives up half-way, or no output has a row for each image.
     """
     names = [value.name for value in session.get_inputs()]
     first = session.get_inputs()[0].shape[0]
@@ -92,15 +97,21 @@ def run_outputs(session: Any, inputs: Sequence[np.ndarray]) -> np.ndarray:
         reason = f"it takes batches of {size} only; 1 to {LARGEST_BATCH} are run"
         raise CertificateError("ONNX Runtime cannot run the file", [reason])
     count = len(inputs[0])
-    outputs = []
+    found: dict[str, list[np.ndarray]] = {value.name: [] for value in session.get_outputs()}
     for start in range(0, count, size):
         batch = [_padded(array[start : start + size], size if isinstance(first, int) else 0) for array in inputs]
         try:
-            (output,) = session.run([session.get_outputs()[0].name], dict(zip(names, batch, strict=True)))
+            outputs = session.run(list(found), dict(zip(names, batch, strict=True)))
         except Exception as error:  # the runtime's own exceptions share no other base
             raise CertificateError("ONNX Runtime cannot run the file", [str(error).strip().splitlines()[0]]) from error
-        outputs.append(output[: min(size, count - start)])
-    return np.concatenate(outputs).astype(np.float32)
+        for name, output in zip(list(found), outputs, strict=True):
+            if isinstance(output, np.ndarray) and output.ndim and len(output) == len(batch[0]):
+                found[name].append(output[: min(size, count - start)])
+            else:
+                del found[name]
+    if not found:
+        raise CertificateError("no parity", ["no output has a row for each image, so nothing can be compared"])
+    return {name: np.concatenate(parts).astype(np.float32) for name, parts in found.items()}
 
 
 def _padded(batch: np.ndarray, size: int) -> np.ndarray:

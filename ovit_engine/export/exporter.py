@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ovit_engine.certificate.check import check, check_layers
+from ovit_engine.certificate.check import check, check_layers, check_other
 from ovit_engine.certificate.computed import inert_parts
 from ovit_engine.certificate.errors import CertificateError, ExportError
 from ovit_engine.certificate.html import to_html
-from ovit_engine.certificate.kernels import open_session, run_outputs
+from ovit_engine.certificate.kernels import open_session, run_all
 from ovit_engine.certificate.manifest import Manifest
 from ovit_engine.certificate.measure import Provenance, measure_file
 from ovit_engine.certificate.model import Certificate, Promise, certificate_path, page_path, reference_path
@@ -91,7 +91,8 @@ def export_model(
     check_float32(model)
     told = _as_json(preprocessing or {})
     sample = _sample(as_inputs(example_inputs), data)
-    reference = make_reference(sample, _pytorch_logits(reference_model or model, sample))
+    logits, *others = _pytorch_outputs(reference_model or model, sample)
+    reference = make_reference(sample, logits)
     proto, shared, unused = build_onnx(model, example_inputs, dynamic_batch=dynamic_batch, opset=opset)
     promise = _without(promise, unused, path.name)
     origin = Provenance(
@@ -105,7 +106,7 @@ def export_model(
     state = {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
     promised = [origin.shared_weights.get(layer.name, layer.name) for layer in promise.layers]
     reference = replace(reference, tensors=hash_tensors(proto, state, promised))
-    return publish(proto, path, origin, sample, reference)
+    return publish(proto, path, origin, sample, reference, others=others)
 
 
 def _without(promise: Promise, unused: Collection[str], file: str) -> Promise:
@@ -135,7 +136,8 @@ def try_export(
     """
     check_float32(model)
     inputs = as_inputs(example_inputs)
-    reference = _pytorch_logits(reference_model, Sample(tuple(value.numpy() for value in inputs), None, "random"))
+    sample = Sample(tuple(value.numpy() for value in inputs), None, "random")
+    wanted = _pytorch_outputs(reference_model, sample)
     proto, shared, unused = build_onnx(model, example_inputs)
     promise = _without(promise, unused, "the file")
     if unmeasurable := hidden(proto):
@@ -143,7 +145,7 @@ def try_export(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rehearsal.onnx"
         path.write_bytes(serialize(proto))
-        parity = compare(run_outputs(open_session(path), [value.numpy() for value in inputs]), reference, "random")
+        found = run_all(open_session(path), sample.inputs)
     promised = {layer.name: shared[layer.name] for layer in promise.layers if layer.name in shared}
     layers = measure_layers(proto, promise, promised)
     violations = [
@@ -151,8 +153,9 @@ def try_export(
         *inert_parts(proto),
         *manifest.contradictions({layer.name: layer.shape for layer in layers}),
     ]
-    if parity.cosine < _GROSS:
-        violations.append(f"the file's outputs are not the model's: mean cosine {parity.cosine:.3f}")
+    for (name, values), expected in zip(found.items(), wanted, strict=True):
+        if (cosine := compare(values, expected, "random").cosine) < _GROSS:
+            violations.append(f"{name} of the file is not the model's: mean cosine {cosine:.3f}")
     if violations:
         raise ExportError("the file would break its promise", violations)
 
@@ -173,9 +176,17 @@ def check_output_path(path: Path) -> None:
 
 
 def publish(
-    proto: onnx.ModelProto, path: Path, origin: Provenance, sample: Sample, reference: Reference
+    proto: onnx.ModelProto,
+    path: Path,
+    origin: Provenance,
+    sample: Sample,
+    reference: Reference,
+    *,
+    others: Sequence[np.ndarray] = (),
 ) -> Certificate:
     """Measure a graph and let it appear at ``path``, with certificate and reference, if it is what was promised.
+
+    ``others``: what the outputs after the one in ``reference`` must be.
 
     Raises:
         ExportError: the file breaks its promise; ``path`` is as it was before.
@@ -189,11 +200,15 @@ def publish(
         reference_path(draft).write_bytes(kept)
         draft.write_bytes(serialize(proto))
         try:
-            certificate = _measure(draft, origin, sample, reference, hashlib.sha256(kept).hexdigest())
+            outputs = run_all(open_session(draft), sample.inputs)
+            logits, *beside = outputs.values()
+            certificate = _measure(draft, origin, sample, reference, hashlib.sha256(kept).hexdigest(), logits)
+            compared = [compare(*pair, sample.source) for pair in zip(beside, others, strict=True)]
         except CertificateError as error:
             raise ExportError(error.summary, error.violations) from error
         violations = [
             *check(certificate, origin.promise),
+            *(line for pair in zip(list(outputs)[1:], compared, strict=True) for line in check_other(*pair)),
             *inert_parts(proto),
             *origin.manifest.contradictions({layer.name: layer.shape for layer in certificate.layers}),
         ]
@@ -212,8 +227,8 @@ def _sample(example: tuple[Tensor, ...], data: Any) -> Sample:
     return random_sample(shapes, dtypes) if data is None else take_sample(data, shapes, dtypes)
 
 
-def _pytorch_logits(model: nn.Module, sample: Sample) -> np.ndarray:
-    """The model's first output for all images, float32, in eval mode; every module's mode is as before afterwards."""
+def _pytorch_outputs(model: nn.Module, sample: Sample) -> list[np.ndarray]:
+    """Every output with a row for each image, float32, in eval mode; every module's mode is as before afterwards."""
     tensors = [*model.parameters(), *model.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
     outputs = []
@@ -221,12 +236,16 @@ def _pytorch_logits(model: nn.Module, sample: Sample) -> np.ndarray:
         for start in range(0, len(sample), _BATCH):
             batch = [torch.from_numpy(array[start : start + _BATCH]).to(device) for array in sample.inputs]
             leaves = [leaf for leaf in pytree.tree_leaves(model(*batch)) if isinstance(leaf, Tensor)]
-            outputs.append(leaves[0].float().cpu().numpy())
-    return np.concatenate(outputs)
+            rows = [leaf for leaf in leaves if leaf.dim() and len(leaf) == len(batch[0])]
+            outputs.append([leaf.float().cpu().numpy() for leaf in rows])
+    if not outputs[0]:
+        raise ExportError("no parity", ["no output has a row for each image, so nothing can be compared"])
+    return [np.concatenate(parts) for parts in zip(*outputs, strict=True)]
 
 
-def _measure(path: Path, origin: Provenance, sample: Sample, reference: Reference, digest: str) -> Certificate:
-    logits = run_outputs(open_session(path), sample.inputs)
+def _measure(
+    path: Path, origin: Provenance, sample: Sample, reference: Reference, digest: str, logits: np.ndarray
+) -> Certificate:
     parity = compare(logits, reference.logits, sample.source)
     stored = len(reference.stored[0])
     part = None

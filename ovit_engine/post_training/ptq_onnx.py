@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from ovit_engine.analysis.diagnose import layer_costs, thin
 from ovit_engine.analysis.qdq import OBSERVERS, quantizer_range
 from ovit_engine.certificate import ExportError, Promise, PromisedLayer
-from ovit_engine.certificate.kernels import open_session, run_outputs
+from ovit_engine.certificate.kernels import open_session, run_all, run_outputs
 from ovit_engine.certificate.measure import Provenance
 from ovit_engine.certificate.parity import Sample, make_reference, take_sample
 from ovit_engine.certificate.stored import hidden
@@ -109,7 +109,7 @@ def ptq_onnx(
     _check_output(model, source.name)
     sizes, types, size = data_shapes(model, shapes or {}, source.name)
     sample = take_sample(data, [(0, *shape[1:]) for shape in sizes], types)
-    exact = run_outputs(open_session(source), sample.inputs)
+    exact = list(run_all(open_session(source), sample.inputs).values())
     seen = _rebatched(batches, size, types)
     with tempfile.TemporaryDirectory() as folder:
         prepared = _prepared(Path(folder), model, source.name)
@@ -138,10 +138,10 @@ def _published(
     path: Path,
     source: Path,
     sample: Sample,
-    exact: np.ndarray,
+    exact: Sequence[np.ndarray],
     preprocessing: Mapping[str, Any] | None,
 ) -> Compared:
-    """Write one int8 file and compare it; raises ExportError."""
+    """Write one int8 file and compare it with all outputs of the float one; raises ExportError."""
     weights = _name_weights(proto)
     remove_debris(proto)
     promise = Promise(layers=tuple(PromisedLayer(name=name, quantized=True) for name in weights))
@@ -153,9 +153,9 @@ def _published(
         reference=source.name,
     )
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
-    reference = replace(make_reference(sample, exact), tensors=hash_tensors(proto, tensors))
-    certificate = publish(proto, path, origin, sample, reference)
-    return compared(path, sample, exact, certificate)
+    reference = replace(make_reference(sample, exact[0]), tensors=hash_tensors(proto, tensors))
+    certificate = publish(proto, path, origin, sample, reference, others=exact[1:])
+    return compared(path, sample, exact[0], certificate)
 
 
 def _check_output(model: onnx.ModelProto, name: str) -> None:

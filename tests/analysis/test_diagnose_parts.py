@@ -25,7 +25,7 @@ def test_bisection_finds_every_layer_that_makes_much(noises: list[float]) -> Non
         calls.append(group)
         return sum(noises[int(name)] for name in group)
 
-    found = _bisect(names, noise_of, total)
+    found = _bisect(names, noise_of, 0.05 * total)
     assert found == {
         name: noise if noise and noise >= 0.05 * total else 0.0 for name, noise in zip(names, noises, strict=True)
     }

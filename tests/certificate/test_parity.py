@@ -97,6 +97,7 @@ def test_several_inputs_and_targets_that_are_no_classes():
         ([torch.zeros(40, 4)], ValueError, r"shape \(4,\) an image, the model takes \(3,\)"),
         ([((torch.zeros(40, 3), torch.zeros(40, 3)), 0)], ValueError, "gives 2 inputs, the model takes 1"),
         ([()], ValueError, "a batch is empty"),
+        ([{"x": torch.zeros(40, 3), "z": torch.zeros(40, 3), "labels": 0}], ValueError, r"by name \('x', 'z'\)"),
         ([], ValueError, "holds 0 images"),
         (7, TypeError, "got int"),
     ],

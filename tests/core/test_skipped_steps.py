@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from ovit_engine.training import steps, trainer
+from ovit_engine.training import models, steps, trainer
 from ovit_engine.training.checkpoint import load_checkpoint
 from ovit_engine.training.runs import restore
 from tests.training.conftest import tiny_recipe
@@ -21,7 +21,7 @@ LATE = r"""
 @pytest.fixture(params=[False, True], ids=["foreach", "fused"])
 def skips(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """As on a GPU: float16 and a scaler that begins at 65,536, where the first three steps of a run overflow."""
-    make = trainer.create_optimizer_v2
+    make = models.create_optimizer_v2
 
     class HalfSteps(steps.Steps):
         def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -33,7 +33,7 @@ def skips(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> No
     monkeypatch.setattr(steps, "mixed_precision", lambda device: (torch.float16, True))
     monkeypatch.setattr(trainer, "Steps", HalfSteps)
     monkeypatch.setattr(
-        trainer, "create_optimizer_v2", lambda *args, **options: make(*args, **options, fused=request.param)
+        models, "create_optimizer_v2", lambda *args, **options: make(*args, **options, fused=request.param)
     )
 
 
