@@ -220,7 +220,7 @@ def _inputs_and_targets(batch: Any, like: Tensor) -> tuple[Inputs, Any]:
     if not isinstance(batch, (tuple, list, Mapping)):
         raise TypeError(f"calibration batches must be (inputs, targets) or a mapping, not {type(batch).__name__}")
     args, kwargs, targets = split_batch(batch)
-    if targets is None:
+    if targets is None and (isinstance(batch, Mapping) or len(batch) < 2):
         raise TypeError(
             f"calibration batches hold no targets: give (inputs, targets), or a mapping with {', '.join(LABELS)}"
         )
