@@ -156,7 +156,8 @@ def bake(model: nn.Module) -> nn.Module:
         elif isinstance(layer, QuantLinear):
             _become(layer, BakedLinear(layer))
         elif isinstance(layer, QuantConv2d):
-            norm = layer.norm
+            # quantized inside a wrapper (DataParallel) that is gone: names were its own
+            norm = None if layer.norm is None else layer.norm.removeprefix("module.")
             _become(layer, BakedConv2d(layer))
             if norm is not None and not has_hooks(layer) and not has_hooks(model.get_submodule(norm)):
                 norms[norm] = layer

@@ -168,6 +168,21 @@ def test_a_hook_that_came_after_prepare_keeps_the_norm():
     torch.testing.assert_close(bake(copy.deepcopy(model))(x), expected)
 
 
+def test_a_norm_is_folded_where_a_wrapper_is_gone():
+    model = nn.DataParallel(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)))
+    prepare_quantization(model, ["module.0"])
+    set_observing(model, True)
+    x = torch.randn(8, 1, 8, 8)
+    model.module(x)
+    set_enabled(model, True)
+    set_observing(model, False)
+    model.eval()
+    expected = model.module(x)
+    baked = bake(copy.deepcopy(model.module))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in baked.modules())
+    torch.testing.assert_close(baked(x), expected)
+
+
 def test_a_shared_layer_is_baked_in_all_its_places():
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
