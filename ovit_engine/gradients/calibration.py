@@ -1,5 +1,6 @@
 """Batches and a loss in, gradients for second-order pruners out."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -13,6 +14,8 @@ from ovit_engine.gradients.backward import LEAST_AT_ONCE, GradientPass, LossFunc
 from ovit_engine.gradients.samples import Samples
 from ovit_engine.masking.parameters import Slot, parameter_slots, unwrapped
 from ovit_engine.utils.random_states import mixed
+
+log = logging.getLogger(__name__)
 
 # Fewer gradients than this are taken one by one: to prove that batching is right costs as much as about four of them.
 LEAST_COUNT = 16
@@ -140,9 +143,10 @@ def _chunks(
                 work.fill([buffer[part.start : part.stop] for buffer in buffers], drawn)
         yield [buffer[: len(numbers)] for buffer in buffers]
     if wanted == len(work.slots) and work.largest == 0:  # of a part of the slots it may be so
-        raise ValueError(
-            f"all {sum(map(len, chunks))} calibration gradients are zero, so they tell no weight from another: does "
-            "the loss ignore all labels, or is it multiplied by 0?"
+        log.warning(
+            "all %d calibration gradients are zero, so they tell no weight from another: does the loss ignore all "
+            "labels, is it multiplied by 0, or is the classifier all zeros?",
+            sum(map(len, chunks)),
         )
 
 

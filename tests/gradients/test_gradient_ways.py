@@ -161,8 +161,7 @@ def test_a_dead_layer_proves_nothing(caplog: pytest.LogCaptureFixture, monkeypat
         model[1].bias.fill_(-100)
     slots = find_slots(model, ["1.weight"])
     caplog.set_level(logging.DEBUG, logger=gradient_pass.__name__)
-    with pytest.raises(ValueError, match="all 18 calibration gradients are zero"):
-        collect(model, slots, images(8, 8), F.cross_entropy)
+    assert not collect(model, slots, images(8, 8), F.cross_entropy)[0].any()
     assert "largest entry is 0" in way(caplog)
 
 
