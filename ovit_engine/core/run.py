@@ -37,7 +37,7 @@ class Run:
         progress: reports long work, as `progress("ovit_prune: gradients", 512, 1024)`.
         skipped: steps that a gradient scaler left out, as far as known; see `Engine.skip_step`.
         logs: functions that take what is logged; `Engine.log_to` adds to them.
-        is_rehearsal: whether this is a copy that tries the way to the file: what is chosen plays no part.
+        is_rehearsal: whether this is the copy of a rehearsal, in which pruners go by magnitude.
     """
 
     model: nn.Module

@@ -26,7 +26,7 @@ def check_time(value: object) -> str:
     if found[2] == "st" and "." in found[1]:
         raise ValueError(f"{value!r} is no time: steps are whole numbers")
     if float(found[1]) > _LONGEST:
-        raise ValueError(f"{value!r} is no time: it is longer than any training")
+        raise ValueError(f"{value!r} is too long: a time is at most {_LONGEST:g} steps, epochs or percent")
     if found[2] == "%" and float(found[1]) > 100:
         raise ValueError(f"{value!r} is no time: a share of training is at most 100%")
     return value.strip()

@@ -91,7 +91,7 @@ def ptq_onnx(
         preprocessing: for the new file's metadata.
         shapes: of inputs of which the file leaves more than the batch free.
         exclude: layers that stay float: names of weights without ".weight", or "re:" and a regular expression.
-        observer: min_max, percentile or mse; min_max first if left out.
+        observer: min_max, percentile or mse; if omitted, min_max is tried first.
         search: where the file is too far from the float one, try other observers (if none was given), then leave the
             layers that cost most in float.
 
@@ -339,7 +339,7 @@ class _Quantizer:
                 yield tuple(weights[:count])
 
     def _first(self, count: int) -> list[np.ndarray]:
-        """So many calibration images, or a whole batch where the file takes one size."""
+        """Return how many calibration images to use: a whole batch if the file has a fixed batch size."""
         return [np.concatenate(column)[:count] for column in zip(*self._batches, strict=True)]
 
     def _feeds(self) -> Iterator[dict[str, np.ndarray]]:

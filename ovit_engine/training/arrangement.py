@@ -40,7 +40,7 @@ def arrangement(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def in_rgb(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `config` with mean and deviation in the order of RGB; they are told in that of the model's channels."""
+    """Return `config` with its mean and deviation, given in the order of the model's channels, in the order of RGB."""
     if config.get("channels") != "bgr":
         return dict(config)
     return {**config, "mean": tuple(config["mean"])[::-1], "std": tuple(config["std"])[::-1]}
