@@ -10,10 +10,9 @@ from torch.utils.data import DataLoader, Dataset
 from ovit_engine.engine import Engine
 from ovit_engine.gradients.calibration import Calibration
 from ovit_engine.masking.parameters import Slot
+from ovit_engine.utils.batches import LABELS
 
 IGNORED = -100  # a label that counts for nothing
-
-LABELS = ("labels", "label")
 
 Collate = Callable[[list[Any]], Mapping[str, Any]]
 

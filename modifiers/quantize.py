@@ -354,18 +354,11 @@ class Quantize(Scheduled, Surgical, Deployable, Exclusive, Synchronized):
         if refused:
             raise self.error(f"{refused[0]!r} can't be quantized: {prepared.skipped[refused[0]]}", "targets")
         if prepared.skipped:
-            kinds = Counter(type(model.get_submodule(name)).__name__ for name in prepared.skipped)
-            counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-            names = listed(prepared.skipped, shown=8)
-            warn(f"{self.name}: {counts} stay float ({names}): they have a forward of their own")
+            warn(f"{self.name}: {_counted(model, prepared.skipped)} stay float: they have a forward of their own")
         unknown = [] if self.targets is not None else quant.unquantized(model)
         if unknown:
-            kinds = Counter(type(model.get_submodule(name)).__name__ for name in unknown)
-            counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-            warn(
-                f"{self.name}: weights of {counts} stay float ({listed(unknown, shown=8)}): only Linear and Conv2d "
-                "layers are quantized"
-            )
+            counted = _counted(model, unknown)
+            warn(f"{self.name}: weights of {counted} stay float: only Linear and Conv2d layers are quantized")
         if not prepared.layers:
             raise self.error(f"{type(model).__name__} has no Linear or Conv2d layer to quantize")
         self._layers = prepared.layers
@@ -374,3 +367,11 @@ class Quantize(Scheduled, Surgical, Deployable, Exclusive, Synchronized):
                 f"{self.name}: torch.fx can't trace the model's code around {listed(prepared.untraced)}: batch-norms "
                 "behind them are not folded into int8 convolutions and stay float, which is right but slower"
             )
+
+
+def _counted(model: nn.Module, names: Iterable[str]) -> str:
+    """Return "2 Conv2dSame ('stem', 'blocks.0.conv')": modules by kind and name."""
+    names = list(names)
+    kinds = Counter(type(model.get_submodule(name)).__name__ for name in names)
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    return f"{counts} ({listed(names, shown=8)})"

@@ -1,6 +1,5 @@
 """Fires a recipe's events from hooks that PyTorch optimizers already have."""
 
-import copy
 import logging
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -233,20 +232,8 @@ class Engine:
         from ovit_engine.export.rehearsal import rehearse
 
         with world().fail_together():
-            if not world().is_main:
-                return
-            if sharded_modules(self.model):
-                log.warning("not rehearsed: the model is sharded")
-                return
-            run = self.run
-            kept: dict[int, Any] = {id(run.logs): [], id(run.progress): run.progress, id(self.sweep): None}
-            try:
-                copy_model(self.model, kept)
-                twin, twins = copy.deepcopy((self, optimizers), kept)
-            except Exception as error:  # whatever the model's own code raises
-                log.warning("not rehearsed: the model can't be copied: %s", error)
-                return
-            rehearse(twin, twins, example_inputs)
+            if world().is_main:
+                rehearse(self, optimizers, example_inputs)
 
     def detach(self) -> None:
         """Finish: hooks go, masks are projected a last time, schedules that have not reached their end finish or raise.

@@ -5,6 +5,7 @@ goes through training in a time lapse: only the steps at which modifiers begin a
 inputs; pruners take the smallest weights, since which weights go plays no part here.
 """
 
+import copy
 import logging
 import time
 import warnings
@@ -19,10 +20,13 @@ from torch.utils import _pytree as pytree
 
 from ovit_engine.core.capabilities import Scheduled, having
 from ovit_engine.distributed.comm import single_process
+from ovit_engine.distributed.sharding import sharded_modules
 from ovit_engine.export.deploy import try_write
+from ovit_engine.export.writer import as_inputs
 from ovit_engine.gradients.calibration import Calibration
 from ovit_engine.masking.parameters import unwrapped
 from ovit_engine.utils.autograd import eval_mode
+from ovit_engine.utils.copying import copy_model
 from ovit_engine.utils.random_states import random_state, set_random_state
 
 if TYPE_CHECKING:
@@ -36,36 +40,47 @@ log = logging.getLogger(__name__)
 
 
 def rehearse(engine: "Engine", optimizers: Sequence[Optimizer], example_inputs: Tensor | tuple[Tensor, ...]) -> None:
-    """Train `engine`, a copy that is prepared and not attached, in a time lapse, and try to export it.
+    """Train a copy of a prepared engine in a time lapse and try to export it.
 
-    `optimizers` are copies too, of the parameters of the copied model.
-
-    Random states are afterwards as before; nothing is written.
+    Nothing is written, and random states are restored. A model that can't be copied is not rehearsed, with a warning.
 
     Raises:
         ExportError: the model can't be exported, or the file would break its promise.
         ValueError: the model does not take `example_inputs`.
     """
     begin, state = time.perf_counter(), random_state()
-    inputs = _examples(example_inputs)
-    progress = engine.run.progress
+    wide = [each[:MAX_EXAMPLES] for each in as_inputs(example_inputs)]
+    inputs = tuple(each.float() if each.is_floating_point() else each for each in wide)
+    copied = _copied(engine, optimizers)
+    if copied is None:
+        return
+    twin, twins = copied
     try:
         with single_process(), _quiet():
-            model = unwrapped(engine.model).float().cpu()
+            model = unwrapped(twin.model).float().cpu()
             _check_forward(model, inputs)
-            steps = _steps(engine)
-            for number, _ in enumerate(_train(engine, model, optimizers, inputs, steps)):
-                progress("rehearsal: training steps", number + 1, len(steps))
-            try_write(model, inputs, modifiers=engine.modifiers, masks=engine.run.masks)
+            steps = _steps(twin)
+            for number, _ in enumerate(_train(twin, model, twins, inputs, steps)):
+                engine.run.progress("rehearsal: training steps", number + 1, len(steps))
+            try_write(model, inputs, modifiers=twin.modifiers, masks=twin.run.masks)
     finally:
         set_random_state(state)
     log.info("rehearsed %d steps and the export in %.1f s", len(steps), time.perf_counter() - begin)
 
 
-def _examples(example_inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    wide = [each.detach()[:MAX_EXAMPLES].cpu() for each in inputs]
-    return tuple(each.float() if each.is_floating_point() else each for each in wide)
+def _copied(engine: "Engine", optimizers: Sequence[Optimizer]) -> tuple["Engine", Sequence[Optimizer]] | None:
+    """Return a copy without sweep and loggers, and optimizers of its parameters; None, with a warning, if it fails."""
+    if sharded_modules(engine.model):
+        log.warning("not rehearsed: the model is sharded")
+        return None
+    run = engine.run
+    memo: dict[int, Any] = {id(run.logs): [], id(run.progress): run.progress, id(engine.sweep): None}
+    try:
+        copy_model(engine.model, memo)
+        return copy.deepcopy((engine, optimizers), memo)
+    except Exception as error:  # whatever the model's own code raises
+        log.warning("not rehearsed: the model can't be copied: %s", error)
+        return None
 
 
 def _check_forward(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:

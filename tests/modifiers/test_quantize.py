@@ -266,5 +266,5 @@ def test_a_phase_whose_step_was_interrupted_comes_at_the_next() -> None:
 )
 def test_other_layers_with_weights_are_named_as_float(layer: nn.Module) -> None:
     model = nn.Sequential(mlp(), layer)
-    with pytest.warns(UserWarning, match=rf"weights of 1 {type(layer).__name__} stay float \('1'\)"):
+    with pytest.warns(UserWarning, match=rf"weights of 1 {type(layer).__name__} \('1'\) stay float"):
         Engine(model, recipe("quantize: {start: 1st}"), steps_per_epoch=2, epochs=1).prepare()
